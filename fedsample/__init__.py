@@ -1,0 +1,65 @@
+"""Federated posterior sampling on Flower: `fedsample.run(config) -> Run`, and what goes into it.
+
+Names are resolved on first use, so that `import fedsample` loads nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fedsample.errors import (
+    ClientError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    FedSampleError,
+    Interrupted,
+    QuorumError,
+    RunDirectoryError,
+    UnsoundError,
+)
+
+if TYPE_CHECKING:
+    from fedsample.config import Experiment
+    from fedsample.experiment import Run, build_target, run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClientError",
+    "ConfigError",
+    "DataError",
+    "DivergenceError",
+    "Experiment",
+    "FedSampleError",
+    "Interrupted",
+    "QuorumError",
+    "Run",
+    "RunDirectoryError",
+    "UnsoundError",
+    "__version__",
+    "build_target",
+    "run",
+]
+
+_LAZY = {
+    "Experiment": "fedsample.config",
+    "Run": "fedsample.experiment",
+    "build_target": "fedsample.experiment",
+    "run": "fedsample.experiment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that defines it (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fedsample' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, whether imported yet or not."""
+    return sorted({*globals(), *__all__})

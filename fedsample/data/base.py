@@ -1,0 +1,200 @@
+"""One dataset, shared out over clients: what every target, fleet and device is built from.
+
+The rows of all clients lie in one array, sorted by client, and `offsets` marks where each client's share begins.
+So ragged shares need no padding, client i is a view, and a client without rows is an empty slice, not a special case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsample.errors import DataError
+
+Task = Literal["classification", "regression"]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """Training rows by client, and the test rows that the server scores on.
+
+    Attributes:
+        name: what the data is called in tables and logs.
+        x: (N, ...features) float64 training rows, client after client.
+        y: (N,) int64 labels 0 .. classes - 1, or float64 targets where `classes` is None.
+        offsets: (n + 1,) int64; client i owns rows offsets[i]:offsets[i + 1], possibly none.
+        x_test: (M, ...features) float64; M may be 0.
+        y_test: (M,) as `y`.
+        classes: number of classes, >= 2; None for regression.
+        feature_names: one a feature, row-major over the feature axes; empty: x0, x1, ...
+        client_names: one a client; empty: "0", "1", ...
+        class_names: the label that each class had in the source; empty: "0", "1", ...
+        target_mean: subtracted from a regression target before it was stored here.
+        target_scale: what it was then divided by: an error in the units of the source is `target_scale` times ours.
+
+    Raises:
+        DataError: shapes, dtypes, offsets or labels that do not fit, or NaN or infinity (names column and row).
+    """
+
+    name: str
+    x: Array = field(repr=False)
+    y: Array = field(repr=False)
+    offsets: Array = field(repr=False)
+    x_test: Array = field(repr=False)
+    y_test: Array = field(repr=False)
+    classes: int | None
+    feature_names: tuple[str, ...] = field(default=(), repr=False)
+    client_names: tuple[str, ...] = field(default=(), repr=False)
+    class_names: tuple[str, ...] = field(default=(), repr=False)
+    target_mean: float = 0.0
+    target_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check every invariant and fill in the names that were left out."""
+        _check_rows("x", self.x, "y", self.y, self.classes)
+        _check_rows("x_test", self.x_test, "y_test", self.y_test, self.classes)
+        if self.x_test.shape[1:] != self.x.shape[1:]:
+            raise DataError(
+                f"x_test has rows of shape {self.x_test.shape[1:]}, but x has rows of shape {self.x.shape[1:]}: "
+                "give both the same features"
+            )
+        _check_offsets(self.offsets, len(self.x))
+        for attribute, count, names in (
+            ("feature_names", math.prod(self.x.shape[1:]), default_feature_names(self.x.shape[1:])),
+            ("client_names", self.clients, tuple(str(i) for i in range(self.clients))),
+            ("class_names", self.classes or 0, tuple(str(i) for i in range(self.classes or 0))),
+        ):
+            given = getattr(self, attribute)
+            if given and len(given) != count:
+                raise DataError(f"{attribute} has {len(given)} entries, expected {count} or none")
+            object.__setattr__(self, attribute, tuple(given) or names)
+        check_finite(self.x, self.feature_names, f"the training rows of {self.name}")
+        check_finite(self.y, ("y",), f"the training rows of {self.name}")
+        check_finite(self.x_test, self.feature_names, f"the test rows of {self.name}")
+        check_finite(self.y_test, ("y",), f"the test rows of {self.name}")
+
+    @property
+    def clients(self) -> int:
+        """Number of clients n, those without rows included."""
+        return len(self.offsets) - 1
+
+    @property
+    def rows(self) -> Array:
+        """(n,) int64: training rows of each client."""
+        return np.diff(self.offsets)
+
+    @property
+    def task(self) -> Task:
+        """What is predicted: a class or a number."""
+        return "regression" if self.classes is None else "classification"
+
+    def client(self, index: int) -> FederatedData:
+        """The share of one client, as its device holds it: that client's training rows (views) and no test rows."""
+        if not 0 <= index < self.clients:
+            raise DataError(f"there is no client {index}: {self.name} has clients 0 to {self.clients - 1}")
+        first, last = int(self.offsets[index]), int(self.offsets[index + 1])
+        return FederatedData(
+            name=self.name,
+            x=self.x[first:last],
+            y=self.y[first:last],
+            offsets=np.array([0, last - first], dtype=np.int64),
+            x_test=self.x_test[:0],
+            y_test=self.y_test[:0],
+            classes=self.classes,
+            feature_names=self.feature_names,
+            client_names=(self.client_names[index],),
+            class_names=self.class_names,
+            target_mean=self.target_mean,
+            target_scale=self.target_scale,
+        )
+
+    @classmethod
+    def from_shares(
+        cls,
+        name: str,
+        shares: Sequence[tuple[Array, Array]],
+        classes: int | None,
+        test: tuple[Array, Array] | None = None,
+    ) -> FederatedData:
+        """Join the (x, y) of each client, in order; the inverse of `client`.
+
+        Args:
+            name: what to call the data.
+            shares: one pair a client: x (n_i, ...features), y (n_i,); n_i may be 0.
+            classes: number of classes, None for regression.
+            test: x_test and y_test; None: no test rows.
+        """
+        if not shares:
+            raise DataError("got no shares: a dataset needs at least one client")
+        dtype = np.float64 if classes is None else np.int64
+        x = np.concatenate([np.asarray(x, dtype=np.float64) for x, _ in shares])
+        y = np.concatenate([np.asarray(y, dtype=dtype) for _, y in shares])
+        x_test, y_test = (x[:0], y[:0]) if test is None else test
+        return cls(
+            name=name,
+            x=x,
+            y=y,
+            offsets=np.cumsum([0, *(len(x) for x, _ in shares)], dtype=np.int64),
+            x_test=np.asarray(x_test, dtype=np.float64),
+            y_test=np.asarray(y_test, dtype=dtype),
+            classes=classes,
+        )
+
+
+def default_feature_names(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """x0, x1, ... for a row of one axis; x[0,0], x[0,1], ... for an image."""
+    if len(shape) == 1:
+        return tuple(f"x{i}" for i in range(shape[0]))
+    return tuple(f"x[{','.join(map(str, index))}]" for index in np.ndindex(*shape))
+
+
+def check_finite(values: Array, columns: Sequence[str], where: str) -> None:
+    """Refuse NaN and infinity, naming the first column and row that holds one.
+
+    Args:
+        values: (N, ...features) of any dtype; only floats can fail.
+        columns: one name a feature, row-major.
+        where: what the rows are, for the message.
+    """
+    if values.dtype.kind != "f" or np.isfinite(values).all():
+        return
+    flat = values.reshape(len(values), -1)
+    row, column = (int(i) for i in np.argwhere(~np.isfinite(flat))[0])
+    count = int((~np.isfinite(flat)).sum())
+    raise DataError(
+        f"column {columns[column]!r} holds {flat[row, column]} in row {row} of {where} (the first row is 0; "
+        f"{count} such {'value' if count == 1 else 'values'} in all): expected finite numbers; drop those rows or fill them in"
+    )
+
+
+def _check_rows(x_name: str, x: Array, y_name: str, y: Array, classes: int | None) -> None:
+    """Shapes and dtypes of one pair of features and targets, and the range of its labels."""
+    if x.ndim < 2 or x.dtype != np.float64:
+        raise DataError(f"{x_name} has shape {x.shape} and dtype {x.dtype}, expected (rows, ...features) in float64")
+    want = np.float64 if classes is None else np.int64
+    if y.shape != (len(x),) or y.dtype != want:
+        raise DataError(
+            f"{y_name} has shape {y.shape} and dtype {y.dtype}, expected ({len(x)},) in {np.dtype(want)}, one a row"
+        )
+    if classes is None:
+        return
+    if classes < 2:
+        raise DataError(f"classes = {classes}, expected at least 2: with one class there is nothing to learn")
+    if y.size and not (0 <= y.min() and y.max() < classes):
+        raise DataError(f"{y_name} holds labels {y.min()} to {y.max()}, expected 0 to {classes - 1}")
+
+
+def _check_offsets(offsets: Array, rows: int) -> None:
+    """Offsets are (n + 1,) int64 that rise from 0 to the number of rows."""
+    if offsets.ndim != 1 or len(offsets) < 2 or offsets.dtype != np.int64:
+        raise DataError(
+            f"offsets has shape {offsets.shape} and dtype {offsets.dtype}, expected (clients + 1,) in int64"
+        )
+    if offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+        raise DataError(f"offsets must rise from 0 to the {rows} rows, got {offsets.tolist()}")

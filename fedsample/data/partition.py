@@ -1,0 +1,139 @@
+"""Which client holds which row: flwr-datasets' partitioners, as plain arrays.
+
+| partition | rule |
+|---|---|
+| dirichlet | the rows of each class are split over the clients in proportions drawn from Dirichlet(alpha, ..., alpha) |
+| iid | a seeded shuffle, then equal shares |
+| shards | rows sorted by target, cut into two equal shards a client, dealt out at random |
+| natural | the client that the source names |
+
+Note what Dirichlet means here: one draw *per class over the clients* (Yurochkin et al. 2019, arXiv 1905.12022), so a
+small alpha skews the sizes of the shares as well as their labels. Another convention draws each client's label
+proportions and keeps the sizes equal.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from fedsample.data.base import Array
+from fedsample.errors import ConfigError, DataError
+
+_BINS = 10  # quantile bins that stand in for classes where the target is a number
+_SHARDS = 2  # shards a client, as in McMahan et al. (2017), arXiv 1602.05629
+
+
+def assign(scheme: str, targets: Array, clients: int, alpha: float, seed: int) -> Array:
+    """Assign every row to one client.
+
+    Args:
+        scheme: "dirichlet", "iid" or "shards".
+        targets: (N,) int64 classes, or float64 targets: dirichlet then uses ten quantile bins of them as classes.
+        clients: number of clients n, 1 <= n <= N.
+        alpha: Dirichlet concentration > 0; small is skewed. Only dirichlet uses it.
+        seed: >= 0; equal seeds give equal assignments.
+
+    Returns:
+        (N,) int64 in [0, n): the client of each row. iid and shards give every client a row; dirichlet does where one
+        of eleven draws has no empty share, and otherwise leaves some clients without rows, which is sound.
+
+    Raises:
+        ConfigError: no such scheme, or `clients`, `alpha` or `seed` out of range.
+        DataError: more clients than rows.
+    """
+    rows = len(targets)
+    if clients < 1:
+        raise ConfigError(f"data.clients = {clients}, expected at least 1")
+    if seed < 0:
+        raise ConfigError(f"seed = {seed}, expected at least 0")
+    if clients > rows:
+        raise DataError(f"data.clients = {clients}, but there are only {rows} training rows: lower data.clients")
+    if scheme == "dirichlet":
+        return _dirichlet(targets, clients, alpha, seed)
+    if scheme == "iid":
+        from flwr_datasets.partitioner import IidPartitioner
+
+        shuffled = np.random.default_rng(seed).permutation(rows)  # the partitioner itself cuts in the order it is given
+        return _owners(IidPartitioner(clients), shuffled, targets[shuffled], clients)
+    if scheme == "shards":
+        from flwr_datasets.partitioner import ShardPartitioner
+
+        # Its own shard size, floor(N / 2n), would leave the last rows to nobody; rounding up covers every row.
+        partitioner = ShardPartitioner(
+            clients,
+            partition_by="target",
+            shard_size=-(-rows // (_SHARDS * clients)),
+            keep_incomplete_shard=True,
+            shuffle=False,
+            seed=seed,
+        )
+        return _owners(partitioner, np.arange(rows), targets, clients)
+    raise ConfigError(f'data.partition = {scheme!r}, expected "dirichlet", "iid", "shards" or "natural"')
+
+
+def natural(owners: Array) -> tuple[Array, tuple[str, ...]]:
+    """Clients as the source names them.
+
+    Args:
+        owners: (N,) integer or text label of each row's client.
+
+    Returns:
+        (N,) int64 in [0, n), and the n labels; client i is the i-th label in sorted order.
+    """
+    names, codes = np.unique(owners, return_inverse=True)
+    return codes.astype(np.int64), tuple(str(name) for name in names)
+
+
+def _dirichlet(targets: Array, clients: int, alpha: float, seed: int) -> Array:
+    if not (alpha > 0 and np.isfinite(alpha)):
+        raise ConfigError(
+            f"data.alpha = {alpha}, expected a finite number above 0 (0.1 is very skewed, 100 nearly even)"
+        )
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    classes = targets
+    if targets.dtype.kind == "f":
+        edges = np.quantile(targets, np.linspace(0, 1, _BINS + 1)[1:-1])
+        classes = np.searchsorted(edges, targets, side="right")
+
+    def split(least: int) -> Array:
+        partitioner = DirichletPartitioner(
+            clients,
+            partition_by="target",
+            alpha=float(alpha),
+            min_partition_size=least,
+            self_balancing=False,
+            shuffle=False,
+            seed=seed,
+        )
+        return _owners(partitioner, np.arange(len(targets)), classes, clients)
+
+    try:
+        return split(least=1)
+    except ValueError:  # it gives up after eleven draws; only then are empty shares allowed
+        return split(least=0)
+
+
+def _owners(partitioner: Any, order: Array, targets: Array, clients: int) -> Array:
+    """Run a partitioner on rows `order` with targets (N,) in that order, and read off the client of each row."""
+    import datasets
+
+    owners = np.full(len(order), -1, dtype=np.int64)
+    with warnings.catch_warnings():
+        # Two warnings that say nothing to our user: that a Dirichlet draw with an empty share is being repeated, and
+        # that `datasets` calls pyarrow's sort with an argument that pyarrow 25 renamed.
+        warnings.filterwarnings("ignore", message="The specified min_partition_size", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Specifying null_placement in SortOptions", category=FutureWarning)
+        frame = datasets.Dataset.from_dict({"row": order, "target": targets}).with_format("numpy")
+        partitioner.dataset = frame
+        for client in range(clients):
+            share = np.asarray(partitioner.load_partition(client)["row"], dtype=np.int64)
+            if (owners[share] >= 0).any():
+                raise DataError(f"{type(partitioner).__name__} gave rows to two clients: report this with your data")
+            owners[share] = client
+    if (owners < 0).any():
+        raise DataError(f"{type(partitioner).__name__} left {int((owners < 0).sum())} rows to no client: report this")
+    return owners

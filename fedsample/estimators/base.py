@@ -1,0 +1,195 @@
+"""What an uplink estimator is: how the sum of the clients' gradients crosses the wire, both halves side by side.
+
+The client half maps (oracle, memory, turn) to (upload, memory); the server half maps (state, sum of decoded uploads)
+to (estimate, state). Arrays are (..., C, d): (C, d) on a device, (n, C, d) where one process plays n clients, with the
+same code. The server sees sums of decoded uploads only, never one client's.
+
+Memories commit in two steps: what an upload would change is kept pending, and the next request says in which round
+the server last applied an upload of this client. If that is the pending one it is committed, otherwise dropped.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fedsample.compression import Compressor, Packet, PacketKeys, values_from_bytes, values_to_bytes
+from fedsample.errors import DataError
+
+
+class Oracle(Protocol):
+    """Gradients on request, in the coordinates in which the chain moves.
+
+    Attributes:
+        full: whether every gradient uses all rows, so that one taken last round still holds.
+    """
+
+    full: bool
+
+    def gradient(self, point: Tensor, *, full: bool = False) -> Tensor:
+        """Gradient of U_i at `point` (C, d) -> (..., C, d); on this round's minibatch unless `full`.
+
+        Called twice in a round it uses the same minibatch twice.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a client is told in one round.
+
+    Attributes:
+        round: 1, 2, ...
+        point: (C, d) where the gradient is wanted. previous: (C, d) the point of the round before, where needed.
+        sync: (C,) chains for which a dense upload is wanted; None: none.
+        active: (..., C) chains that ask this client; None: all. The rest send nothing and leave memories untouched.
+        applied: (...) int64, or int: the last round in which the server applied an upload of this client (0: never).
+        epoch: the server's memory epoch; a client whose memory is of another one starts from zero.
+        keys: the randomness that this client shares with the server.
+    """
+
+    round: int
+    point: Tensor
+    previous: Tensor | None
+    sync: Tensor | None
+    active: Tensor | None
+    applied: Tensor | int
+    epoch: int
+    keys: PacketKeys
+
+
+class Upload(NamedTuple):
+    """What a client sends: for each chain a compressed packet or, where `sync` was set, a dense vector.
+
+    Attributes:
+        packet: (..., C, K) or None if all chains synchronise.
+        dense: (..., C, d), meaningful for the synchronising chains; None if there are none.
+    """
+
+    packet: Packet | None
+    dense: Tensor | None
+
+
+Memory = dict[str, Tensor]  # a client's memory by name; leading dimensions as the arrays', so that a fleet stacks it
+ServerState = dict[str, Tensor]  # the server's half, O(C d)
+
+
+class Uplink(ABC):
+    """An estimator of the sum of gradients, around a compressor."""
+
+    name: ClassVar[str]
+    needs_previous: ClassVar[bool] = False
+    needs_everyone_to_sync: ClassVar[bool] = False
+    reference: ClassVar[str]
+    summary: ClassVar[str]
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+
+    @abstractmethod
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
+        """A client's memory before round 1; shape is (..., C, d)."""
+
+    @abstractmethod
+    def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
+        """The client's half of a round; the memory passed in is consumed (it may be changed in place)."""
+
+    @abstractmethod
+    def start(self, chains: int, d: int, device: torch.device) -> ServerState:
+        """The server's state before round 1."""
+
+    @abstractmethod
+    def decode(
+        self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
+    ) -> tuple[Tensor, ServerState]:
+        """The server's half: the estimate (C, d) of the summed gradient.
+
+        Args:
+            state: from `start` or the round before. total: (C, d) sum of the decoded uploads that arrived.
+            sync: (C,) chains whose uploads were dense. inclusion: probability that a client's upload arrives.
+        """
+
+    def sync_probability(self, round: int, d: int) -> float:
+        """Probability that a chain synchronises (dense uploads) in this round; each chain tosses its own coin."""
+        return 0.0
+
+    def decompress(self, upload: Upload, sync: Tensor | None, active: Tensor | None, d: int) -> Tensor:
+        """What the server makes of uploads: (..., C, d)."""
+        if upload.packet is None:
+            dense = _required(upload.dense)
+        else:
+            dense = self.compressor.decompress(upload.packet, d)
+            if upload.dense is not None and sync is not None:
+                dense = torch.where(sync.unsqueeze(-1), upload.dense, dense)
+        return dense if active is None else dense * active.unsqueeze(-1)
+
+    def bits(self, chains: int, syncing: int, d: int, dtype: torch.dtype) -> int:
+        """Bits on the wire for one client, `syncing` of whose `chains` active chains send dense vectors."""
+        dense = 8 * d * torch.empty((), dtype=dtype).element_size()
+        return (chains - syncing) * self.compressor.bits(d, dtype) + syncing * dense
+
+    def to_bytes(self, upload: Upload, sync: Tensor | None, active: Tensor | None) -> bytes:
+        """One client's upload (C chains) as it travels: the active chains' packets or dense vectors, in order."""
+        parts = []
+        for chain in range(_chains(upload)):
+            if active is not None and not bool(active[chain]):
+                continue
+            if upload.packet is None or (sync is not None and bool(sync[chain])):
+                parts.append(values_to_bytes(_required(upload.dense)[chain]))
+            else:
+                parts.append(self.compressor.to_bytes(_chain(upload.packet, chain)))
+        return b"".join(parts)
+
+    def from_bytes(self, data: bytes, turn: Turn, d: int, dtype: torch.dtype) -> Upload:
+        """The upload that `to_bytes` wrote, for one client; inactive chains come back as zeros.
+
+        Raises:
+            DataError: if the length is wrong or a value is not finite.
+        """
+        chains = turn.point.shape[0]
+        width = torch.empty((), dtype=dtype).element_size()
+        dense = torch.zeros(chains, d, dtype=dtype) if turn.sync is not None and bool(turn.sync.any()) else None
+        support = self.compressor.support(turn.keys, d)
+        values = torch.zeros(chains, self.compressor.count(d), dtype=dtype)
+        at = 0
+        for chain in range(chains):
+            if turn.active is not None and not bool(turn.active[chain]):
+                continue
+            syncing = dense is not None and turn.sync is not None and bool(turn.sync[chain])
+            size = d * width if syncing else self.compressor.bits(d, dtype) // 8
+            piece = data[at : at + size]
+            at += size
+            if syncing:
+                _required(dense)[chain] = values_from_bytes(piece, d, dtype)
+            else:
+                values[chain] = values_from_bytes(piece, values.shape[-1], dtype)
+        if at != len(data):
+            raise DataError(f"an upload of {len(data)} bytes, expected {at} for {chains} chains of {d} parameters")
+        return Upload(Packet(values, support), dense)
+
+    def describe(self) -> dict[str, Any]:
+        """What `fedsample list estimators` prints of it."""
+        return {"name": self.name, "wire": self.summary, "reference": self.reference}
+
+
+def masked(packet: Packet, active: Tensor | None) -> Packet:
+    """The packet with the chains that are not active (..., C) set to zero."""
+    return packet if active is None else Packet(packet.values * active.unsqueeze(-1), packet.indices)
+
+
+def _chain(packet: Packet, chain: int) -> Packet:
+    return Packet(packet.values[chain], None if packet.indices is None else packet.indices[chain])
+
+
+def _chains(upload: Upload) -> int:
+    return (upload.dense if upload.packet is None else upload.packet.values).shape[-2]  # type: ignore[union-attr]
+
+
+def _required(dense: Tensor | None) -> Tensor:
+    if dense is None:
+        raise ValueError("an upload without its dense part: the request asked a chain to synchronise")
+    return dense

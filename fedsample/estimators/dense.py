@@ -1,0 +1,46 @@
+"""Every client sends its whole gradient.
+
+    g = (1 / pi) sum_{i in S} grad U_i(x),   pi = P(i in S),
+
+exact when all take part, unbiased otherwise (Welling & Teh 2011 with clients for minibatches).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsample.compression import Compressor, Identity
+from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Upload, Uplink, masked
+
+
+class Dense(Uplink):
+    """Uncompressed gradients; no memory on either side."""
+
+    name: ClassVar[str] = "dense"
+    reference: ClassVar[str] = "Welling & Teh 2011"
+    summary: ClassVar[str] = "d values a chain and round"
+
+    def __init__(self, compressor: Compressor | None = None) -> None:
+        super().__init__(compressor or Identity())
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
+        """None is needed."""
+        return {}
+
+    def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
+        """The gradient at the point."""
+        packet = self.compressor.compress(oracle.gradient(turn.point), turn.keys)
+        return Upload(masked(packet, turn.active), None), memory
+
+    def start(self, chains: int, d: int, device: torch.device) -> ServerState:
+        """None is needed."""
+        return {}
+
+    def decode(
+        self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
+    ) -> tuple[Tensor, ServerState]:
+        """The sum, scaled by one over the probability of arriving."""
+        return total / inclusion, state

@@ -1,0 +1,81 @@
+r"""DIANA: compress the gradient's difference to a memory that both ends keep.
+
+    client  m_i = Q_i( grad U_i(x_k) - h_i ),                     h_i <- h_i + alpha m_i
+    server  g_k = sum_i h_i + (1 / pi) sum_{i in S} m_i,          sum_i h_i <- sum_i h_i + alpha sum_{i in S} m_i
+
+with alpha = 1 / (1 + omega). Mishchenko, Gorbunov, Takac & Richtarik 2019 (arXiv 1901.09269); as QLSD's memory under
+Langevin noise: Vono et al., AISTATS 2022 (arXiv 2106.00797). Absent clients enter through their memories, so the
+estimate stays unbiased under client sampling and the compression noise vanishes with the gradient's motion.
+
+Two-step commit: m_i waits as pending until the server says that it applied it. Without that, one lost reply in a
+hundred lets the two sums of memories drift apart for good.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsample.compression import Packet
+from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Upload, Uplink, masked
+
+
+class Diana(Uplink):
+    """Compressed differences to a memory; needs an unbiased compressor."""
+
+    name: ClassVar[str] = "diana"
+    reference: ClassVar[str] = "Mishchenko et al. 2019; Vono et al. 2022"
+    summary: ClassVar[str] = "K values a chain and round"
+
+    def rate(self, d: int) -> float:
+        """The memory's learning rate alpha = 1 / (1 + omega)."""
+        return 1.0 / (1.0 + self.compressor.omega(d))
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
+        """Shift h_i = 0, the pending packet and its round (0: none), and the epoch of the memory."""
+        lead, k = shape[:-2], self.compressor.count(shape[-1])
+        return {
+            "shift": torch.zeros(shape, dtype=dtype, device=device),
+            "pending": torch.zeros((*shape[:-1], k), dtype=dtype, device=device),
+            "support": torch.arange(k, device=device).expand(*shape[:-1], k).clone(),
+            "round": torch.zeros(lead, dtype=torch.int64, device=device),
+            "epoch": torch.zeros(lead, dtype=torch.int64, device=device),
+        }
+
+    def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
+        """Commit or drop what is pending, then compress the difference to the memory."""
+        shift = self._commit(memory, turn)
+        packet = masked(self.compressor.compress(oracle.gradient(turn.point) - shift, turn.keys), turn.active)
+        support = memory["support"] if packet.indices is None else packet.indices
+        return Upload(packet, None), {
+            "shift": shift,
+            "pending": packet.values,
+            "support": support,
+            "round": torch.full_like(memory["round"], turn.round),
+            "epoch": torch.full_like(memory["epoch"], turn.epoch),
+        }
+
+    def _commit(self, memory: Memory, turn: Turn) -> Tensor:
+        """The shift after the last packet was acknowledged or dropped; zero in a new epoch."""
+        shift, pending = memory["shift"], memory["pending"]
+        current = memory["epoch"] == turn.epoch
+        if not bool(current.all()):
+            shift.mul_(current[..., None, None])
+        applied = current & (memory["round"] > 0) & (memory["round"] == turn.applied)
+        if not bool(applied.all()):
+            pending = pending * applied[..., None, None]
+        self.compressor.add_to(shift, Packet(pending, memory["support"]), self.rate(shift.shape[-1]))
+        return shift
+
+    def start(self, chains: int, d: int, device: torch.device) -> ServerState:
+        """The sum of the clients' memories, zero."""
+        return {"shift": torch.zeros(chains, d, dtype=torch.float64, device=device)}
+
+    def decode(
+        self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
+    ) -> tuple[Tensor, ServerState]:
+        """Memories plus the scaled sum of differences; the memories move by the unscaled sum."""
+        shift = state["shift"]
+        return shift + total / inclusion, {"shift": shift + total.to(shift.dtype) * self.rate(shift.shape[-1])}

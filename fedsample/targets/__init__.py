@@ -1,0 +1,18 @@
+"""Targets: potentials of clients, the prior, and the metric in whose coordinates a chain moves."""
+
+from fedsample.targets.base import Clients, GaussianPrior
+from fedsample.targets.glm import GeneralizedLinear
+from fedsample.targets.metric import Metric, MetricClients, MetricPrior
+from fedsample.targets.posterior import Posterior
+from fedsample.targets.quadratic import Quadratic
+
+__all__ = [
+    "Clients",
+    "GaussianPrior",
+    "GeneralizedLinear",
+    "Metric",
+    "MetricClients",
+    "MetricPrior",
+    "Posterior",
+    "Quadratic",
+]

@@ -1,0 +1,108 @@
+r"""What is sampled: pi(theta) ∝ exp(-U(theta) / T) with U = U_0 + sum_i U_i.
+
+U_i is client i's negative log-likelihood summed over its rows, up to constants; U_0, the negative log-prior, belongs to
+the server. `Clients` is a stack of n clients that answers for all of them at once; a device holds the same class with
+n = 1. A client without rows contributes zero.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsample.random import Key
+from fedsample.sums import TreeSum
+
+
+class Clients(ABC):
+    """Potentials U_i of n clients and their derivatives at C points.
+
+    Attributes:
+        n: number of clients. d: number of parameters. rows: (n,) rows each client holds. dtype, device: of all arrays.
+    """
+
+    n: int
+    d: int
+    rows: Tensor
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def potential(self, theta: Tensor) -> Tensor:
+        """U_i at (C, d) -> (n, C) float64."""
+
+    @abstractmethod
+    def gradient(
+        self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Gradient of U_i at (C, d) -> (n, C, d), or (m, C, d) for the m clients whose indices are given.
+
+        With a batch size, an unbiased estimate from that many rows without replacement, drawn by `keys` (m, C) and
+        scaled by N_i / min(batch, N_i).
+        """
+
+    @abstractmethod
+    def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
+        """Hessian of U_i at (C, d) times (C, d) -> (n, C, d)."""
+
+    @abstractmethod
+    def hessian(self, theta: Tensor) -> Tensor:
+        """Hessian of U_i (for networks the Fisher information, which is never indefinite) at (C, d) -> (n, C, d, d)."""
+
+    @abstractmethod
+    def diagonal(self, theta: Tensor) -> Tensor:
+        """Diagonal of `hessian` at (C, d) -> (n, C, d)."""
+
+    @abstractmethod
+    def blocks(self) -> list[Tensor]:
+        """The parameter matrices for Kronecker factors: flat positions, int64 (out, in) each; together all d."""
+
+    @abstractmethod
+    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each block the factors B (n, out, out), A (n, in, in) of the Fisher at (d,), with tr B = tr A.
+
+        F restricted to the block is approximated by B x A / tr A: with F = sum u u^T over matrices u, B = sum u u^T and
+        A = sum u^T u.
+        """
+
+    @abstractmethod
+    def subset(self, clients: Tensor) -> Clients:
+        """The same for some clients only, in the given order."""
+
+    def client(self, i: int) -> Clients:
+        """The stack that holds client i alone, as its device does."""
+        return self.subset(torch.tensor([i], device=self.device))
+
+    def hessian_sum(self, theta: Tensor) -> Tensor:
+        """Sum over clients of `hessian` at (d,) -> (d, d), one client at a time."""
+        total = TreeSum()
+        for i in range(self.n):
+            total.add(self.client(i).hessian(theta.unsqueeze(0))[0, 0])
+        return total.total()
+
+
+@dataclass(frozen=True)
+class GaussianPrior:
+    """U_0(theta) = precision |theta|^2 / 2, up to a constant; precision 0 is the flat prior.
+
+    Attributes:
+        precision: 1 / scale^2 >= 0, the same for all parameters.
+    """
+
+    precision: float
+
+    @classmethod
+    def of_scale(cls, scale: float | None) -> GaussianPrior:
+        """N(0, scale^2) on every parameter; None: flat."""
+        return cls(0.0 if scale is None else 1.0 / scale**2)
+
+    def potential(self, theta: Tensor) -> Tensor:
+        """(..., d) -> (...) float64."""
+        return 0.5 * self.precision * theta.to(torch.float64).square().sum(-1)
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return self.precision * theta

@@ -1,0 +1,287 @@
+r"""Linear, logistic and softmax regression in closed form, batched over clients and chains.
+
+With design rows x (a one appended for the intercept), W (k, q) and eta = W x:
+
+    linear     U = sum (y - eta)^2 / (2 sigma^2)        residual r = (eta - y) / sigma^2      Lambda = 1 / sigma^2
+    logistic   U = sum log(1 + e^eta) - y eta           r = s(eta) - y                        Lambda = s (1 - s)
+    softmax    U = sum logsumexp(eta) - eta_y           r = softmax(eta) - e_y                Lambda = diag(p) - p p^T
+
+    grad U = sum r x^T,      Hessian U = sum Lambda (x) x x^T.
+
+The rows of all clients are stacked: one product with the design serves all clients and chains, and one product a client
+gathers its gradient. The outputs stand on a leading axis, since a softmax over a short last axis is ten times slower.
+Parameters are flat as in `torch.nn.Linear`: weight (k, p) row-major, then bias (k,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedsample.random import Key
+from fedsample.targets.base import Clients
+
+Likelihood = Literal["gaussian", "bernoulli", "categorical"]
+
+_CHUNK = 1 << 24  # entries of the largest intermediate array
+
+
+class GeneralizedLinear(Clients):
+    """Regression clients over ragged data.
+
+    Args:
+        x: (N, p) rows sorted by client. y: (N,) integer labels below `outputs` (categorical), 0 / 1 (bernoulli), or
+            targets (gaussian). offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
+        likelihood: which regression. outputs: k, the classes (1 unless categorical). intercept: whether the parameters
+            end with a bias. noise_scale: sigma of the Gaussian likelihood.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        offsets: Tensor,
+        likelihood: Likelihood,
+        outputs: int = 1,
+        *,
+        intercept: bool = True,
+        noise_scale: float = 1.0,
+    ) -> None:
+        self.dtype, self.device = x.dtype, x.device
+        self.features, self.outputs, self.intercept = x.shape[1], outputs, intercept
+        self.likelihood: Likelihood = likelihood
+        self.noise_scale = noise_scale
+        self.design = torch.cat([x, x.new_ones(len(x), 1)], dim=1) if intercept else x.contiguous()  # (N, q)
+        self.labels = y
+        self._targets = self._one_hot(y)  # (k, N)
+        self.offsets = offsets.to(torch.int64)
+        self._bounds: list[int] = self.offsets.tolist()
+        self.rows = (self.offsets[1:] - self.offsets[:-1]).to(self.device)
+        self.n, self.d = len(offsets) - 1, outputs * self.design.shape[1]
+
+    def _one_hot(self, y: Tensor) -> Tensor:
+        if self.likelihood != "categorical":
+            return y.to(self.dtype).unsqueeze(0)
+        return torch.nn.functional.one_hot(y.to(torch.int64), self.outputs).T.to(self.dtype).contiguous()
+
+    # --- parameters: flat <-> (k, q) -----------------------------------------------------------------------------
+
+    def _matrix(self, theta: Tensor) -> Tensor:
+        """(..., d) -> (..., k, q)."""
+        k, p = self.outputs, self.features
+        weight = theta[..., : k * p].unflatten(-1, (k, p))
+        return torch.cat([weight, theta[..., k * p :].unsqueeze(-1)], dim=-1) if self.intercept else weight
+
+    def _flat(self, matrix: Tensor) -> Tensor:
+        """(..., k, q) -> (..., d)."""
+        if not self.intercept:
+            return matrix.flatten(-2)
+        p = self.features
+        return torch.cat([matrix[..., :p].flatten(-2), matrix[..., p]], dim=-1)
+
+    def _positions(self) -> Tensor:
+        """(k, q) flat position of every matrix entry."""
+        return self._matrix(torch.arange(self.d, device=self.device))
+
+    # --- likelihood: outputs (C, k, N) ---------------------------------------------------------------------------
+
+    def _outputs(self, matrix: Tensor, rows: slice) -> Tensor:
+        """(C, k, q) -> (C, k, rows)."""
+        c, k, q = matrix.shape
+        return torch.mm(matrix.reshape(c * k, q), self.design[rows].T).view(c, k, -1)
+
+    def _residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """dU / d eta, the shape of the outputs; targets (k, rows) or (..., k, rows)."""
+        if self.likelihood == "categorical":
+            return torch.softmax(outputs, dim=-2).sub_(targets)
+        if self.likelihood == "bernoulli":
+            return torch.sigmoid(outputs).sub_(targets)
+        return (outputs - targets) / self.noise_scale**2
+
+    def _row_potential(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(C, k, rows) -> (C, rows)."""
+        if self.likelihood == "categorical":
+            return torch.logsumexp(outputs, dim=-2) - (outputs * targets).sum(-2)
+        if self.likelihood == "bernoulli":
+            return (torch.nn.functional.softplus(outputs) - outputs * targets).squeeze(-2)
+        return ((outputs - targets).square() / (2 * self.noise_scale**2)).squeeze(-2)
+
+    def _curve(self, outputs: Tensor, directions: Tensor) -> Tensor:
+        """Lambda times directions, (C, k, rows) both."""
+        if self.likelihood == "categorical":
+            p = torch.softmax(outputs, dim=-2)
+            weighted = p * directions
+            return weighted - p * weighted.sum(-2, keepdim=True)
+        if self.likelihood == "bernoulli":
+            s = torch.sigmoid(outputs)
+            return s * (1 - s) * directions
+        return directions / self.noise_scale**2
+
+    # --- Clients -------------------------------------------------------------------------------------------------
+
+    def _groups(self, chains: int) -> Iterator[tuple[int, int]]:
+        """Runs of successive clients whose outputs fit in a chunk."""
+        budget = max(1, _CHUNK // (chains * self.outputs))
+        first = 0
+        while first < self.n:
+            last = first + 1
+            while last < self.n and self._bounds[last + 1] - self._bounds[first] <= budget:
+                last += 1
+            yield first, last
+            first = last
+
+    def potential(self, theta: Tensor) -> Tensor:
+        """(C, d) -> (n, C) float64."""
+        result = torch.zeros(self.n, theta.shape[0], dtype=torch.float64, device=self.device)
+        matrix = self._matrix(theta)
+        for first, last in self._groups(theta.shape[0]):
+            rows = slice(self._bounds[first], self._bounds[last])
+            values = self._row_potential(self._outputs(matrix, rows), self._targets[:, rows]).to(torch.float64)
+            for i in range(first, last):
+                result[i] = values[:, self._bounds[i] - rows.start : self._bounds[i + 1] - rows.start].sum(-1)
+        return result
+
+    def gradient(
+        self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """(C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
+        matrix = self._matrix(theta)
+        if batch_size is not None and keys is not None:
+            return self._batch_gradient(matrix, clients, keys, batch_size)
+        if clients is not None:
+            spans = [(i, i + 1) for i in clients.tolist()]
+        else:
+            spans = list(self._groups(theta.shape[0]))
+        return self._gather(
+            theta.shape[0],
+            self.n if clients is None else len(clients),
+            ((span, self._residual(self._outputs(matrix, r), self._targets[:, r])) for span, r in self._rows(spans)),
+        )
+
+    def _rows(self, spans: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], slice]]:
+        for first, last in spans:
+            yield (first, last), slice(self._bounds[first], self._bounds[last])
+
+    def _gather(self, chains: int, m: int, parts: Iterator[tuple[tuple[int, int], Tensor]]) -> Tensor:
+        """Sum of r x^T over each client's rows: (C, k, rows) for runs of clients -> (m, C, d)."""
+        q = self.design.shape[1]
+        result = self.design.new_empty(m, chains * self.outputs, q)
+        at = 0
+        for (first, last), residual in parts:
+            flat = residual.reshape(chains * self.outputs, -1)
+            start = self._bounds[first]
+            for i in range(first, last):
+                low, high = self._bounds[i], self._bounds[i + 1]
+                torch.mm(flat[:, low - start : high - start], self.design[low:high], out=result[at])
+                at += 1
+        return self._flat(result.view(m, chains, self.outputs, q))
+
+    def _batch_gradient(self, matrix: Tensor, clients: Tensor | None, keys: Key, size: int) -> Tensor:
+        """Minibatches drawn for each client and chain: (m, C, d)."""
+        rows = self.rows if clients is None else self.rows[clients]
+        start = (self.offsets[:-1] if clients is None else self.offsets[:-1][clients.cpu()]).to(self.device)
+        position, valid = draw_rows(keys, rows, size)  # (m, C, b)
+        if len(self.design) == 0:
+            return matrix.new_zeros(len(rows), matrix.shape[0], self.d)
+        index = (start[:, None, None] + position).clamp_(max=len(self.design) - 1)
+        design = self.design[index]  # (m, C, b, q)
+        outputs = torch.matmul(matrix, design.transpose(-1, -2))  # (m, C, k, b)
+        residual = self._residual(outputs, self._targets[:, index].movedim(0, -2))
+        weight = rows.to(self.dtype) / rows.clamp(min=1).clamp(max=size).to(self.dtype)
+        return self._flat(torch.matmul(residual * (valid * weight[:, None, None]).unsqueeze(-2), design))
+
+    def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
+        """(C, d), (C, d) -> (n, C, d)."""
+        matrix, direction = self._matrix(theta), self._matrix(vector)
+        spans = list(self._groups(theta.shape[0]))
+        parts = (
+            (span, self._curve(self._outputs(matrix, rows), self._outputs(direction, rows)))
+            for span, rows in self._rows(spans)
+        )
+        return self._gather(theta.shape[0], self.n, parts)
+
+    def _weights(self, matrix: Tensor, rows: slice) -> Tensor:
+        """Lambda at one point (k, q) for some rows: (k, k, rows)."""
+        outputs = self._outputs(matrix.unsqueeze(0), rows)  # (1, k, rows)
+        unit = torch.eye(self.outputs, dtype=self.dtype, device=self.device).unsqueeze(-1)  # (k, k, 1)
+        return self._curve(outputs.expand(self.outputs, -1, -1), unit.expand(-1, -1, outputs.shape[-1]))
+
+    def hessian(self, theta: Tensor) -> Tensor:
+        """(C, d) -> (n, C, d, d)."""
+        k, q = self.outputs, self.design.shape[1]
+        result = self.design.new_empty(self.n, theta.shape[0], self.d, self.d)
+        order = torch.argsort(self._positions().flatten())
+        for i, low, high in zip(range(self.n), self._bounds, self._bounds[1:], strict=False):
+            design = self.design[low:high]
+            for c, matrix in enumerate(self._matrix(theta)):
+                weights = self._weights(matrix, slice(low, high))
+                blocks = self.design.new_empty(k, q, k, q)
+                for a in range(k):
+                    for b in range(a, k):
+                        product = (design * weights[a, b].unsqueeze(-1)).T @ design  # symmetric
+                        blocks[a, :, b] = product
+                        blocks[b, :, a] = product
+                result[i, c] = blocks.reshape(self.d, self.d)[order][:, order]
+        return result
+
+    def diagonal(self, theta: Tensor) -> Tensor:
+        """(C, d) -> (n, C, d)."""
+        result = self.design.new_empty(self.n, theta.shape[0], self.d)
+        square = self.design.square()
+        for i, low, high in zip(range(self.n), self._bounds, self._bounds[1:], strict=False):
+            for c, matrix in enumerate(self._matrix(theta)):
+                weights = self._weights(matrix, slice(low, high)).diagonal(dim1=0, dim2=1).T  # (k, rows)
+                result[i, c] = self._flat(weights @ square[low:high])
+        return result
+
+    def blocks(self) -> list[Tensor]:
+        """One block (k, q): the weight with its bias as a last column."""
+        return [self._positions()]
+
+    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """B = sum |x|^2 Lambda (n, k, k) and A = sum tr(Lambda) x x^T (n, q, q) at (d,)."""
+        matrix = self._matrix(theta)
+        outer, inner = [], []
+        for low, high in zip(self._bounds, self._bounds[1:], strict=False):
+            design, weights = self.design[low:high], self._weights(matrix, slice(low, high))
+            outer.append((weights * design.square().sum(-1)).sum(-1))
+            inner.append((design * weights.diagonal(dim1=0, dim2=1).sum(-1).unsqueeze(-1)).T @ design)
+        return [(torch.stack(outer), torch.stack(inner))]
+
+    def subset(self, clients: Tensor) -> GeneralizedLinear:
+        """Some of the clients, with their rows."""
+        index = [torch.arange(self._bounds[i], self._bounds[i + 1]) for i in clients.tolist()]
+        rows = torch.cat(index).to(self.device) if index else torch.zeros(0, dtype=torch.int64, device=self.device)
+        sizes = torch.tensor([0] + [len(each) for each in index])
+        return GeneralizedLinear(
+            self.design[rows, : self.features],
+            self.labels[rows],
+            torch.cumsum(sizes, 0),
+            self.likelihood,
+            self.outputs,
+            intercept=self.intercept,
+            noise_scale=self.noise_scale,
+        )
+
+
+def draw_rows(keys: Key, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """A minibatch without replacement for each key.
+
+    Args:
+        keys: (m, C) keys. rows: (m,) how many rows each client has. size: rows wanted.
+
+    Returns:
+        Positions (m, C, b) within the client's rows, b = min(size, largest client), and which of them count (m, C, b):
+        a client with fewer rows than b uses all of them.
+    """
+    most = max(1, int(rows.max()) if len(rows) else 1)
+    bits = max(1, (most - 1).bit_length())
+    tag = torch.arange(most, dtype=torch.int64, device=rows.device)
+    words = (keys.integers64(most) & ~((1 << bits) - 1)) | tag  # (m, C, most), no two equal
+    absent = tag >= rows[:, None, None]
+    words = torch.where(absent, torch.iinfo(torch.int64).max - most + tag, words)
+    chosen = torch.topk(words, min(size, most), dim=-1, largest=False, sorted=True)
+    return chosen.indices, chosen.indices < rows[:, None, None]

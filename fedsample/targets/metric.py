@@ -1,0 +1,302 @@
+r"""A metric: the change of coordinates theta = m + S z in which a chain moves and clients differentiate and compress.
+
+With S S^T near the inverse Hessian at the mode m, the target in z has curvature near one in every direction, and a
+step that is stable in the stiffest is no longer tiny in the flattest. S is fixed before sampling from one sum over
+clients, so kernels, estimators, compressors and their exact laws apply in z unchanged: U(m + S z) is just another
+target. S is symmetric here, S = P^{-1/2} for the chosen approximation P of the Hessian of U.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsample.errors import DivergenceError
+from fedsample.random import Key
+from fedsample.targets.base import Clients, GaussianPrior
+
+
+class Metric(ABC):
+    """theta = m + S z with a symmetric S; all methods act on (..., d)."""
+
+    name: ClassVar[str]
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean = mean
+
+    @abstractmethod
+    def scale(self, z: Tensor) -> Tensor:
+        """S z."""
+
+    @abstractmethod
+    def unscale(self, theta: Tensor) -> Tensor:
+        """S^{-1} theta."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What the server sends once, besides the mean: enough to rebuild S."""
+
+    def push(self, z: Tensor) -> Tensor:
+        """Theta = m + S z."""
+        return self.mean + self.scale(z)
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """A gradient in theta as a gradient in z: S^T g."""
+        return self.scale(gradient)
+
+    def invert(self, theta: Tensor) -> Tensor:
+        """Z = S^{-1} (theta - m)."""
+        return self.unscale(theta - self.mean)
+
+    @abstractmethod
+    def bits(self, dtype: torch.dtype) -> int:
+        """Bits on the wire of S, and of one client's share of the sum that it is made from."""
+
+
+def _width(dtype: torch.dtype) -> int:
+    return 8 * torch.empty((), dtype=dtype).element_size()
+
+
+class Identity(Metric):
+    """S = I: the coordinates are the parameters, about the mode."""
+
+    name: ClassVar[str] = "identity"
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Z itself."""
+        return z
+
+    def unscale(self, theta: Tensor) -> Tensor:
+        """Theta itself."""
+        return theta
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def bits(self, dtype: torch.dtype) -> int:
+        """Nothing travels."""
+        return 0
+
+
+class Diagonal(Metric):
+    """S = diag(s)."""
+
+    name: ClassVar[str] = "diagonal"
+
+    def __init__(self, mean: Tensor, scales: Tensor) -> None:
+        super().__init__(mean)
+        self.scales = scales
+
+    @classmethod
+    def of_precision(cls, mean: Tensor, precision: Tensor) -> Diagonal:
+        """From the diagonal (d,) of the Hessian of U."""
+        return cls(mean, precision.clamp(min=_floor(precision)).rsqrt().to(mean.dtype))
+
+    def scale(self, z: Tensor) -> Tensor:
+        """S z, elementwise."""
+        return z * self.scales
+
+    def unscale(self, theta: Tensor) -> Tensor:
+        """Division by s."""
+        return theta / self.scales
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The scales (d,)."""
+        return {"scales": self.scales}
+
+    def bits(self, dtype: torch.dtype) -> int:
+        """The d diagonal entries."""
+        return _width(dtype) * len(self.scales)
+
+
+class Dense(Metric):
+    """S = P^{-1/2}, a full symmetric matrix."""
+
+    name: ClassVar[str] = "hessian"
+
+    def __init__(self, mean: Tensor, root: Tensor, inverse: Tensor) -> None:
+        super().__init__(mean)
+        self.root, self.inverse = root, inverse
+
+    @classmethod
+    def of_precision(cls, mean: Tensor, precision: Tensor) -> Dense:
+        """From the Hessian (d, d) of U at the mode; flat or concave directions get the smallest positive scale.
+
+        Raises:
+            DivergenceError: if the Hessian is not finite.
+        """
+        values, vectors = _eigen(precision)
+        root = (vectors * values.rsqrt()) @ vectors.T
+        inverse = (vectors * values.sqrt()) @ vectors.T
+        return cls(mean, root.to(mean.dtype), inverse.to(mean.dtype))
+
+    def scale(self, z: Tensor) -> Tensor:
+        """S z: one matrix product."""
+        return (z.reshape(-1, z.shape[-1]) @ self.root).view(z.shape)
+
+    def unscale(self, theta: Tensor) -> Tensor:
+        """P^{1/2} theta."""
+        return (theta.reshape(-1, theta.shape[-1]) @ self.inverse).view(theta.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The symmetric root (d, d)."""
+        return {"root": self.root, "inverse": self.inverse}
+
+    def bits(self, dtype: torch.dtype) -> int:
+        """A symmetric matrix: d (d + 1) / 2 entries."""
+        d = len(self.mean)
+        return _width(dtype) * (d * (d + 1) // 2)
+
+
+class Kronecker(Metric):
+    """Block by block S = (V_B x V_A) diag(s) (V_B x V_A)^T over parameter matrices, from Kronecker factors."""
+
+    name: ClassVar[str] = "kronecker"
+
+    def __init__(self, mean: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+        super().__init__(mean)
+        self.parts = list(parts)  # positions (o, i), V_B (o, o), V_A (i, i), s (o, i)
+
+    @classmethod
+    def of_factors(
+        cls, mean: Tensor, blocks: list[Tensor], factors: list[tuple[Tensor, Tensor]], precision: float
+    ) -> Kronecker:
+        """From summed factors B (o, o), A (i, i) for each block (see `Clients.factors`) and the prior's precision."""
+        parts = []
+        for positions, (outer, inner) in zip(blocks, factors, strict=True):
+            b, v_b = torch.linalg.eigh(outer.to(torch.float64))
+            a, v_a = torch.linalg.eigh(inner.to(torch.float64))
+            trace = inner.diagonal().sum(dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+            curvature = b.clamp(min=0)[:, None] * a.clamp(min=0)[None, :] / trace + precision
+            scales = curvature.clamp(min=_floor(curvature)).rsqrt()
+            parts.append((positions, v_b.to(mean.dtype), v_a.to(mean.dtype), scales.to(mean.dtype)))
+        return cls(mean, parts)
+
+    def _apply(self, x: Tensor, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        result = torch.empty_like(x)
+        for positions, v_b, v_a, scales in self.parts:
+            flat = positions.flatten()
+            block = v_b.T @ x[..., flat].unflatten(-1, tuple(positions.shape)) @ v_a
+            result[..., flat] = (v_b @ act(block, scales) @ v_a.T).flatten(-2)
+        return result
+
+    def scale(self, z: Tensor) -> Tensor:
+        """S z, two small products a block."""
+        return self._apply(z, torch.mul)
+
+    def unscale(self, theta: Tensor) -> Tensor:
+        """S^{-1} theta."""
+        return self._apply(theta, torch.div)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Eigenvectors and scales of every block."""
+        return {
+            f"{name}{b}": tensor
+            for b, part in enumerate(self.parts)
+            for name, tensor in zip(("positions", "outer", "inner", "scales"), part, strict=True)
+        }
+
+    def bits(self, dtype: torch.dtype) -> int:
+        """Two symmetric factors a block."""
+        sizes = [n for positions, *_ in self.parts for n in positions.shape]
+        return _width(dtype) * sum(n * (n + 1) // 2 for n in sizes)
+
+
+def restore(name: str, mean: Tensor, tensors: dict[str, Tensor]) -> Metric:
+    """The metric whose `tensors` these are: what a client or a resumed run makes of them."""
+    if name == Identity.name:
+        return Identity(mean)
+    if name == Diagonal.name:
+        return Diagonal(mean, tensors["scales"])
+    if name == Dense.name:
+        return Dense(mean, tensors["root"], tensors["inverse"])
+    parts = []
+    while f"positions{len(parts)}" in tensors:
+        b = len(parts)
+        parts.append((tensors[f"positions{b}"], tensors[f"outer{b}"], tensors[f"inner{b}"], tensors[f"scales{b}"]))
+    return Kronecker(mean, parts)
+
+
+def _floor(curvature: Tensor) -> float:
+    """The smallest curvature that a metric inverts: below it a direction is numerically flat."""
+    top = float(curvature.max())
+    if not math.isfinite(top):
+        raise DivergenceError("the Hessian at the mode is not finite: is the data scaled, and the mode found?")
+    return max(top, torch.finfo(torch.float64).tiny) * 1e-12
+
+
+def _eigen(precision: Tensor) -> tuple[Tensor, Tensor]:
+    precision = precision.to(torch.float64)
+    if not bool(torch.isfinite(precision).all()):
+        raise DivergenceError("the Hessian at the mode is not finite: is the data scaled, and the mode found?")
+    values, vectors = torch.linalg.eigh((precision + precision.T) / 2)
+    return values.clamp(min=_floor(values)), vectors
+
+
+class MetricClients(Clients):
+    """Clients seen in the coordinates of a metric: they differentiate, and so compress, in z."""
+
+    def __init__(self, clients: Clients, metric: Metric) -> None:
+        self.base, self.metric = clients, metric
+        self.n, self.d, self.rows = clients.n, clients.d, clients.rows
+        self.dtype, self.device = clients.dtype, clients.device
+
+    def potential(self, theta: Tensor) -> Tensor:
+        """(C, d) -> (n, C) float64."""
+        return self.base.potential(self.metric.push(theta))
+
+    def gradient(
+        self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """(C, d) -> (n, C, d): S^T times the gradient at m + S z."""
+        point = self.metric.push(theta)
+        return self.metric.pull(self.base.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
+
+    def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
+        """S^T H S v."""
+        return self.metric.pull(self.base.hvp(self.metric.push(theta), self.metric.scale(vector)))
+
+    def hessian(self, theta: Tensor) -> Tensor:
+        """S^T H S -> (n, C, d, d)."""
+        half = self.metric.scale(self.base.hessian(self.metric.push(theta)))
+        return self.metric.scale(half.transpose(-1, -2)).transpose(-1, -2)
+
+    def diagonal(self, theta: Tensor) -> Tensor:
+        """Diagonal of S^T H S."""
+        return self.hessian(theta).diagonal(dim1=-2, dim2=-1)
+
+    def blocks(self) -> list[Tensor]:
+        """A single block: in z the parameters have lost their matrices."""
+        return [torch.arange(self.d, device=self.device).unsqueeze(1)]
+
+    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """S^T H S and its trace."""
+        full = self.hessian(theta.unsqueeze(0))[:, 0]
+        return [(full, full.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None])]
+
+    def subset(self, clients: Tensor) -> MetricClients:
+        """Some of the clients, in the same coordinates."""
+        return MetricClients(self.base.subset(clients), self.metric)
+
+
+class MetricPrior:
+    """The prior in the coordinates of a metric; the server's, exact and never compressed."""
+
+    def __init__(self, prior: GaussianPrior, metric: Metric) -> None:
+        self.base, self.metric = prior, metric
+
+    def potential(self, z: Tensor) -> Tensor:
+        """(..., d) -> (...) float64."""
+        return self.base.potential(self.metric.push(z))
+
+    def gradient(self, z: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        if self.base.precision == 0:
+            return torch.zeros_like(z)
+        return self.metric.pull(self.base.gradient(self.metric.push(z)))
