@@ -406,11 +406,13 @@ def _literal(value: Any) -> str:
 
 
 def nearest(path: str, table: bool = False) -> str:
-    """The known key (or section, for a table) most like an unknown one; its last part counts as much as the whole."""
+    """The known key (or section, for a table) most like an unknown one: in whole, in its last part, in its section."""
+    section, _, last = path.rpartition(".")
 
     def score(known: str) -> float:
-        whole = difflib.SequenceMatcher(None, path, known).ratio()
-        return whole + difflib.SequenceMatcher(None, path.split(".")[-1], known.split(".")[-1]).ratio()
+        place, _, name = known.rpartition(".")
+        likeness = (difflib.SequenceMatcher(None, a, b).ratio() for a, b in ((path, known), (last, name)))
+        return sum(likeness) + (0.5 if section and section == place else 0)
 
     return max(_sections() if table else _fields(), key=score)
 

@@ -167,9 +167,10 @@ def check_finite(values: Array, columns: Sequence[str], where: str) -> None:
     flat = values.reshape(len(values), -1)
     row, column = (int(i) for i in np.argwhere(~np.isfinite(flat))[0])
     count = int((~np.isfinite(flat)).sum())
+    more = f"and {count - 1} more like it" if count > 1 else "the only one"
     raise DataError(
         f"column {columns[column]!r} holds {flat[row, column]} in row {row} of {where} (the first row is 0; "
-        f"{count} such {'value' if count == 1 else 'values'} in all): expected finite numbers; drop those rows or fill them in"
+        f"{more}): expected finite numbers; drop such rows or fill them in"
     )
 
 

@@ -61,7 +61,7 @@ def targets(table: Table, task: Task | None) -> Targets:
     if table.task == "regression":
         raise DataError(f"{table.name} is a regression set, but the model predicts a class: choose model.name = linear")
     if every.dtype.kind == "f":
-        odd = np.flatnonzero(every != np.round(every))
+        odd = np.flatnonzero(~_whole(every))
         if len(odd):
             raise DataError(
                 f"the target of {table.name} is {every[odd[0]]} in row {int(odd[0])}, but the model predicts a class: "
@@ -79,9 +79,14 @@ def targets(table: Table, task: Task | None) -> Targets:
     )
 
 
+def _whole(values: Array) -> Array:
+    """(N,) bool: which floats are integers that int64 holds exactly."""
+    return np.asarray((values == np.round(values)) & (np.abs(values) <= 2.0**53))
+
+
 def _guess(values: Array) -> Task:
     """Labels or measurements, from the values alone."""
     if values.dtype.kind == "U":
         return "classification"
-    whole = values.dtype.kind == "i" or bool((values == np.round(values)).all())
+    whole = values.dtype.kind == "i" or bool(_whole(values).all())
     return "classification" if whole and 2 * len(np.unique(values)) <= len(values) else "regression"

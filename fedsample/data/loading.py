@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,9 +81,11 @@ def _read(config: DataConfig) -> Table:
     if config.kind == "builtin":
         return read_builtin(config.name)
     if config.kind == "npz":
-        return read_npz(source_path(config.file, config.kind))
+        table = read_npz(source_path(config.file, config.kind))
+        return replace(table, name=config.name or table.name)
     if config.kind in ("csv", "parquet"):
-        return read_columns(source_path(config.file, config.kind), config.kind, config.target, config.client_column)
+        table = read_columns(source_path(config.file, config.kind), config.kind, config.target, config.client_column)
+        return replace(table, name=config.name or table.name)
     raise ConfigError(f"data.kind = {config.kind!r} holds no rows: read it with load_quadratic")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,12 @@ def read_archive(path: Path) -> dict[str, Array]:
         DataError: the file is no numpy archive, cannot be read, or holds pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream:  # given a path, numpy leaves the file open when it is damaged
+            archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path.name} is a single array, expected an archive: write it with numpy.savez")
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"cannot read {path.name} as a numpy archive: {error}. Expected the output of numpy.savez with plain "
             "numeric or text arrays; pickled objects are refused because loading them can run code"

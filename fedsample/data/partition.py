@@ -23,6 +23,7 @@ from fedsample.data.base import Array
 from fedsample.errors import ConfigError, DataError
 
 _BINS = 10  # quantile bins that stand in for classes where the target is a number
+_ALPHA_MAX = 1e6  # even to a thousandth; numpy's draws overflow, without a word, far above
 _SHARDS = 2  # shards a client, as in McMahan et al. (2017), arXiv 1602.05629
 
 
@@ -33,7 +34,7 @@ def assign(scheme: str, targets: Array, clients: int, alpha: float, seed: int) -
         scheme: "dirichlet", "iid" or "shards".
         targets: (N,) int64 classes, or float64 targets: dirichlet then uses ten quantile bins of them as classes.
         clients: number of clients n, 1 <= n <= N.
-        alpha: Dirichlet concentration > 0; small is skewed. Only dirichlet uses it.
+        alpha: Dirichlet concentration in (0, 1e6]; small is skewed. Only dirichlet uses it.
         seed: >= 0; equal seeds give equal assignments.
 
     Returns:
@@ -88,9 +89,10 @@ def natural(owners: Array) -> tuple[Array, tuple[str, ...]]:
 
 
 def _dirichlet(targets: Array, clients: int, alpha: float, seed: int) -> Array:
-    if not (alpha > 0 and np.isfinite(alpha)):
+    if not 0 < alpha <= _ALPHA_MAX:
         raise ConfigError(
-            f"data.alpha = {alpha}, expected a finite number above 0 (0.1 is very skewed, 100 nearly even)"
+            f"data.alpha = {alpha}, expected a number above 0, at most {_ALPHA_MAX:g} (0.1 is very skewed, 100 nearly "
+            'even; for even shares choose data.partition = "iid")'
         )
     from flwr_datasets.partitioner import DirichletPartitioner
 

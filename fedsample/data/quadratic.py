@@ -124,4 +124,4 @@ def load_quadratic(config: DataConfig, prior_precision: float = 0.0) -> Quadrati
         lam = np.repeat(lam[:, None], a.shape[1], axis=1)
     if key == "lam" and lam.ndim == 3:
         raise DataError(f"{path.name}: lam has shape {lam.shape}, expected (clients,) or (clients, d); call Hessians H")
-    return QuadraticData(lam, a, prior_precision, path.stem)
+    return QuadraticData(lam, a, prior_precision, config.name or path.stem)

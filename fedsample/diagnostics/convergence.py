@@ -7,9 +7,9 @@ on chains cut in halves (M = 2 C chains of n draws) and ranks mapped to normal s
 so that neither heavy tails nor a different scale in each chain can hide. R-hat is the larger of that on the draws and
 on their distances from the median; a chain set has mixed below 1.01 (1.03 in a short run) with a bulk ESS of 400.
 
-Everything is one numpy pass over a block of functionals, which mostly runs outside the interpreter lock, so that it can
-run in a thread beside the sampler: `arviz_stats` loops over functionals and stalls that thread ten times longer. It is
-the oracle of the tests, where the two agree to rounding.
+Everything is one numpy pass over a block of functionals, mostly outside the interpreter lock, so that it can run in a
+thread beside the sampler. `arviz_stats` loops over functionals, takes three times as long and holds the lock meanwhile:
+it is the oracle of the tests, where the two agree to rounding.
 
 Reference:
     Vehtari, Gelman, Simpson, Carpenter & Burkner (2021), "Rank-normalization, folding, and localization: an improved
@@ -69,14 +69,13 @@ def ess_tail(x: torch.Tensor | NDArray[Any], low: float = 0.05, high: float = 0.
         high: probability of the upper quantile, in (0, 1).
 
     Returns:
-        (*functionals,) float64, NaN as for `ess_bulk`. A tail in which all draws tie is left out.
+        (*functionals,) float64, NaN as for `ess_bulk`. A tail in which all draws tie is left
+        out, and NaN stands where both are.
     """
     return _over_functionals(x, lambda block: _tail(block, low, high), min_chains=1)
 
 
-def _over_functionals(
-    x: torch.Tensor | NDArray[Any], statistic: Callable[[Array], Array], *, min_chains: int
-) -> Array:
+def _over_functionals(x: torch.Tensor | NDArray[Any], statistic: Callable[[Array], Array], *, min_chains: int) -> Array:
     values = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
     if values.ndim < 2:
         raise ValueError(f"expected (chains, draws, *functionals), got shape {values.shape}; add the missing axes")
@@ -86,9 +85,9 @@ def _over_functionals(
     if chains >= min_chains and draws >= MIN_DRAWS:
         for begin in range(0, flat.shape[-1], BLOCK):
             block = np.ascontiguousarray(flat[..., begin : begin + BLOCK].transpose(2, 0, 1), dtype=np.float64)
-            usable = np.isfinite(block).all(axis=(1, 2))  # (F,)
-            usable[usable] = np.ptp(_split(block[usable]), axis=(1, 2)) > 0
-            result[begin : begin + BLOCK][usable] = statistic(block[usable])
+            finite = np.flatnonzero(np.isfinite(block).all(axis=(1, 2)))
+            usable = finite[np.ptp(_split(block[finite]), axis=(1, 2)) > 0]
+            result[begin + usable] = statistic(block[usable])
     return result.reshape(values.shape[2:])
 
 
@@ -183,7 +182,9 @@ def _autocovariance(chains: Array) -> Array:
     length = _fast_length(2 * draws)
     spectrum = np.fft.rfft(centred, n=length, axis=2)
     power = (spectrum.real**2 + spectrum.imag**2).mean(axis=1)
-    return np.fft.irfft(power, n=length, axis=1)[:, :draws] / draws
+    covariance: Array = np.fft.irfft(power, n=length, axis=1)[:, :draws]
+    covariance /= draws
+    return covariance
 
 
 def _fast_length(least: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import ClassVar
 
 import torch
@@ -40,6 +41,12 @@ class Metric(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What the server sends once, besides the mean: enough to rebuild S."""
+
+    def about(self, mean: Tensor) -> Metric:
+        """The same S about another centre."""
+        moved = copy(self)
+        moved.mean = mean
+        return moved
 
     def push(self, z: Tensor) -> Tensor:
         """Theta = m + S z."""

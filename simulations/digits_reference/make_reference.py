@@ -301,7 +301,7 @@ def main() -> None:
     print(json.dumps({"seconds": round(time.perf_counter() - started), **measured, **settings}, indent=2))
     worst_z = max(abs(value) for key, value in settings.items() if "_z" in key)
     if not (settings["rhat_max"] < 1.01 and measured["chain_tv_max"] < 0.003 and worst_z < 5):
-        raise SystemExit(f"{args.out} not written: want rhat_max < 1.01, chain_tv_max < .003, every |z| < 5; run longer")
+        raise SystemExit(f"{args.out} not written: want rhat_max < 1.01, chain_tv_max < .003, |z| < 5; draw more")
     arrays = {"probs": probs, "chain_probs": chain_probs, "mean": mean, "sd": sd, "mode": mode[0].numpy()}
     arrays |= {"mean_mcse": errors[0], "sd_mcse": errors[1]}
     np.savez_compressed(

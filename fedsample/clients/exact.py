@@ -1,0 +1,48 @@
+"""Exact quantities that a server may ask of its clients, and what they cost on the wire."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedsample.targets import Clients
+
+
+def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None) -> dict[str, Tensor]:
+    """One quantity of every client -> tensors (n, ...) by name, whose sums over clients the server wants.
+
+    Args:
+        clients: in the coordinates of the points. name: one of `exchange.EXACT`. points: (C, d). vector: (C, d), for
+            products with the Hessian.
+    """
+    if name == "value":
+        return {name: clients.potential(points)}
+    if name == "gradient":
+        return {name: clients.gradient(points)}
+    if name == "squared_gradient":
+        return {name: clients.gradient(points).square()}
+    if name == "hessian":
+        return {name: clients.hessian(points[:1])[:, 0]}
+    if name == "diagonal":
+        return {name: clients.diagonal(points[:1])[:, 0]}
+    if name == "factors":
+        pairs = clients.factors(points[0])
+        return {f"{side}{b}": pair[j] for b, pair in enumerate(pairs) for j, side in enumerate(("outer", "inner"))}
+    if vector is None:
+        raise ValueError(f"{name} needs a vector")
+    product = clients.hvp(points, vector)
+    return {name: product if name == "hvp" else product.square()}
+
+
+def exact_bits(name: str, tensor: Tensor) -> int:
+    """Bits of one client's tensor (without the client axis); symmetric matrices travel as one triangle."""
+    width = 8 * tensor.element_size()
+    if name == "hessian" or name.startswith(("outer", "inner")):
+        side = tensor.shape[-1]
+        return width * (side * (side + 1) // 2)
+    return width * tensor.numel()
+
+
+def point_bits(points: Tensor) -> int:
+    """Bits of points on the downlink."""
+    return 8 * points.element_size() * points.numel()
+

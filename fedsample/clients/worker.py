@@ -1,0 +1,113 @@
+"""A worker answers for a stack of clients: all of a simulation at once, or the one client of a device.
+
+Each client owns its data, its estimator memory and its keyed draws. The same code serves n = 1 and n = 10,000: every
+array has the clients on its first axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsample.clients.exact import evaluate
+from fedsample.compression import LinkKeys
+from fedsample.estimators import Memory, Turn, Uplink, Upload
+from fedsample.exchange import ESTIMATE, Request
+from fedsample.random import Key, key
+from fedsample.targets import Clients, Metric, MetricClients
+from fedsample.targets.metric import Identity
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the clients of a worker send; leading axis m, the clients that were asked.
+
+    Attributes:
+        upload: the estimator's, if an estimate was asked for. exact: exact outputs (n, ...) by name.
+    """
+
+    upload: Upload | None
+    exact: dict[str, Tensor]
+
+
+class Worker:
+    """Computes what `Request`s ask of a stack of clients, and keeps their memories.
+
+    Args:
+        clients: their potentials, in the model's own parameters. uplink: the estimator. seed: the experiment's seed.
+        chains: C. indices: (n,) int64, which clients of the federation these are. batch_size: rows of a gradient, or
+            None for all.
+    """
+
+    def __init__(
+        self, clients: Clients, uplink: Uplink, seed: int, chains: int, indices: Tensor, batch_size: int | None = None
+    ) -> None:
+        self.base, self.uplink, self.chains = clients, uplink, chains
+        self.batch_size = batch_size
+        self.indices = indices
+        device = clients.device
+        self._link = LinkKeys(seed, indices, chains, "uplink", device)
+        chain = torch.arange(chains, device=device)
+        self._batches = key(seed, client=indices.unsqueeze(-1), chain=chain, purpose="batch", device=device)
+        self.clients = MetricClients(clients, Identity(torch.zeros(clients.d, dtype=clients.dtype, device=device)))
+        self.memory: Memory = uplink.memory((clients.n, chains, clients.d), clients.dtype, device)
+
+    def set_metric(self, metric: Metric) -> None:
+        """From now on points are in these coordinates."""
+        self.clients = MetricClients(self.base, metric)
+
+    def answer(self, request: Request, who: Tensor | None = None) -> Answer:
+        """Everything that the request asks for; the estimate of the clients at positions `who` (None: all)."""
+        exact: dict[str, Tensor] = {}
+        for name in sorted(request.outputs - {ESTIMATE}):
+            exact.update(evaluate(self.clients, name, request.points, request.vector))
+        upload = self._estimate(request, who) if ESTIMATE in request.outputs else None
+        return Answer(upload, exact)
+
+    def turn(self, request: Request, who: Tensor | None = None) -> Turn:
+        """The estimator's view of a request, for the clients at positions `who`."""
+        mine = self.indices if who is None else self.indices[who]
+        applied = torch.zeros_like(mine) if request.applied is None else request.applied[mine]
+        return Turn(
+            round=request.round,
+            point=request.points,
+            previous=request.previous,
+            sync=request.sync,
+            active=None if request.active is None else request.active[mine],
+            applied=applied,
+            epoch=request.epoch,
+            keys=self._link.at(request.round, who),
+        )
+
+    def _estimate(self, request: Request, who: Tensor | None) -> Upload:
+        batches = self._batches if who is None else Key(self._batches.tensor()[who], self._batches.device)
+        oracle = _TurnOracle(self.clients, who, batches.fold(request.round), self.batch_size)
+        memory = self.memory if who is None else {name: tensor[who] for name, tensor in self.memory.items()}
+        upload, memory = self.uplink.encode(oracle, memory, self.turn(request, who))
+        if who is None:
+            self.memory = memory
+        else:
+            for name, tensor in memory.items():
+                self.memory[name][who] = tensor
+        return upload
+
+
+@dataclass(frozen=True)
+class _TurnOracle:
+    """Gradients of some clients in one round, on one minibatch."""
+
+    clients: MetricClients
+    who: Tensor | None
+    keys: Key
+    batch_size: int | None
+
+    @property
+    def full(self) -> bool:
+        return self.batch_size is None
+
+    def gradient(self, point: Tensor, *, full: bool = False) -> Tensor:
+        return self.clients.gradient(
+            point, clients=self.who, keys=self.keys, batch_size=None if full else self.batch_size
+        )

@@ -1,0 +1,1 @@
+"""Where clients run: vectorised in this process, or behind Flower's runtime."""

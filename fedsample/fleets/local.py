@@ -1,0 +1,188 @@
+"""All clients in this process: vectorised over clients and chains, or one client after the other.
+
+The batched engine stacks the clients on the first axis of every array. The by-client engine asks one worker a client,
+exactly as a fleet of devices does: same code, same bits. The two agree to the rounding of their matrix products, which
+see different shapes; every draw, mask, coin and order of summation is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedsample.clients.exact import exact_bits, point_bits
+from fedsample.clients.worker import Answer, Worker
+from fedsample.estimators import Uplink
+from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.fleets.faults import Faults
+from fedsample.sums import TreeSum, tree_sum
+from fedsample.targets import Clients, Metric
+
+Engine = Literal["batched", "by-client"]
+
+
+class LocalFleet:
+    """A simulated federation.
+
+    Args:
+        clients: their potentials. uplink: the estimator. seed: the experiment's seed. chains: C.
+        batch_size: rows of a gradient, or None for all. engine: how clients are computed. faults: what goes wrong.
+    """
+
+    def __init__(
+        self,
+        clients: Clients,
+        uplink: Uplink,
+        seed: int,
+        chains: int,
+        *,
+        batch_size: int | None = None,
+        engine: Engine = "batched",
+        faults: Faults | None = None,
+    ) -> None:
+        self.n, self.d, self.dtype, self.device = clients.n, clients.d, clients.dtype, clients.device
+        self.uplink, self.chains = uplink, chains
+        self.faults = faults or Faults(self.n, seed)
+        indices = torch.arange(self.n, device=self.device)
+        stacks = [(clients, indices)] if engine == "batched" else [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
+        self.workers = [Worker(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
+        self._present: Tensor | None = None
+        self._everyone = torch.ones(self.n, dtype=torch.bool)
+
+    # --- the Fleet protocol --------------------------------------------------------------------------------------
+
+    def set_metric(self, metric: Metric) -> Traffic:
+        """Send m and S to every client."""
+        for worker in self.workers:
+            worker.set_metric(metric)
+        return Traffic(down=self.n * (metric.bits(self.dtype) + point_bits(metric.mean)))
+
+    def exchange(self, request: Request) -> Aggregate:
+        """One round trip; exact outputs wait for everyone, estimates take what arrives."""
+        if ESTIMATE not in request.outputs:
+            answers = [worker.answer(request) for worker in self.workers]
+            sums, traffic = self._exact(answers, request)
+            return Aggregate(None, sums, self._everyone, 1.0, traffic)
+        asked, arrived, arrival, attempts = self._weather(request)
+        everyone = bool(asked.all())
+        answers = self._ask(request, None if everyone else asked.nonzero().squeeze(-1).to(self.device))
+        sums, exact_traffic = self._exact(answers, request)
+        total, norms = self._decode(answers, request, asked, arrived)
+        traffic = self._traffic(request, asked, attempts)
+        return Aggregate(total, sums, arrived, arrival, traffic.plus(exact_traffic), norms)
+
+    def blocks(self) -> list[Tensor]:
+        """Flat positions of the model's parameter matrices."""
+        return self.workers[0].base.blocks()
+
+    def state(self) -> dict[str, Tensor]:
+        """Client memories stacked over clients, and who is present."""
+        stacked = {
+            f"memory.{name}": torch.cat([worker.memory[name] for worker in self.workers])
+            for name in self.workers[0].memory
+        }
+        return stacked if self._present is None else {**stacked, "present": self._present}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Back to a `state`, on this fleet's device."""
+        self._present = state.get("present")
+        for worker in self.workers:
+            for name in worker.memory:
+                worker.memory[name] = state[f"memory.{name}"].to(self.device)[worker.indices].clone()
+
+    # --- who is there ---------------------------------------------------------------------------------------------
+
+    def _weather(self, request: Request) -> tuple[Tensor, Tensor, float, Tensor]:
+        """Who computes (n,), whose reply arrives (n,), with what probability, and sends per reply (n,) int64."""
+        wanted = self._everyone if request.active is None else request.active.any(-1).cpu()
+        once = wanted.to(torch.int64)
+        if not self.faults.any:
+            return wanted, wanted, 1.0, once
+        self._present = self.faults.present(request.round, self._present)
+        if self.uplink.needs_everyone_to_sync and request.sync is not None:
+            return wanted, wanted, 1.0, once * self.faults.attempts(request.round)
+        asked = wanted & self._present
+        arrival = self.faults.presence * (1.0 - self.faults.loss)
+        return asked, asked & self.faults.delivered(request.round), arrival, once * asked
+
+    def _ask(self, request: Request, who: Tensor | None) -> list[Answer]:
+        if len(self.workers) == 1 and self.n > 1:
+            return [self.workers[0].answer(request, who)]
+        wanted = set(range(self.n)) if who is None else set(who.tolist())
+        nobody = torch.zeros(0, dtype=torch.int64, device=self.device)
+        if request.outputs == {ESTIMATE}:
+            return [self.workers[i].answer(request) for i in sorted(wanted)]
+        return [worker.answer(request, None if i in wanted else nobody) for i, worker in enumerate(self.workers)]
+
+    # --- sums over clients ----------------------------------------------------------------------------------------
+
+    def _decode(
+        self, answers: Sequence[Answer], request: Request, asked: Tensor, arrived: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sum (C, d) over the uploads that arrived, in client order."""
+        parts = []
+        position = torch.cumsum(asked, 0) - 1
+        owners = asked.nonzero().squeeze(-1)
+        at = 0
+        for answer in answers:
+            if answer.upload is None:
+                continue
+            m = _clients(answer)
+            mine = owners[at : at + m].to(self.device)
+            active = None if request.active is None else request.active[mine]
+            parts.append(self.uplink.decompress(answer.upload, request.sync, active, self.d))
+            at += m
+        contributions = torch.cat(parts) if len(parts) > 1 else parts[0]
+        norms = None
+        if request.observe:
+            norms = torch.full((self.n,), float("nan"), dtype=torch.float64)
+            norms[owners] = contributions.to(torch.float64).square().sum(-1).mean(-1).sqrt().cpu()
+        if not torch.equal(arrived, asked):
+            contributions = contributions[position[arrived].to(self.device)]
+        if len(contributions) == 0:
+            return torch.zeros(self.chains, self.d, dtype=self.dtype, device=self.device), norms
+        return tree_sum(contributions), norms
+
+    def _exact(self, answers: Sequence[Answer], request: Request) -> tuple[dict[str, Tensor], Traffic]:
+        """Exact sums over all clients, in client order."""
+        if not answers or not answers[0].exact:
+            return {}, Traffic()
+        sums, up = {}, 0
+        for name in answers[0].exact:
+            total = TreeSum()
+            for answer in answers:
+                for term in answer.exact[name]:
+                    total.add(term)
+            sums[name] = total.total()
+            up += self.n * exact_bits(name, sums[name])
+        down = 0
+        if ESTIMATE not in request.outputs:
+            down = point_bits(request.points) + (0 if request.vector is None else point_bits(request.vector))
+        return sums, Traffic(up, self.n * down, up)
+
+    def _traffic(self, request: Request, asked: Tensor, attempts: Tensor) -> Traffic:
+        """Bits of the estimate: what each client that was reached receives and sends."""
+        width = 8 * torch.empty((), dtype=self.dtype).element_size()
+        reached, sends = int(asked.sum()), int(attempts.sum())
+        points = 2 if request.previous is not None and request.active is not None else 1
+        coins = 0 if self.uplink.sync_probability(request.round, self.d) == 0 else self.chains
+        down = reached * (points * width * self.chains * self.d + coins)
+        syncing = 0 if request.sync is None else int(request.sync.sum())
+        if request.active is None:
+            up = sends * self.uplink.bits(self.chains, syncing, self.d, self.dtype)
+            return Traffic(up, down, sends * width * self.chains * self.d)
+        active = request.active.cpu()
+        sync = torch.zeros(self.chains, dtype=torch.bool) if request.sync is None else request.sync.cpu()
+        chains = int((active.sum(-1) * attempts).sum())
+        dense = int(((active & sync).sum(-1) * attempts).sum())
+        return Traffic(self.uplink.bits(chains, dense, self.d, self.dtype), down, chains * width * self.d)
+
+
+def _clients(answer: Answer) -> int:
+    upload = answer.upload
+    if upload is None:
+        return 0
+    return len(upload.dense if upload.packet is None else upload.packet.values)  # type: ignore[arg-type]

@@ -1,0 +1,367 @@
+"""The run's recorder: `metrics.jsonl` and TensorBoard curves, written in threads that the run never waits for.
+
+    submit -> [queue] -> rows thread: one line a logged round -> [queue] -> events thread: lazy values, event files
+
+`submit` costs microseconds, never blocks and never raises. A full queue loses its oldest rows, a slow disk or an import
+delays curves and nothing else, and an error is logged once. Values that take long, such as R-hat over all draws, are
+submitted as a function (`lazy`) and computed in the events thread; a row waits for them at most `HOLD` seconds, and
+where they come later they follow as a second object of the same round.
+
+Curves against rounds lie in the run directory itself, the same against uplink bytes in its sub-run `bytes`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fedsample.errors import RunDirectoryError
+from fedsample.monitor.events import EventWriter
+from fedsample.monitor.jsonl import JsonLines, read_jsonl, truncate_jsonl
+
+QUEUE = 1024
+LAZY_QUEUE = 3
+HOLD = 0.8  # metrics.jsonl promises each row within a second
+_log = logging.getLogger(__name__)
+
+Scalars = Mapping[str, float]
+
+
+@dataclass(slots=True)
+class _Row:
+    round: int
+    bytes_sent: int
+    scalars: dict[str, float]
+    histograms: Mapping[str, Any] = field(default_factory=dict)
+    lazy: Callable[[], Scalars] | None = None
+    born: float = field(default_factory=time.monotonic)
+    late: dict[str, float] = field(default_factory=dict)
+    done: threading.Event | None = None
+
+
+@dataclass(slots=True)
+class _Description:
+    config: str
+    hparams: Mapping[str, bool | float | str]
+    metrics: Sequence[str]
+
+
+class _Lossy:
+    """A bounded queue that drops its oldest item where it is full, and so never makes a writer wait."""
+
+    def __init__(self, limit: int) -> None:
+        self.dropped = 0
+        self._limit = limit
+        self._items: deque[_Row | _Description] = deque()
+        self._ready = threading.Condition()
+        self._closed = False
+
+    def put(self, item: _Row | _Description) -> _Row | _Description | None:
+        """Add an item and return the one that was dropped for it."""
+        lost = None
+        with self._ready:
+            if len(self._items) >= self._limit:
+                lost = self._items.popleft()
+                self.dropped += 1
+            self._items.append(item)
+            self._ready.notify()
+        return lost
+
+    def get(self, timeout: float | None) -> _Row | _Description | None:
+        """The oldest item; None after `timeout` seconds without one, or where the queue is closed and empty."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._items or self._closed, timeout)
+            return self._items.popleft() if self._items else None
+
+    def close(self) -> None:
+        with self._ready:
+            self._closed = True
+            self._ready.notify_all()
+
+    @property
+    def ended(self) -> bool:
+        return self._closed and not self._items
+
+
+class Recorder:
+    """Writes the metrics of a run; submit from one thread.
+
+    Args:
+        path: the run directory.
+        purge_step: on resume the first round that will be run again; later rows and curve points are void. None for a
+            new run.
+        enabled: whether to write TensorBoard files; `metrics.jsonl` is written in any case.
+        queue: rows that may wait.
+        lazy_queue: lazy values that may wait; further ones are dropped.
+
+    Attributes:
+        error: why `metrics.jsonl` lacks rows, or None.
+        dropped: rows lost to a full queue.
+        dropped_lazy: lazy values lost because the events thread was behind.
+
+    Raises:
+        RunDirectoryError: on resume, `metrics.jsonl` cannot be cut back.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        purge_step: int | None = None,
+        enabled: bool = True,
+        *,
+        queue: int = QUEUE,
+        lazy_queue: int = LAZY_QUEUE,
+    ) -> None:
+        """Cut the metrics back where the run is resumed, and start the threads."""
+        self.path = Path(path)
+        self.error: RunDirectoryError | None = None
+        self.dropped_lazy = 0
+        metrics = self.path / "metrics.jsonl"
+        self._purge_step, self._purge_bytes = purge_step, 0
+        if purge_step is not None:
+            truncate_jsonl(metrics, purge_step - 1)
+            self._purge_bytes = 1 + max((int(row.get("bytes", -1)) for row in read_jsonl(metrics)), default=-1)
+        self._enabled = enabled
+        self._finished = False
+        self._deadline: float | None = None
+        self._lazy_sent = self._lazy_done = self._lazy_lost = 0  # each written by one thread only
+        self._lazy_limit = lazy_queue
+        self._warned: set[str] = set()
+        self._lines = JsonLines(metrics)
+        self._rows, self._events = _Lossy(queue), _Lossy(queue)
+        self._threads = [
+            threading.Thread(target=self._write_rows, name="fedsample-metrics", daemon=True),
+            threading.Thread(target=self._write_events, name="fedsample-events", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """Rows lost to a full queue, so far."""
+        return self._rows.dropped
+
+    def describe(
+        self, config: str, hparams: Mapping[str, bool | float | str], metrics: Sequence[str] = ("round/nll",)
+    ) -> None:
+        """Add what is said once: the resolved configuration, hyper-parameters and the layout; nothing on resume.
+
+        Args:
+            config: the configuration as TOML.
+            hparams: flat names to plain values; other types are written as text, None is left out.
+            metrics: tags for the hyper-parameters page; each must also be submitted as a scalar.
+        """
+        if not self._purge_step:  # None, or a run that starts again from round 0
+            plain = {
+                name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for name, value in hparams.items()
+                if value is not None
+            }
+            self._rows.put(_Description(config, plain, tuple(metrics)))
+
+    def submit(
+        self,
+        round: int,
+        bytes_sent: int,
+        scalars: Scalars,
+        histograms: Mapping[str, Any] | None = None,
+        lazy: Callable[[], Scalars] | None = None,
+    ) -> None:
+        """Log a round; returns at once.
+
+        Args:
+            round: the round, growing.
+            bytes_sent: uplink bytes so far, the abscissa of the sub-run `bytes`.
+            scalars: tag to number; 0-d tensors are read later, so do not change them in place.
+            histograms: tag to an array that nobody changes any more; for TensorBoard only.
+            lazy: computes further scalars in a thread; it must only read what nobody changes any more.
+        """
+        if lazy is not None and self._lazy_sent - self._lazy_done - self._lazy_lost >= self._lazy_limit:
+            lazy = None
+            self.dropped_lazy += 1
+        row = _Row(round, int(bytes_sent), dict(scalars), histograms or {}, lazy)
+        if lazy is not None:
+            row.done = threading.Event()
+            self._lazy_sent += 1
+        lost = self._rows.put(row)
+        if isinstance(lost, _Row) and lost.lazy is not None:
+            self._lazy_sent -= 1
+            self.dropped_lazy += 1
+
+    def submit_lazy(self, round: int, bytes_sent: int, fn: Callable[[], Scalars]) -> None:
+        """Log values of a round that are still to be computed, in a thread; dropped where that is behind.
+
+        They form an object of their own in `metrics.jsonl`; pass `lazy` to `submit` to have one object for the round.
+        """
+        self.submit(round, bytes_sent, {}, lazy=fn)
+
+    def close(self, finished: bool = False, timeout: float = 30.0) -> None:
+        """Write what is pending, and say what was lost; harmless a second time.
+
+        Args:
+            finished: the run is complete, not interrupted.
+            timeout: seconds to wait for lazy values and slow disks before leaving them.
+        """
+        self._finished = self._finished or finished
+        if self._deadline is None:
+            self._deadline = time.monotonic() + timeout
+        self._rows.close()
+        for thread in self._threads:
+            thread.join(max(0.0, self._deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            self._warn("close", "the last metrics were still being written after %.0f s and are left behind", timeout)
+        if self.dropped or self.dropped_lazy:
+            self._warn(
+                "dropped",
+                "%d rows of metrics and %d lazy values were dropped because the disk or the processor was behind; the "
+                "draws are complete. A larger monitor.every logs less",
+                self.dropped,
+                self.dropped_lazy,
+            )
+
+    def __enter__(self) -> Self:
+        """Return itself, already running."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; the run counts as finished where no exception passes."""
+        self.close(finished=kind is None)
+
+    def _write_rows(self) -> None:
+        waiting: list[_Row] = []  # written, but without their lazy values
+        while not self._rows.ended:
+            item = self._rows.get(0.1 if waiting else None)
+            if item is not None:
+                lost = self._events.put(item)
+                if isinstance(lost, _Row) and lost.done is not None:
+                    self._lazy_lost += 1
+                    lost.done.set()
+            if isinstance(item, _Row):
+                if item.done is None or item.done.wait(max(0.0, self._hold(item) - time.monotonic())):
+                    self._append(item, item.scalars | item.late)
+                else:
+                    self._append(item, item.scalars)
+                    waiting.append(item)
+            waiting = [row for row in waiting if not self._append_late(row)]
+        for row in waiting:
+            if row.done is not None:
+                row.done.wait(max(0.0, (self._deadline or 0.0) - time.monotonic()))
+            self._append_late(row)
+        self._events.close()
+        try:
+            self._lines.close()
+        except RunDirectoryError as error:
+            self.error = error
+
+    def _hold(self, row: _Row) -> float:
+        """Until when a row waits for its lazy values: nobody watches the file of a run that is closing."""
+        return row.born + HOLD if self._deadline is None else self._deadline
+
+    def _append_late(self, row: _Row) -> bool:
+        if row.done is None or not row.done.is_set():
+            return False
+        self._append(row, row.late)
+        return True
+
+    def _append(self, row: _Row, scalars: Mapping[str, Any]) -> None:
+        if not scalars:
+            return
+        try:
+            values = {tag: float(value) for tag, value in scalars.items()}
+            self._lines.append({"round": row.round, "bytes": row.bytes_sent, **values})
+            self.error = None
+        except RunDirectoryError as error:
+            self.error = error
+            self._warn("metrics", "%s; the run goes on, and the rows are tried again", error)
+        except Exception as error:
+            self._warn("row", "the metrics of round %d are no numbers and were left out: %s", row.round, error)
+
+    def _write_events(self) -> None:
+        writers: list[EventWriter] = []
+        while not self._events.ended:
+            item = self._events.get(None)
+            if isinstance(item, _Row) and item.lazy is not None:
+                self._evaluate(item)
+            if item is not None and self._enabled:
+                try:
+                    writers = writers or self._open()
+                    self._emit(writers, item)
+                except Exception as error:
+                    self._stop_curves(error)
+        try:
+            if writers and self._enabled and self._finished:
+                writers[0].finished()
+            for writer in writers:
+                writer.close()
+        except Exception as error:
+            self._stop_curves(error)
+
+    def _evaluate(self, row: _Row) -> None:
+        try:
+            row.late = dict(row.lazy()) if row.lazy is not None else {}
+        except Exception as error:
+            self._warn("lazy", "a metric of round %d could not be computed and is left out: %s", row.round, error)
+        self._lazy_done += 1
+        if row.done is not None:
+            row.done.set()
+
+    def _open(self) -> list[EventWriter]:
+        resumed = self._purge_step is not None
+        return [
+            EventWriter(self.path, self._purge_step),
+            EventWriter(self.path / "bytes", self._purge_bytes if resumed else None),
+        ]
+
+    def _emit(self, writers: list[EventWriter], item: _Row | _Description) -> None:
+        by_round, by_bytes = writers
+        if isinstance(item, _Description):
+            by_round.text("config", f"```toml\n{item.config}\n```")
+            by_round.hparams(item.hparams, item.metrics)
+            by_round.layout()
+        else:
+            scalars = item.scalars | item.late
+            by_round.scalars(item.round, scalars)
+            by_bytes.scalars(item.bytes_sent, scalars)
+            for tag, values in item.histograms.items():
+                by_round.histogram(item.round, tag, values)
+        for writer in writers:
+            writer.flush()
+
+    def _stop_curves(self, error: Exception) -> None:
+        self._enabled = False
+        advice = "install it with: pip install tensorboard" if isinstance(error, ImportError) else "check the disk"
+        self._warn(
+            "curves", "TensorBoard curves end here (%s): %s. The run goes on; metrics.jsonl has all rows", error, advice
+        )
+
+    def _warn(self, topic: str, message: str, *values: object) -> None:
+        """Log a kind of trouble once."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            _log.warning(message, *values)
+
+
+def quantiles(tag: str, values: Any) -> dict[str, float]:
+    """Summarise one number a client: `<tag>/p05`, `/p50`, `/p95`; NaN (an absent client) is left out.
+
+    Args:
+        tag: such as `client/grad_norm`.
+        values: array or tensor of any shape.
+    """
+    import numpy as np
+
+    flat = np.asarray(values, dtype=np.float64).ravel()
+    flat = flat[np.isfinite(flat)]
+    if flat.size == 0:
+        return {}
+    low, middle, high = np.quantile(flat, (0.05, 0.5, 0.95))
+    return {f"{tag}/p05": float(low), f"{tag}/p50": float(middle), f"{tag}/p95": float(high)}

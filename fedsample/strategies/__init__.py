@@ -1,0 +1,20 @@
+"""The server side: samplers as strategies, client sampling, and the preparation of a run."""
+
+if __name__ != "fedsample.strategies":
+    raise ImportError(f"import this package as fedsample.strategies, not as {__name__}: it would exist twice")
+
+from fedsample.strategies.baoab import Baoab
+from fedsample.strategies.base import Sampler, Stability, State
+from fedsample.strategies.cohort import Cohort
+from fedsample.strategies.langevin import Langevin
+
+__all__ = ["Baoab", "Cohort", "Langevin", "Sampler", "Stability", "State", "table"]
+
+SAMPLERS: dict[str, type[Sampler]] = {"langevin": Langevin, "baoab": Baoab}
+
+
+def table() -> list[dict[str, str]]:
+    """The rows of `fedsample list samplers`."""
+    return [
+        {"name": name, "update": each.summary, "reference": each.reference} for name, each in SAMPLERS.items()
+    ]

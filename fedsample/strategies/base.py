@@ -1,0 +1,209 @@
+"""The server of a chain: which gradients it asks for, what it makes of the answers, and where the chain stands.
+
+    request(state) -> Request          the fleet answers with an Aggregate
+    update(state, request, aggregate) -> state
+    draw(state) -> (C, d) in the model's parameters
+
+A state is data: everything between two rounds, in tensors. The sampler supplies one kernel step; the uplink estimator
+supplies the gradient; the prior is exact and the server's own; the noise is the server's, keyed by round and chain.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedsample.errors import DivergenceError
+from fedsample.estimators import ServerState, Uplink
+from fedsample.exchange import ESTIMATE, Aggregate, Request
+from fedsample.random import SERVER, key
+from fedsample.strategies.cohort import Cohort
+from fedsample.targets import GaussianPrior, Metric, MetricPrior
+
+_NOISE_BLOCK = 16  # rounds of noise made at once; each round's is the same however many are
+_CHECK_EVERY = 16  # rounds between two looks for divergence
+
+
+class State(NamedTuple):
+    """Where C chains stand after `round` rounds.
+
+    Attributes:
+        round: rounds done. params: (C, d) positions z in the metric's coordinates. previous: (C, d) the positions of the
+            last request. kernel: the sampler's own variables, such as momenta. uplink: the estimator's server half.
+        applied: (n,) int64, the last round in which each client's upload was applied. epoch: of the clients' memories.
+    """
+
+    round: int
+    params: Tensor
+    previous: Tensor
+    kernel: dict[str, Tensor]
+    uplink: ServerState
+    applied: Tensor
+    epoch: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as flat tensors, for a checkpoint."""
+        return {
+            "params": self.params,
+            "previous": self.previous,
+            "applied": self.applied,
+            "counters": torch.tensor([self.round, self.epoch]),
+            **{f"kernel.{name}": tensor for name, tensor in self.kernel.items()},
+            **{f"uplink.{name}": tensor for name, tensor in self.uplink.items()},
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> State:
+        """Back from `tensors`."""
+        here = {name: tensor.to(device) for name, tensor in tensors.items()}
+        counters = tensors["counters"].tolist()
+        part = {
+            prefix: {name.removeprefix(prefix): t for name, t in here.items() if name.startswith(prefix)}
+            for prefix in ("kernel.", "uplink.")
+        }
+        return cls(
+            counters[0], here["params"], here["previous"], part["kernel."], part["uplink."], here["applied"], counters[1]
+        )
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What is known about the step, for the message when a chain diverges.
+
+    Attributes:
+        curvature: largest curvature seen, in the metric's coordinates. limit: largest stable step at that curvature.
+        radius: a distance from the mode that no chain reaches unless it diverges.
+    """
+
+    curvature: float
+    limit: float
+    radius: float
+
+
+class Sampler:
+    """C chains of one sampler, seen from the server.
+
+    Args:
+        uplink: the gradient estimator. prior: U_0 in the model's parameters. metric: the chain's coordinates.
+        step_size: h > 0. temperature: T >= 0. seed: the experiment's. cohort: who is asked. stability: see there.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+
+    def __init__(
+        self,
+        uplink: Uplink,
+        prior: GaussianPrior,
+        metric: Metric,
+        *,
+        step_size: float,
+        temperature: float,
+        seed: int,
+        cohort: Cohort,
+        stability: Stability,
+    ) -> None:
+        self.uplink, self.metric, self.prior = uplink, metric, MetricPrior(prior, metric)
+        self.step_size, self.temperature, self.seed = step_size, temperature, seed
+        self.cohort, self.stability = cohort, stability
+        self._noise: tuple[int, Tensor] | None = None
+
+    @abstractmethod
+    def kernel_start(self, params: Tensor) -> dict[str, Tensor]:
+        """The sampler's own variables before round 1."""
+
+    @abstractmethod
+    def kernel_step(self, state: State, gradient: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Positions and variables after a round, from the gradient of U at the state's positions."""
+
+    def start(self, params: Tensor) -> State:
+        """The state before round 1, at positions (C, d) in the metric's coordinates."""
+        chains, d = params.shape
+        uplink = self.uplink.start(chains, d, params.device)
+        applied = torch.zeros(self.cohort.n, dtype=torch.int64, device=params.device)
+        return State(0, params, params, self.kernel_start(params), uplink, applied, 0)
+
+    def request(self, state: State, *, observe: bool = False) -> Request:
+        """What to ask in the next round; with `observe`, also the potentials and the uploads' norms."""
+        round = state.round + 1
+        chains, d = state.params.shape
+        sync = self._sync(round, chains, d, state.params.device)
+        active = self.cohort.active(round, sync, self.uplink.needs_everyone_to_sync)
+        return Request(
+            round=round,
+            points=state.params,
+            outputs=frozenset((ESTIMATE, "value") if observe else (ESTIMATE,)),
+            previous=state.previous if self.uplink.needs_previous and round > 1 else None,
+            sync=sync,
+            active=None if active is None else active.to(state.params.device),
+            applied=state.applied,
+            epoch=state.epoch,
+            observe=observe,
+        )
+
+    def update(self, state: State, request: Request, aggregate: Aggregate) -> State:
+        """The state after a round.
+
+        Raises:
+            DivergenceError: if a chain has left every bounded region.
+        """
+        if aggregate.total is None:
+            raise ValueError("the aggregate holds no estimate")
+        gradient, uplink = self.gradient(state, request, aggregate)
+        noise = self._draw_noise(request.round, state.params)
+        params, kernel = self.kernel_step(state, gradient, noise)
+        applied = torch.where(aggregate.arrived.to(state.applied.device), request.round, state.applied)
+        if request.round % _CHECK_EVERY == 0 or request.round == 1:
+            self.check(params, request.round)
+        return State(request.round, params, state.params, kernel, uplink, applied, state.epoch)
+
+    def gradient(self, state: State, request: Request, aggregate: Aggregate) -> tuple[Tensor, ServerState]:
+        """The estimated gradient of U at the state's positions (C, d), and the estimator's new server half."""
+        if aggregate.total is None:
+            raise ValueError("the aggregate holds no estimate")
+        inclusion = aggregate.arrival * self.cohort.probability
+        estimate, uplink = self.uplink.decode(state.uplink, aggregate.total, request.sync, inclusion)
+        return estimate.to(state.params.dtype) + self.prior.gradient(state.params), uplink
+
+    def draw(self, state: State) -> Tensor:
+        """The chains' positions as parameters theta (C, d)."""
+        return self.metric.push(state.params)
+
+    def check(self, params: Tensor, round: int) -> None:
+        """Stop when a chain has diverged.
+
+        Raises:
+            DivergenceError: with the step, the curvature and the largest stable step.
+        """
+        size = params.abs().amax(-1)
+        bad = ~(size < self.stability.radius)
+        if bool(bad.any()):
+            chain = int(bad.nonzero()[0])
+            raise DivergenceError(
+                f"chain {chain} diverged in round {round}: the step {self.step_size:.4g} is too large for the curvature "
+                f"{self.stability.curvature:.4g} (the largest seen, in the metric's coordinates), where the largest "
+                f"stable step is {self.stability.limit:.4g}. Set step_size well below it, or to 'auto'"
+            )
+
+    def _sync(self, round: int, chains: int, d: int, device: torch.device) -> Tensor | None:
+        probability = self.uplink.sync_probability(round, d)
+        if probability == 0:
+            return None
+        coins = key(self.seed, round, SERVER, torch.arange(chains), "sync").bernoulli(probability)
+        return coins.to(device) if bool(coins.any()) else None
+
+    def _draw_noise(self, round: int, like: Tensor) -> Tensor:
+        """(C, d) standard normals of this round."""
+        block = max(1, min(_NOISE_BLOCK, (1 << 20) // max(1, like.numel())))
+        index = (round - 1) // block
+        if self._noise is None or self._noise[0] != index:
+            chains, d = like.shape
+            keys = key(self.seed, client=SERVER, chain=torch.arange(chains, device=like.device), purpose="noise", device=like.device)
+            rounds = torch.arange(index * block + 1, (index + 1) * block + 1, device=like.device).unsqueeze(-1)
+            self._noise = (index, keys.fold("round").fold(rounds).normal(d, like.dtype))
+        return self._noise[1][round - 1 - index * block]
