@@ -183,6 +183,7 @@ class Experiment(Section):
     temperature: NonNegative = setting(1.0, "T in exp(-U / T); 1 is the posterior, 0 gradient descent")
     dtype: Literal["float32", "float64"] = setting("float32", "precision of the chain")
     step_size: Positive | Literal["auto"] = setting("auto", "step of the sampler; auto: from the curvature")
+    bias_tolerance: Positive = setting(0.1, "relative bias of the variance that an automatic step may predict")
     batch_size: Annotated[Count | None, BeforeValidator(Word("all"))] = setting(
         None, "rows that a client draws for each gradient"
     )

@@ -19,6 +19,7 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -80,14 +81,15 @@ def _over_functionals(x: torch.Tensor | NDArray[Any], statistic: Callable[[Array
     if values.ndim < 2:
         raise ValueError(f"expected (chains, draws, *functionals), got shape {values.shape}; add the missing axes")
     chains, draws = values.shape[:2]
-    flat = values.reshape(chains, draws, -1)
+    flat = values.reshape(chains, draws, math.prod(values.shape[2:]))
     result = np.full(flat.shape[-1], np.nan)
     if chains >= min_chains and draws >= MIN_DRAWS:
         for begin in range(0, flat.shape[-1], BLOCK):
             block = np.ascontiguousarray(flat[..., begin : begin + BLOCK].transpose(2, 0, 1), dtype=np.float64)
             finite = np.flatnonzero(np.isfinite(block).all(axis=(1, 2)))
             usable = finite[np.ptp(_split(block[finite]), axis=(1, 2)) > 0]
-            result[begin + usable] = statistic(block[usable])
+            if usable.size:
+                result[begin + usable] = statistic(block[usable])
     return result.reshape(values.shape[2:])
 
 

@@ -101,7 +101,7 @@ class Progress:
         if rate > 0:
             pace = f"{rate:,.0f} rounds/s" if rate >= 10 else f"{rate:.2g} rounds/s"
             words = [pace, f"ETA {_clock((self.total - self._round) / rate)}"]
-        words.append(f"up {_megabytes(self._up)}, down {_megabytes(self._down)}")
+        words.append(f"up {_bytes(self._up)}, down {_bytes(self._down)}")
         words += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
         try:
             console = self._terminal()
@@ -128,7 +128,8 @@ class Progress:
                 TaskProgressColumn(),
                 TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
-            bar = Bar(*columns, console=console, auto_refresh=False)
+            # Standard output may be a pipe while this is a terminal: it keeps what is printed there.
+            bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False)
             self._bar = bar, bar.add_task("sampling", total=self.total, text="")
             bar.start()
         bar, task = self._bar
@@ -165,5 +166,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
+def _bytes(count: int) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

@@ -174,6 +174,12 @@ class Sampler:
         """The chains' positions as parameters theta (C, d)."""
         return self.metric.push(state.params)
 
+    def drift(self, before: State, after: State) -> float:
+        """Root mean square over chains of how far the gradient alone moved the positions in a round."""
+        noise = self._draw_noise(after.round, before.params)
+        still, _ = self.kernel_step(before, torch.zeros_like(before.params), noise)
+        return float((after.params - still).norm(dim=-1).square().mean().sqrt())
+
     def check(self, params: Tensor, round: int) -> None:
         """Stop when a chain has diverged.
 

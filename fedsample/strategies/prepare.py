@@ -27,8 +27,8 @@ from fedsample.targets import GaussianPrior, Metric
 from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker
 
 _LANCZOS_STEPS = 16
-_LAPLACE_DRAWS = 2
-_PROBES = 10
+_LAPLACE_DRAWS = 4
+_PROBES = 4
 _CHORD_STEPS = 8
 
 
@@ -77,6 +77,7 @@ class Geometry:
 
     metric: Metric
     curvature: float
+    mean_curvature: float
     mixing: Tensor
     share: float
     force: float
@@ -151,24 +152,33 @@ def _scaled_gradient(survey: Survey, metric: Metric) -> Tensor:
 
 
 def survey_geometry(survey: Survey, metric: Metric, seed: int) -> Geometry:
-    """Curvature and mixing in the coordinates of a metric that the clients hold."""
+    """Curvature and mixing in the coordinates of a metric that the clients hold.
+
+    With a metric made from the Hessian, S z with z normal is a draw of the Laplace approximation: curvature is then the
+    largest seen, and mixing the mean, over the mode and a few such draws.
+    """
     d = len(metric.mean)
-    start = torch.zeros(d, dtype=survey.dtype, device=survey.device)
     keys = key(seed, client=SERVER, purpose="geometry", device=survey.device)
-    curvatures = [_lanczos(survey, metric, start, keys.fold("mode").normal(d, survey.dtype))]
-    if not isinstance(metric, Identity):  # there S z, with z normal, is a draw of the Laplace approximation
-        for draw in range(_LAPLACE_DRAWS):
-            point = keys.fold("draw").fold(draw).normal(d, survey.dtype)
-            curvatures.append(_lanczos(survey, metric, point, keys.fold("start").fold(draw).normal(d, survey.dtype)))
-    signs = keys.fold("signs").fold(torch.arange(_PROBES, device=survey.device)).rademacher(d, survey.dtype)
-    at_mode = start.expand(_PROBES, d)
-    products = survey.ask(at_mode, "hvp", "squared_hvp", vector=signs)
-    force = survey.ask(start.unsqueeze(0), "squared_gradient")["squared_gradient"]
+    points = [torch.zeros(d, dtype=survey.dtype, device=survey.device)]
+    if not isinstance(metric, Identity):
+        points += [keys.fold("draw").fold(i).normal(d, survey.dtype) for i in range(_LAPLACE_DRAWS)]
+    curvatures, squares, crosses = [], [], []
+    for i, point in enumerate(points):
+        curvatures.append(_lanczos(survey, metric, point, keys.fold("start").fold(i).normal(d, survey.dtype)))
+        probes = keys.fold("signs").fold(i).fold(torch.arange(_PROBES, device=survey.device))
+        signs = probes.rademacher(d, survey.dtype)
+        products = survey.ask(point.expand(_PROBES, d), "hvp", "squared_hvp", vector=signs)
+        squares.append(products["squared_hvp"].to(torch.float64).mean(0))
+        crosses.append((products["hvp"] * signs).to(torch.float64).mean(0))
+    clients = torch.stack(crosses).mean(0)
+    scaled_prior = survey.prior.precision * metric.scale(metric.scale(signs)) * signs
+    force = survey.ask(points[0].unsqueeze(0), "squared_gradient")["squared_gradient"]
     return Geometry(
         metric=metric,
         curvature=max(curvatures),
-        mixing=products["squared_hvp"].to(torch.float64).mean(0).cpu(),
-        share=float((products["hvp"] * signs).to(torch.float64).mean()) / survey.fleet.n,
+        mean_curvature=float(crosses[0].mean() + scaled_prior.to(torch.float64).mean()),
+        mixing=torch.stack(squares).mean(0).cpu(),
+        share=float(clients.mean()) / survey.fleet.n,
         force=float(force.to(torch.float64).mean()),
         traffic=survey.traffic,
         exchanges=survey.exchanges,

@@ -69,13 +69,13 @@ class GeneralizedLinear(Clients):
 
     # --- parameters: flat <-> (k, q) -----------------------------------------------------------------------------
 
-    def _matrix(self, theta: Tensor) -> Tensor:
+    def matrix(self, theta: Tensor) -> Tensor:
         """(..., d) -> (..., k, q)."""
         k, p = self.outputs, self.features
         weight = theta[..., : k * p].unflatten(-1, (k, p))
         return torch.cat([weight, theta[..., k * p :].unsqueeze(-1)], dim=-1) if self.intercept else weight
 
-    def _flat(self, matrix: Tensor) -> Tensor:
+    def flat(self, matrix: Tensor) -> Tensor:
         """(..., k, q) -> (..., d)."""
         if not self.intercept:
             return matrix.flatten(-2)
@@ -84,7 +84,12 @@ class GeneralizedLinear(Clients):
 
     def _positions(self) -> Tensor:
         """(k, q) flat position of every matrix entry."""
-        return self._matrix(torch.arange(self.d, device=self.device))
+        return self.matrix(torch.arange(self.d, device=self.device))
+
+    def predict(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Outputs of other rows: theta (S, d), x (M, p) -> (S, M, k)."""
+        rows = torch.cat([x.flatten(1), x.new_ones(len(x), 1)], dim=1) if self.intercept else x.flatten(1)
+        return torch.matmul(rows, self.matrix(theta).transpose(-1, -2))
 
     # --- likelihood: outputs (C, k, N) ---------------------------------------------------------------------------
 
@@ -136,7 +141,7 @@ class GeneralizedLinear(Clients):
     def potential(self, theta: Tensor) -> Tensor:
         """(C, d) -> (n, C) float64."""
         result = torch.zeros(self.n, theta.shape[0], dtype=torch.float64, device=self.device)
-        matrix = self._matrix(theta)
+        matrix = self.matrix(theta)
         for first, last in self._groups(theta.shape[0]):
             rows = slice(self._bounds[first], self._bounds[last])
             values = self._row_potential(self._outputs(matrix, rows), self._targets[:, rows]).to(torch.float64)
@@ -148,7 +153,7 @@ class GeneralizedLinear(Clients):
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
         """(C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
-        matrix = self._matrix(theta)
+        matrix = self.matrix(theta)
         if batch_size is not None and keys is not None:
             return self._batch_gradient(matrix, clients, keys, batch_size)
         if clients is not None:
@@ -177,7 +182,7 @@ class GeneralizedLinear(Clients):
                 low, high = self._bounds[i], self._bounds[i + 1]
                 torch.mm(flat[:, low - start : high - start], self.design[low:high], out=result[at])
                 at += 1
-        return self._flat(result.view(m, chains, self.outputs, q))
+        return self.flat(result.view(m, chains, self.outputs, q))
 
     def _batch_gradient(self, matrix: Tensor, clients: Tensor | None, keys: Key, size: int) -> Tensor:
         """Minibatches drawn for each client and chain: (m, C, d)."""
@@ -191,11 +196,11 @@ class GeneralizedLinear(Clients):
         outputs = torch.matmul(matrix, design.transpose(-1, -2))  # (m, C, k, b)
         residual = self._residual(outputs, self._targets[:, index].movedim(0, -2))
         weight = rows.to(self.dtype) / rows.clamp(min=1).clamp(max=size).to(self.dtype)
-        return self._flat(torch.matmul(residual * (valid * weight[:, None, None]).unsqueeze(-2), design))
+        return self.flat(torch.matmul(residual * (valid * weight[:, None, None]).unsqueeze(-2), design))
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """(C, d), (C, d) -> (n, C, d)."""
-        matrix, direction = self._matrix(theta), self._matrix(vector)
+        matrix, direction = self.matrix(theta), self.matrix(vector)
         spans = list(self._groups(theta.shape[0]))
         parts = (
             (span, self._curve(self._outputs(matrix, rows), self._outputs(direction, rows)))
@@ -216,7 +221,7 @@ class GeneralizedLinear(Clients):
         order = torch.argsort(self._positions().flatten())
         for i, low, high in zip(range(self.n), self._bounds, self._bounds[1:], strict=False):
             design = self.design[low:high]
-            for c, matrix in enumerate(self._matrix(theta)):
+            for c, matrix in enumerate(self.matrix(theta)):
                 weights = self._weights(matrix, slice(low, high))
                 blocks = self.design.new_empty(k, q, k, q)
                 for a in range(k):
@@ -232,9 +237,9 @@ class GeneralizedLinear(Clients):
         result = self.design.new_empty(self.n, theta.shape[0], self.d)
         square = self.design.square()
         for i, low, high in zip(range(self.n), self._bounds, self._bounds[1:], strict=False):
-            for c, matrix in enumerate(self._matrix(theta)):
+            for c, matrix in enumerate(self.matrix(theta)):
                 weights = self._weights(matrix, slice(low, high)).diagonal(dim1=0, dim2=1).T  # (k, rows)
-                result[i, c] = self._flat(weights @ square[low:high])
+                result[i, c] = self.flat(weights @ square[low:high])
         return result
 
     def blocks(self) -> list[Tensor]:
@@ -243,7 +248,7 @@ class GeneralizedLinear(Clients):
 
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
         """B = sum |x|^2 Lambda (n, k, k) and A = sum tr(Lambda) x x^T (n, q, q) at (d,)."""
-        matrix = self._matrix(theta)
+        matrix = self.matrix(theta)
         outer, inner = [], []
         for low, high in zip(self._bounds, self._bounds[1:], strict=False):
             design, weights = self.design[low:high], self._weights(matrix, slice(low, high))

@@ -1,0 +1,238 @@
+"""From a configuration to what is sampled: data, clients, prior, and what the draws are judged by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsample.errors import ConfigError
+from fedsample.random import SERVER, key
+from fedsample.targets import Clients, GaussianPrior, GeneralizedLinear, Posterior, Quadratic
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedsample.config import Experiment
+    from fedsample.data import FederatedData
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_POINTS = 32  # rows whose predictions are followed as functionals
+_PROJECTIONS = 32
+_CHUNK = 1 << 24  # entries of the largest array of predictions
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an experiment samples.
+
+    Attributes:
+        clients: the likelihood, in the model's parameters. prior: U_0. start_mean, start_scale: (d,) where an optimiser
+            begins. layout: name, shape and offset of each parameter. data, module, likelihood: None for quadratics.
+    """
+
+    clients: Clients
+    prior: GaussianPrior
+    start_mean: Tensor
+    start_scale: Tensor
+    layout: list[tuple[str, tuple[int, ...], int]]
+    data: FederatedData | None = None
+    module: nn.Module | None = None
+    likelihood: str | None = None
+    noise_scale: float = 1.0
+    client_names: tuple[str, ...] = ()
+
+    @property
+    def posterior(self) -> Posterior:
+        """U_0 + sum_i U_i in the model's own parameters."""
+        return Posterior(self.clients, self.prior)
+
+    @property
+    def d(self) -> int:
+        """Number of parameters."""
+        return self.clients.d
+
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor] | None:
+        """Held-out rows (M, ...) and targets (M,), on the clients' device; None where there are none."""
+        if self.data is None or len(self.data.x_test) == 0:
+            return None
+        return self._rows(self.data.x_test), torch.from_numpy(np.ascontiguousarray(self.data.y_test)).to(self.clients.device)
+
+    @cached_property
+    def points(self) -> tuple[Tensor, Tensor] | None:
+        """The rows whose predictions are followed: the first 32 held-out ones, or of the training rows if none are."""
+        if self.data is None:
+            return None
+        if self.test is not None:
+            return self.test[0][:_POINTS], self.test[1][:_POINTS]
+        chosen = np.linspace(0, len(self.data.x) - 1, min(_POINTS, len(self.data.x)), dtype=np.int64)
+        return self._rows(self.data.x[chosen]), torch.from_numpy(self.data.y[chosen]).to(self.clients.device)
+
+    def _rows(self, x: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.clients.dtype).to(self.clients.device)
+
+    def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
+        """The model's outputs: theta (S, d), x (M, ...) -> (S, M, K)."""
+        module = self.module
+        if module is None:
+            raise ConfigError("a quadratic target predicts nothing: it has no rows")
+        if isinstance(self.clients, GeneralizedLinear):
+            return self.clients.predict(theta, x)
+        shapes = {name: (shape, offset) for name, shape, offset in self.layout}
+
+        def one(flat: Tensor) -> Tensor:
+            named = {
+                name: flat[offset : offset + math.prod(shape)].view(shape) for name, (shape, offset) in shapes.items()
+            }
+            result: Tensor = torch.func.functional_call(module, named, (x,))
+            return result
+
+        return torch.stack([one(each) for each in theta])
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Class probabilities (..., K') of outputs (..., K); a logit becomes two classes."""
+        if self.likelihood == "bernoulli":
+            one = torch.sigmoid(outputs)
+            return torch.cat([1 - one, one], dim=-1)
+        return torch.softmax(outputs, dim=-1)
+
+    def functionals(self, draws: Tensor) -> Tensor:
+        """What convergence is judged by, for draws (S, d) -> (S, F) float64.
+
+        Predictions at fixed held-out rows (centred logits and the true class's probability, or the mean), the test
+        negative log-likelihood, U, |theta|^2, and 32 fixed projections of the parameters (of what the data can inform:
+        softmax weights are centred over classes and constant features left out). Few parameters are followed themselves.
+        """
+        parts = [self._energies(draws), self._projections(draws)]
+        if self.points is not None:
+            size = max(1, _CHUNK // max(1, len(self.points[0]) * 64))
+            parts += [torch.cat([self._predictions(chunk) for chunk in draws.split(size)])]
+        return torch.cat([part.to(torch.float64).cpu() for part in parts], dim=-1)
+
+    def _energies(self, draws: Tensor) -> Tensor:
+        size = max(1, _CHUNK // max(1, int(self.clients.rows.sum()) + self.d))
+        potential = torch.cat([self.posterior.potential(chunk) for chunk in draws.split(size)])
+        return torch.stack([potential, draws.to(torch.float64).square().sum(-1)], dim=-1)
+
+    def _projections(self, draws: Tensor) -> Tensor:
+        if self.d <= _PROJECTIONS:
+            return draws
+        directions = key(0, client=SERVER, chain=torch.arange(_PROJECTIONS), purpose="projections").normal(self.d)
+        directions = (self._informed(directions) / math.sqrt(self.d)).to(draws.dtype).to(draws.device)
+        return draws @ directions.T
+
+    def _informed(self, directions: Tensor) -> Tensor:
+        """Directions (F, d) without what a softmax's likelihood cannot see."""
+        if not isinstance(self.clients, GeneralizedLinear) or self.likelihood != "categorical":
+            return directions
+        matrix = self.clients.matrix(directions)  # (F, k, q)
+        matrix = matrix - matrix.mean(-2, keepdim=True)
+        design = self.clients.design
+        if len(design):
+            varies = (design.amax(0) > design.amin(0)).to(matrix.dtype).cpu()
+            if self.clients.intercept:
+                varies[-1] = 1.0
+            matrix = matrix * varies
+        return self.clients.flat(matrix)
+
+    def _predictions(self, draws: Tensor) -> Tensor:
+        if self.points is None:
+            return draws.new_zeros(len(draws), 0)
+        outputs = self.outputs(draws, self.points[0])  # (S, M, K)
+        parts = []
+        if self.likelihood == "gaussian":
+            parts.append(outputs.flatten(1))
+        else:
+            probabilities = self.probabilities(outputs)
+            labels = self.points[1].to(torch.int64).expand(len(draws), -1).unsqueeze(-1)
+            parts.append(probabilities.gather(-1, labels).squeeze(-1))
+            centred = outputs if outputs.shape[-1] == 1 else outputs - outputs.mean(-1, keepdim=True)
+            parts.append(centred.flatten(1))
+        if self.test is not None:
+            parts.append(self.test_nll(draws).unsqueeze(-1))
+        return torch.cat([part.to(torch.float64) for part in parts], dim=-1)
+
+    def test_nll(self, draws: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the held-out rows under each draw: (S, d) -> (S,) float64."""
+        if self.test is None:
+            raise ConfigError("there are no held-out rows")
+        x, y = self.test
+        outputs = self.outputs(draws, x).to(torch.float64)
+        if self.likelihood == "gaussian":
+            scaled = ((y - outputs[..., 0]) / self.noise_scale).square()
+            return 0.5 * (scaled + math.log(2 * math.pi * self.noise_scale**2)).mean(-1)
+        logs = torch.log(self.probabilities(outputs).clamp(min=1e-300))
+        return -logs.gather(-1, y.to(torch.int64).expand(len(draws), -1).unsqueeze(-1)).squeeze(-1).mean(-1)
+
+    def predict_test(self, draws: Tensor) -> Tensor:
+        """Held-out predictions of draws (S, d): the sum over draws of class probabilities (M, K), or means (S, M)."""
+        if self.test is None:
+            raise ConfigError("there are no held-out rows")
+        x = self.test[0]
+        size = max(1, _CHUNK // max(1, len(x) * 16))
+        if self.likelihood == "gaussian":
+            return torch.cat([self.outputs(chunk, x)[..., 0] for chunk in draws.split(size)]).to(torch.float64)
+        total = 0.0
+        for chunk in draws.split(size):
+            total = total + self.probabilities(self.outputs(chunk, x)).sum(0, dtype=torch.float64)
+        return total  # type: ignore[return-value]
+
+
+def build_problem(experiment: Experiment) -> Problem:
+    """Read the data and build the target of an experiment.
+
+    Raises:
+        DataError, ConfigError: if the data or the model cannot be used.
+    """
+    dtype, device = DTYPES[experiment.dtype], torch.device(experiment.fleet.device)
+    prior = GaussianPrior.of_scale(experiment.model.prior_scale)
+    if experiment.data.kind == "quadratic":
+        return _quadratic(experiment, prior, dtype, device)
+    from fedsample.data import load
+    from fedsample.models import build, likelihood_of, parameter_layout, starting_law, task_of
+
+    data = load(experiment.data, experiment.seed, task_of(experiment.model.name))
+    likelihood = likelihood_of(experiment.model.name, data)
+    module = build(experiment.model, data)
+    x = torch.from_numpy(np.ascontiguousarray(data.x)).to(dtype).to(device)
+    y = torch.from_numpy(np.ascontiguousarray(data.y)).to(device)
+    offsets = torch.from_numpy(data.offsets)
+    noise = experiment.model.noise_scale
+    clients: Clients
+    if experiment.model.name in ("linear", "logistic", "softmax"):
+        clients = GeneralizedLinear(
+            x.flatten(1),
+            y,
+            offsets,
+            likelihood,
+            data.classes if likelihood == "categorical" and data.classes is not None else 1,
+            intercept=experiment.model.intercept,
+            noise_scale=noise,
+        )
+        mean = scale = torch.zeros(clients.d, dtype=torch.float64)
+    else:
+        from fedsample.targets.module import ModuleClients
+
+        clients = ModuleClients(module, x, y, offsets, likelihood, noise_scale=noise)
+        mean, scale = starting_law(module)
+    return Problem(
+        clients, prior, mean, scale, parameter_layout(module), data, module, likelihood, noise, data.client_names
+    )
+
+
+def _quadratic(experiment: Experiment, prior: GaussianPrior, dtype: torch.dtype, device: torch.device) -> Problem:
+    from fedsample.data import load_quadratic
+
+    data = load_quadratic(experiment.data, prior.precision)
+    curvature = torch.from_numpy(np.ascontiguousarray(data.lam)).to(dtype).to(device)
+    center = torch.from_numpy(np.ascontiguousarray(data.a)).to(dtype).to(device)
+    clients = Quadratic(curvature, center)
+    zeros = torch.zeros(clients.d, dtype=torch.float64)
+    names = tuple(str(i) for i in range(clients.n))
+    return Problem(clients, prior, zeros, zeros, [("params", (clients.d,), 0)], client_names=names)

@@ -1,0 +1,382 @@
+"""A run in progress: prepare, sample round by round, record, checkpoint, and sum up.
+
+Everything between two rounds is in the checkpoint, and every draw is keyed by its round: a run that was killed goes on
+from its last checkpoint and gives the same draws, bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fedsample.config import Experiment, dump_toml
+from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
+from fedsample.exchange import Fleet, Request, Traffic
+from fedsample.experiment import Mode, build_uplink, digest, reread
+from fedsample.fleets.faults import Faults
+from fedsample.fleets.local import LocalFleet
+from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
+from fedsample.monitor.directory import RunDirectory
+from fedsample.monitor.draws import DrawStore
+from fedsample.monitor.progress import Progress
+from fedsample.monitor.tensorboard import Recorder
+from fedsample.preparation import Prepared, prepare, restore_prepared
+from fedsample.problem import DTYPES, Problem, build_problem
+from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
+from fedsample.watch import Watch, summarise
+
+SHARD_ROUNDS = 1000
+_CHECKPOINT_SHARE = 0.02  # of the time, at most, spent on checkpoints
+
+
+@dataclass
+class Clock:
+    """Seconds by phase."""
+
+    exchange: float = 0.0
+    server: float = 0.0
+    record: float = 0.0
+    before: float = 0.0  # seconds of earlier stretches of this run
+
+    @property
+    def total(self) -> float:
+        """Seconds of this stretch and the ones before."""
+        return self.exchange + self.server + self.record + self.before
+
+
+class Session:
+    """One run directory and everything that works in it; use as a context manager."""
+
+    def __init__(self, experiment: Experiment, directory: RunDirectory, progress: Mode, resumed: bool) -> None:
+        """Use `create` or `reopen`."""
+        self.experiment, self.directory, self.path = experiment, directory, directory.path
+        self._progress_mode: Mode = progress
+        self._resumed = resumed
+        self._stack = ExitStack()
+        self._stack.enter_context(directory)
+        self._stop: str | None = None
+
+    @classmethod
+    def create(cls, experiment: Experiment, path: Path, progress: Mode) -> Self:
+        """A new run in an empty directory."""
+        return cls(experiment, RunDirectory.create(path), progress, resumed=False)
+
+    @classmethod
+    def reopen(cls, path: Path, progress: Mode) -> Self:
+        """The run that lies in `path`, as configured there."""
+        directory = RunDirectory.open(path)
+        try:
+            return cls(reread(directory.read_config()), directory, progress, resumed=True)
+        except BaseException:
+            directory.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Return itself; the directory is locked."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the directory and everything that was changed for the run."""
+        self._stack.close()
+
+    # --- from configuration to first round ------------------------------------------------------------------------
+
+    def sample(self) -> dict[str, Any]:
+        """Run to the last round -> the summary.
+
+        Raises:
+            Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+        """
+        began = time.perf_counter()
+        if not self._resumed:
+            self.directory.write_config(dump_toml(self.experiment))
+        self._use_threads()
+        first = 0
+        store = CheckpointStore(self.directory.checkpoint)
+        checkpoint = self._checkpoint(store) if self._resumed else None
+        progress = Progress(self.experiment.rounds, checkpoint.round if checkpoint else 0, self._progress_mode)
+        with progress:
+            with progress.stage("reading the data"):
+                problem = build_problem(self.experiment)
+            check_size(self.experiment, problem)
+            fleet = build_fleet(self.experiment, problem)
+            with self._signals():
+                prepared = self._prepare(problem, fleet, progress, checkpoint)
+                store.digest = digest(self.experiment)
+                sampler = build_sampler(self.experiment, problem, prepared, fleet.n)
+                state, traffic, clock = self._start(sampler, fleet, prepared, checkpoint)
+                first = state.round
+                store_draws = DrawStore(self.directory.draws, SHARD_ROUNDS, start=self.experiment.warmup)
+                self._rewind(first, store_draws, checkpoint is not None)
+                if checkpoint is None:
+                    self._save(store, state, fleet, traffic, clock)
+                watch = Watch(problem, self.experiment)
+                recorder = Recorder(
+                    self.path, None if checkpoint is None else first + 1, self.experiment.monitor.tensorboard
+                )
+                with recorder:
+                    recorder.describe(dump_toml(self.experiment), _flat(self.experiment), watch.headline)
+                    chain = Chain(self, sampler, fleet, store, store_draws, recorder, watch, progress, prepared)
+                    state, traffic, clock = chain.run(state, traffic, clock)
+                    recorder.close(finished=True)
+            with progress.stage("summing up"):
+                summary = summarise(problem, self.experiment, prepared, traffic, clock.total, store_draws)
+        summary["seconds_in_all"] = time.perf_counter() - began
+        self.directory.write_json("summary.json", summary)
+        return summary
+
+    def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
+        checkpoint = store.latest(digest(self.experiment))
+        if checkpoint is not None and checkpoint.round > self.experiment.rounds:
+            raise RunDirectoryError(
+                f"the run has done {checkpoint.round} rounds, but its config.toml says rounds = {self.experiment.rounds}: "
+                "raise it"
+            )
+        return checkpoint
+
+    def _use_threads(self) -> None:
+        """Set the number of CPU threads, for the time of the run, and store the choice."""
+        before = torch.get_num_threads()
+        self._stack.callback(torch.set_num_threads, before)
+        threads = self.experiment.fleet.threads or 1  # small products: a second thread costs more than it brings
+        self.experiment = _with(self.experiment, fleet={"threads": threads})
+        torch.set_num_threads(threads)
+
+    def _prepare(
+        self, problem: Problem, fleet: Fleet, progress: Progress, checkpoint: Checkpoint | None
+    ) -> Prepared:
+        if checkpoint is not None:
+            prepared = restore_prepared(self.path, self.experiment)
+            fleet.set_metric(prepared.geometry.metric)
+            return prepared
+        prepared = prepare(self.experiment, problem, fleet, progress)
+        prepared.save(self.path)
+        self.experiment = _with(self.experiment, step_size=prepared.step_size)
+        self.directory.write_config(dump_toml(self.experiment))
+        self.directory.write_env()
+        self.directory.write_json(
+            "params.json", [{"name": name, "shape": list(shape), "offset": at} for name, shape, at in problem.layout]
+        )
+        return prepared
+
+    def _start(
+        self, sampler: Sampler, fleet: Fleet, prepared: Prepared, checkpoint: Checkpoint | None
+    ) -> tuple[State, Traffic, Clock]:
+        if checkpoint is None:
+            return sampler.start(prepared.start), Traffic(), Clock()
+        state = State.of_tensors(_below(checkpoint.tensors, "state."), prepared.start.device)
+        fleet.restore(_below(checkpoint.tensors, "fleet."))
+        return state, Traffic(*checkpoint.meta["traffic"]), Clock(before=checkpoint.meta["seconds"])
+
+    def _rewind(self, round: int, draws: DrawStore, resumed: bool) -> None:
+        if not resumed:
+            if self._resumed:  # it was killed before its first checkpoint: nothing in the directory counts
+                draws.resume(0)
+                self.directory.rewind(0)
+            return
+        self.directory.rewind(round)
+        kept = max(0, (round - self.experiment.warmup) // self.experiment.thin)
+        draws.resume(round, kept)
+
+    # --- stopping and saving ----------------------------------------------------------------------------------------
+
+    def _save(self, store: CheckpointStore, state: State, fleet: Fleet, traffic: Traffic, clock: Clock) -> None:
+        tensors = {f"state.{name}": tensor for name, tensor in state.tensors().items()}
+        tensors |= {f"fleet.{name}": tensor for name, tensor in fleet.state().items()}
+        store.save(state.round, tensors, {"traffic": list(traffic), "seconds": clock.total})
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the current round, with a checkpoint; a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(number: int, frame: object) -> None:
+            self._stop = signal.Signals(number).name
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def stopped(self) -> str | None:
+        """The name of the signal that asked the run to end."""
+        return self._stop
+
+
+class Chain:
+    """The loop over rounds."""
+
+    def __init__(
+        self,
+        session: Session,
+        sampler: Sampler,
+        fleet: Fleet,
+        checkpoints: CheckpointStore,
+        draws: DrawStore,
+        recorder: Recorder,
+        watch: Watch,
+        progress: Progress,
+        prepared: Prepared,
+    ) -> None:
+        """Keep the parts."""
+        self.session, self.experiment = session, session.experiment
+        self.sampler, self.fleet, self.checkpoints, self.draws = sampler, fleet, checkpoints, draws
+        self.recorder, self.watch, self.progress, self.prepared = recorder, watch, progress, prepared
+        self._setup_up = prepared.geometry.traffic.up
+
+    def run(self, state: State, traffic: Traffic, clock: Clock) -> tuple[State, Traffic, Clock]:
+        """All remaining rounds."""
+        experiment = self.experiment
+        saved_at, saved_round, cost = time.perf_counter(), state.round, 0.0
+        while state.round < experiment.rounds:
+            observe = (state.round + 1) % experiment.monitor.every == 0 or state.round + 1 == experiment.rounds
+            t0 = time.perf_counter()
+            request = self.sampler.request(state, observe=observe)
+            t1 = time.perf_counter()
+            aggregate = self.fleet.exchange(request)
+            t2 = time.perf_counter()
+            before, state = state, self.sampler.update(state, request, aggregate)
+            traffic = traffic.plus(aggregate.traffic)
+            t3 = time.perf_counter()
+            if not bool(aggregate.arrived.all()):
+                self.session.directory.append_participation(state.round, aggregate.arrived.nonzero().flatten().tolist())
+            kept = state.round - experiment.warmup
+            if kept > 0 and kept % experiment.thin == 0:
+                draw = self.sampler.draw(state)
+                self.sampler.check(state.params, state.round)
+                self.draws.append(state.round, draw)
+                self.watch.see(draw)
+            if observe:
+                self._log(before, state, request, aggregate, traffic, clock)
+            self.progress.update(state.round, (traffic.up + self._setup_up) // 8, traffic.down // 8)
+            now = time.perf_counter()
+            clock.exchange += t2 - t1
+            clock.server += (t1 - t0) + (t3 - t2)
+            clock.record += now - t3
+            stop = self.session.stopped
+            due = max(experiment.monitor.checkpoint_seconds, cost / _CHECKPOINT_SHARE)
+            if stop or now - saved_at >= due or state.round == experiment.rounds:
+                self._save(state, traffic, clock)
+                saved_at, saved_round = time.perf_counter(), state.round
+                cost = saved_at - now
+                clock.record += cost
+            if stop and state.round < experiment.rounds:
+                raise Interrupted(
+                    f"stopped by {stop} after round {saved_round} of {experiment.rounds}; everything is kept. Go on "
+                    f"with: fedsample simulate --resume --out {self.session.path}"
+                )
+        return state, traffic, clock
+
+    def _save(self, state: State, traffic: Traffic, clock: Clock) -> None:
+        """Draws and logs first, then the checkpoint that counts on them."""
+        self.draws.flush()
+        self.session.directory.sync()
+        self.session._save(self.checkpoints, state, self.fleet, traffic, clock)
+
+    def _log(
+        self, before: State, state: State, request: Request, aggregate: Any, traffic: Traffic, clock: Clock
+    ) -> None:
+        scalars = self.watch.scalars(self.sampler, before, state, aggregate, self.fleet.n)
+        n = self.fleet.n
+        scalars |= {
+            "comm/up_bytes": (traffic.up + self._setup_up) / 8 / n,
+            "comm/down_bytes": (traffic.down + self.prepared.geometry.traffic.down) / 8 / n,
+            "comm/ratio": traffic.up_dense / max(1, traffic.up),
+            "time/exchange": clock.exchange,
+            "time/server": clock.server,
+            "time/record": clock.record,
+        }
+        self.recorder.submit(
+            state.round, (traffic.up + self._setup_up) // 8, scalars, lazy=self.watch.job(state.round)
+        )
+
+
+def build_fleet(experiment: Experiment, problem: Problem) -> LocalFleet:
+    """The simulated federation of an experiment."""
+    section = experiment.fleet
+    clients = problem.clients
+    faults = Faults(clients.n, experiment.seed, section.loss, section.dropout, section.dropout_rounds)
+    return LocalFleet(
+        clients,
+        build_uplink(experiment),
+        experiment.seed,
+        experiment.chains,
+        batch_size=experiment.batch_size,
+        engine=section.engine,
+        faults=faults,
+    )
+
+
+def build_sampler(experiment: Experiment, problem: Problem, prepared: Prepared, n: int) -> Sampler:
+    """The server's half of an experiment, once its geometry is known."""
+    extra = {"friction": experiment.sampler.friction} if experiment.sampler.name == "baoab" else {}
+    return SAMPLERS[experiment.sampler.name](
+        build_uplink(experiment),
+        problem.prior,
+        prepared.geometry.metric,
+        step_size=prepared.step_size,
+        temperature=experiment.temperature,
+        seed=experiment.seed,
+        cohort=Cohort(n, experiment.chains, experiment.seed, experiment.fleet.participation),
+        stability=Stability(prepared.geometry.curvature, prepared.limit, prepared.radius),
+        **extra,
+    )
+
+
+def check_size(experiment: Experiment, problem: Problem) -> None:
+    """Refuse what does not fit the number of parameters.
+
+    Raises:
+        ConfigError: a dense metric for too many parameters, or more coordinates on the wire than there are.
+    """
+    if experiment.metric.name == "hessian" and problem.d > 5000:
+        raise ConfigError(
+            f"metric.name = 'hessian' with {problem.d} parameters needs a {problem.d} x {problem.d} matrix on every client; "
+            "choose kronecker or diagonal above 5,000 parameters"
+        )
+    build_uplink(experiment).compressor.count(problem.d)
+
+
+def _with(experiment: Experiment, **changes: Any) -> Experiment:
+    """The same experiment with other values; sections take a dict of keys."""
+    values = {
+        name: getattr(experiment, name).model_copy(update=value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return experiment.model_copy(update=values)
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _flat(experiment: Experiment) -> dict[str, Any]:
+    """Settings by dotted name, for the hyper-parameters page."""
+    result: dict[str, Any] = {}
+    for name, value in experiment.model_dump().items():
+        if isinstance(value, dict):
+            result |= {f"{name}.{key}": below for key, below in value.items()}
+        else:
+            result[name] = value
+    return result
