@@ -248,7 +248,8 @@ def _foreground(command: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
-            pass
+            process.terminate()
+            process.wait()
 
 
 def _print(renderable: RenderableType) -> None:

@@ -3,6 +3,7 @@
 from fedsample.targets.base import Clients, GaussianPrior
 from fedsample.targets.glm import GeneralizedLinear
 from fedsample.targets.metric import Metric, MetricClients, MetricPrior
+from fedsample.targets.module import ModuleClients
 from fedsample.targets.posterior import Posterior
 from fedsample.targets.quadratic import Quadratic
 
@@ -13,6 +14,7 @@ __all__ = [
     "Metric",
     "MetricClients",
     "MetricPrior",
+    "ModuleClients",
     "Posterior",
     "Quadratic",
 ]

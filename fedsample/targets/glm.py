@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedsample.random import Key
 from fedsample.targets.base import Clients
+from fedsample.targets.minibatch import draw_rows
 
 Likelihood = Literal["gaussian", "bernoulli", "categorical"]
 
@@ -111,7 +112,8 @@ class GeneralizedLinear(Clients):
         if self.likelihood == "categorical":
             return torch.logsumexp(outputs, dim=-2) - (outputs * targets).sum(-2)
         if self.likelihood == "bernoulli":
-            return (torch.nn.functional.softplus(outputs) - outputs * targets).squeeze(-2)
+            # not softplus: PyTorch's is linear above 20, and off by 2e-9 there
+            return -(torch.nn.functional.logsigmoid(-outputs) + outputs * targets).squeeze(-2)
         return ((outputs - targets).square() / (2 * self.noise_scale**2)).squeeze(-2)
 
     def _curve(self, outputs: Tensor, directions: Tensor) -> Tensor:
@@ -185,18 +187,24 @@ class GeneralizedLinear(Clients):
         return self.flat(result.view(m, chains, self.outputs, q))
 
     def _batch_gradient(self, matrix: Tensor, clients: Tensor | None, keys: Key, size: int) -> Tensor:
-        """Minibatches drawn for each client and chain: (m, C, d)."""
+        """Minibatches drawn for each client and chain: (m, C, d), in runs of clients that bound memory."""
         rows = self.rows if clients is None else self.rows[clients]
         start = (self.offsets[:-1] if clients is None else self.offsets[:-1][clients.cpu()]).to(self.device)
-        position, valid = draw_rows(keys, rows, size)  # (m, C, b)
         if len(self.design) == 0:
             return matrix.new_zeros(len(rows), matrix.shape[0], self.d)
-        index = (start[:, None, None] + position).clamp_(max=len(self.design) - 1)
-        design = self.design[index]  # (m, C, b, q)
-        outputs = torch.matmul(matrix, design.transpose(-1, -2))  # (m, C, k, b)
-        residual = self._residual(outputs, self._targets[:, index].movedim(0, -2))
-        weight = rows.to(self.dtype) / rows.clamp(min=1).clamp(max=size).to(self.dtype)
-        return self.flat(torch.matmul(residual * (valid * weight[:, None, None]).unsqueeze(-2), design))
+        most, words = int(rows.max()), keys.tensor()
+        step = max(1, _CHUNK // (matrix.shape[0] * max(1, most, min(size, most) * self.design.shape[1])))
+        parts = []
+        for at in range(0, len(rows), step):
+            run = slice(at, at + step)
+            position, valid = draw_rows(Key(words[run], keys.device), rows[run], size)  # (g, C, b)
+            index = (start[run, None, None] + position).clamp_(max=len(self.design) - 1)
+            design = self.design[index]  # (g, C, b, q)
+            outputs = torch.matmul(matrix, design.transpose(-1, -2))  # (g, C, k, b)
+            residual = self._residual(outputs, self._targets[:, index].movedim(0, -2))
+            weight = rows[run].to(self.dtype) / rows[run].clamp(min=1, max=size).to(self.dtype)
+            parts.append(torch.matmul(residual * (valid * weight[:, None, None]).unsqueeze(-2), design))
+        return self.flat(torch.cat(parts))
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """(C, d), (C, d) -> (n, C, d)."""
@@ -270,23 +278,3 @@ class GeneralizedLinear(Clients):
             intercept=self.intercept,
             noise_scale=self.noise_scale,
         )
-
-
-def draw_rows(keys: Key, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """A minibatch without replacement for each key.
-
-    Args:
-        keys: (m, C) keys. rows: (m,) how many rows each client has. size: rows wanted.
-
-    Returns:
-        Positions (m, C, b) within the client's rows, b = min(size, largest client), and which of them count (m, C, b):
-        a client with fewer rows than b uses all of them.
-    """
-    most = max(1, int(rows.max()) if len(rows) else 1)
-    bits = max(1, (most - 1).bit_length())
-    tag = torch.arange(most, dtype=torch.int64, device=rows.device)
-    words = (keys.integers64(most) & ~((1 << bits) - 1)) | tag  # (m, C, most), no two equal
-    absent = tag >= rows[:, None, None]
-    words = torch.where(absent, torch.iinfo(torch.int64).max - most + tag, words)
-    chosen = torch.topk(words, min(size, most), dim=-1, largest=False, sorted=True)
-    return chosen.indices, chosen.indices < rows[:, None, None]

@@ -1,0 +1,308 @@
+r"""Any `nn.Module` as a likelihood, by automatic differentiation: no closed forms, the same answers as `glm.py`.
+
+With outputs f(theta, x) in R^K for a row x, and l the negative log-likelihood of its target,
+
+    U_i = sum over rows of l(f(theta, x), y),     constants dropped.
+
+Gradients and Hessian-vector products are exact, by reverse mode and by reverse over reverse. `hessian` and what is made
+from it is the Fisher information, which is here the generalised Gauss-Newton matrix (Schraudolph 2002, Neural
+Computation 14(7); equal for these likelihoods: Martens 2020, JMLR 21(146), section 9.2):
+
+    F_i = sum over rows of J^T Lambda J = sum u u^T,   J = df / dtheta,  Lambda = d^2 l / df^2 = L L^T,
+
+over the K columns u of J^T L of every row. It is never indefinite, and is the Hessian where f is linear in theta.
+
+A call of a small network costs more in dispatch than in arithmetic. So clients of similar size are padded to one length
+and computed together, with weight 0 on the padding, until a call is large; larger ones are computed one by one, in
+runs of rows that bound memory. Which of these happens depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vmap
+
+from fedsample.errors import ConfigError
+from fedsample.random import Key
+from fedsample.targets.base import Clients
+from fedsample.targets.glm import Likelihood
+from fedsample.targets.minibatch import draw_rows
+
+_CHUNK = 1 << 25  # array entries that the rows of one call may take
+_MERGE = 1 << 22  # below this many a call is mostly dispatch, and clients are computed together
+_PADDING = 1.25  # rows with padding against rows without, for clients computed together
+
+
+class _Rows(NamedTuple):
+    """Rows of g clients, padded to b: shared by all chains, or (with a chain axis second) a minibatch for each."""
+
+    x: Tensor  # (g, b, ...) or (g, C, b, ...)
+    y: Tensor  # (g, b) or (g, C, b)
+    weight: Tensor  # the same, float64
+
+
+class ModuleClients(Clients):
+    """Clients of one network over ragged data.
+
+    Args:
+        module: maps (B, ...) to (B, K), each row by itself, without buffers, as `fedsample.models.build` makes it. Its
+            own parameter values do not matter: a copy of its structure is kept.
+        x: (N, ...) rows sorted by client. y: (N,) integer labels below K (categorical), 0 / 1 (bernoulli), or targets
+            (gaussian). offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
+        likelihood: the law of a target given the outputs; K = 1 unless categorical. noise_scale: sigma of the Gaussian
+            likelihood.
+
+    Raises:
+        ConfigError: if the module has buffers, or the wrong number or shape of outputs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        offsets: Tensor,
+        likelihood: Likelihood,
+        *,
+        noise_scale: float = 1.0,
+    ) -> None:
+        """Keep the data and a copy of the module's structure."""
+        self.x, self.dtype, self.device = x, x.dtype, x.device
+        self.likelihood: Likelihood = likelihood
+        self.noise_scale = noise_scale
+        self.labels = y.to(torch.int64 if likelihood == "categorical" else self.dtype)
+        # A call swaps parameters in and out of the module, so every stack (a thread of its own) has its own skeleton.
+        self._module = copy.deepcopy(module).to("meta")
+        self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        self._lengths = [shape.numel() for shape in self._shapes.values()]
+        self.offsets = offsets.to(torch.int64)
+        self._bounds: list[int] = self.offsets.tolist()
+        self.rows = (self.offsets[1:] - self.offsets[:-1]).to(self.device)
+        self.n, self.d = len(offsets) - 1, sum(self._lengths)
+        self.outputs, self._cost = self._measure()
+
+    def _measure(self) -> tuple[int, int]:
+        """K, and the array entries that one row keeps alive in a backward pass."""
+        buffers = [name for name, _ in self._module.named_buffers()]
+        if buffers:
+            raise ConfigError(
+                f"the module has buffers ({', '.join(buffers)}), expected parameters only: batch statistics tie rows "
+                "together; normalise each row by itself, as fedsample.models does"
+            )
+        theta = torch.zeros(self.d, dtype=self.dtype, device=self.device, requires_grad=True)
+        saved = [0, 0]
+        for rows in (1, 2):
+
+            def count(tensor: Tensor, rows: int = rows) -> Tensor:
+                saved[rows - 1] += tensor.numel()
+                return tensor
+
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                outputs = self._forward(theta, self.x.new_zeros(rows, *self.x.shape[1:]))
+        wanted = "(2, K) with K >= 2" if self.likelihood == "categorical" else "(2, 1)"
+        if outputs.ndim != 2 or len(outputs) != 2 or (outputs.shape[1] > 1) != (self.likelihood == "categorical"):
+            raise ConfigError(
+                f"the module maps 2 rows to shape {tuple(outputs.shape)}, expected {wanted} for a {self.likelihood} "
+                "likelihood: change its last layer"
+            )
+        row = self.x.shape[1:].numel()
+        return int(outputs.shape[1]), saved[1] - saved[0] + row + outputs.shape[1]
+
+    # --- one client, one chain -----------------------------------------------------------------------------------
+
+    def _forward(self, theta: Tensor, x: Tensor) -> Tensor:
+        """(d,), (b, ...) -> (b, K)."""
+        pieces = zip(self._shapes.items(), torch.split(theta, self._lengths), strict=True)
+        parameters = {name: piece.reshape(shape) for (name, shape), piece in pieces}
+        outputs: Tensor = functional_call(self._module, parameters, (x,))
+        return outputs
+
+    def _loss(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Weighted sum over b rows of l, float64."""
+        outputs = self._forward(theta, x)  # (b, K)
+        if self.likelihood == "categorical":
+            values = torch.logsumexp(outputs, -1) - outputs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        elif self.likelihood == "bernoulli":
+            logit = outputs.squeeze(-1)
+            values = -nn.functional.logsigmoid(-logit) - y * logit
+        else:
+            values = (outputs.squeeze(-1) - y).square() / (2 * self.noise_scale**2)
+        return (values.to(torch.float64) * weight).sum()
+
+    def _product(self, theta: Tensor, vector: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """The Hessian of `_loss` times a vector (d,)."""
+        product: Tensor = grad(lambda point: torch.dot(grad(self._loss)(point, x, y, weight), vector))(theta)
+        return product
+
+    # --- many clients, many chains -------------------------------------------------------------------------------
+
+    def _runs(self, sizes: list[int], burden: list[int], chains: int) -> Iterator[list[int]]:
+        """Positions of the clients that are computed together; those without rows are left out.
+
+        Args:
+            sizes: rows of each client.
+            burden: array entries that each client takes for each chain besides its rows.
+            chains: C.
+        """
+        run: list[int] = []
+        rows = entries = 0
+        for at in sorted((at for at, size in enumerate(sizes) if size), key=sizes.__getitem__):
+            padded = sizes[at] * (len(run) + 1)
+            full = chains * (padded * self._cost + entries + burden[at]) > _MERGE
+            if run and (full or padded > _PADDING * (rows + sizes[at])):
+                yield run
+                run, rows, entries = [], 0, 0
+            run.append(at)
+            rows, entries = rows + sizes[at], entries + burden[at]
+        if run:
+            yield run
+
+    def _passes(self, clients: list[int], chains: int) -> Iterator[tuple[list[int], _Rows]]:
+        """All rows of the clients, in pieces: positions in the list, and their rows."""
+        sizes = [self._bounds[i + 1] - self._bounds[i] for i in clients]
+        for run in self._runs(sizes, [self.d] * len(sizes), chains):
+            start = torch.tensor([self._bounds[clients[at]] for at in run], device=self.device).unsqueeze(-1)  # (g, 1)
+            held = torch.tensor([sizes[at] for at in run], device=self.device).unsqueeze(-1)
+            position = torch.arange(sizes[run[-1]], device=self.device)  # the last of a run is its largest
+            for piece in torch.split(position, max(1, _CHUNK // (len(run) * chains * self._cost))):
+                yield run, self._take(start + piece, piece < held)
+
+    def _take(self, index: Tensor, weight: Tensor) -> _Rows:
+        """Rows by index; an index beyond the data belongs to the padding."""
+        index = index.clamp(max=len(self.x) - 1)
+        return _Rows(self.x[index], self.labels[index], weight.to(torch.float64))
+
+    def _each(self, function: Callable[..., Tensor], points: tuple[Tensor, ...], rows: _Rows) -> Tensor:
+        """The function of (d,) points and one client's rows, for all clients and chains -> (g, C, ...)."""
+        chain = 1 if rows.y.ndim == 3 else None
+        nobody = (None,) * len(points)
+        inner = vmap(function, in_dims=(*nobody, 0, 0, 0))
+        outer = vmap(inner, in_dims=(*(0 for _ in points), chain, chain, chain))
+        values: Tensor = outer(*(point.detach() for point in points), *rows)  # (C, g, ...)
+        return values.transpose(0, 1)
+
+    def potential(self, theta: Tensor) -> Tensor:
+        """(C, d) -> (n, C) float64."""
+        result = torch.zeros(self.n, len(theta), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for run, rows in self._passes(list(range(self.n)), len(theta)):
+                result[run] += self._each(self._loss, (theta,), rows)
+        return result
+
+    def gradient(
+        self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """(C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
+        chosen = list(range(self.n)) if clients is None else clients.tolist()
+        result = self.x.new_zeros(len(chosen), len(theta), self.d)
+        if batch_size is None or keys is None:
+            passes = self._passes(chosen, len(theta))
+        else:
+            passes = self._minibatches(chosen, keys, batch_size, len(theta))
+        for run, rows in passes:
+            result[run] += self._each(grad(self._loss), (theta,), rows)
+        return result
+
+    def _minibatches(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[tuple[list[int], _Rows]]:
+        """Rows drawn for each client and chain, in pieces."""
+        held = [self._bounds[i + 1] - self._bounds[i] for i in clients]
+        words = keys.tensor()
+        for run in self._runs([min(size, rows) for rows in held], [self.d + rows for rows in held], chains):
+            rows = torch.tensor([held[at] for at in run], device=self.device)
+            start = torch.tensor([self._bounds[clients[at]] for at in run], device=self.device)
+            position, valid = draw_rows(Key(words[run], keys.device), rows, size)  # (g, C, b)
+            weight = valid * (rows / rows.clamp(max=size).to(torch.float64))[:, None, None]
+            index = start[:, None, None] + position
+            step = max(1, _CHUNK // (len(run) * chains * self._cost))
+            for piece, share in zip(torch.split(index, step, -1), torch.split(weight, step, -1), strict=True):
+                yield run, self._take(piece, share)
+
+    def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
+        """The exact Hessian of U_i at (C, d) times (C, d) -> (n, C, d)."""
+        result = self.x.new_zeros(self.n, len(theta), self.d)
+        for run, rows in self._passes(list(range(self.n)), len(theta)):
+            result[run] += self._each(self._product, (theta, vector), rows)
+        return result
+
+    # --- Fisher information --------------------------------------------------------------------------------------
+
+    def _columns(self, theta: Tensor, client: int) -> Iterator[Tensor]:
+        """The columns u of J^T L of a client's rows at (d,), in pieces (rows, K, d)."""
+        row = jacrev(lambda point, x: self._forward(point, x.unsqueeze(0)).squeeze(0))
+        step = max(1, _CHUNK // (self.outputs * (self._cost + 2 * self.d)))
+        for x in torch.split(self.x[self._bounds[client] : self._bounds[client + 1]], step):
+            if len(x) == 0:
+                continue
+            jacobian = vmap(row, in_dims=(None, 0))(theta.detach(), x)  # (rows, K, d)
+            if self.likelihood == "gaussian":
+                yield jacobian / self.noise_scale
+                continue
+            with torch.no_grad():
+                outputs = self._forward(theta, x)  # (rows, K)
+            if self.likelihood == "bernoulli":
+                deviation = (torch.sigmoid(outputs) * torch.sigmoid(-outputs)).sqrt()
+                yield jacobian * deviation.unsqueeze(-1)
+                continue
+            p = torch.softmax(outputs, -1).unsqueeze(-1)  # diag(p) - p p^T = L L^T with L = (I - p 1^T) diag(sqrt p)
+            yield (jacobian - (p * jacobian).sum(1, keepdim=True)) * p.sqrt()
+
+    def hessian(self, theta: Tensor) -> Tensor:
+        """Fisher information at (C, d) -> (n, C, d, d)."""
+        result = self.x.new_zeros(self.n, len(theta), self.d, self.d)
+        for i in range(self.n):
+            for c, point in enumerate(theta):
+                for columns in self._columns(point, i):
+                    flat = columns.flatten(0, 1)
+                    result[i, c].addmm_(flat.T, flat)
+        return result
+
+    def diagonal(self, theta: Tensor) -> Tensor:
+        """Its diagonal at (C, d) -> (n, C, d)."""
+        result = self.x.new_zeros(self.n, len(theta), self.d)
+        for i in range(self.n):
+            for c, point in enumerate(theta):
+                for columns in self._columns(point, i):
+                    result[i, c] += columns.square().sum((0, 1))
+        return result
+
+    def blocks(self) -> list[Tensor]:
+        """One for each parameter tensor: (out, rest) for weights, (length, 1) for vectors and scalars."""
+        positions = torch.split(torch.arange(self.d, device=self.device), self._lengths)
+        return [
+            each.view(shape[0] if shape else 1, math.prod(shape[1:]))
+            for each, shape in zip(positions, self._shapes.values(), strict=True)
+        ]
+
+    def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each block B (n, out, out) and A (n, rest, rest) at (d,)."""
+        blocks = self.blocks()
+        sums = [
+            (self.x.new_zeros(self.n, len(block), len(block)), self.x.new_zeros(self.n, *(block.shape[1],) * 2))
+            for block in blocks
+        ]
+        for i in range(self.n):
+            for columns in self._columns(theta, i):
+                parts = torch.split(columns, self._lengths, -1)
+                for (outer, inner), block, part in zip(sums, blocks, parts, strict=True):
+                    u = part.reshape(-1, *block.shape)  # (rows K, out, rest)
+                    across, along = u.transpose(0, 1).flatten(1), u.flatten(0, 1)
+                    outer[i].addmm_(across, across.T)
+                    inner[i].addmm_(along.T, along)
+        return sums
+
+    def subset(self, clients: Tensor) -> ModuleClients:
+        """Some of the clients, with their rows."""
+        spans = [(self._bounds[i], self._bounds[i + 1]) for i in clients.tolist()]
+        sizes = torch.tensor([0] + [high - low for low, high in spans])
+        if len(spans) == 1:  # a view, no copy
+            x, y = self.x[slice(*spans[0])], self.labels[slice(*spans[0])]
+        else:
+            x = torch.cat([self.x[:0], *(self.x[low:high] for low, high in spans)])
+            y = torch.cat([self.labels[:0], *(self.labels[low:high] for low, high in spans)])
+        return ModuleClients(self._module, x, y, torch.cumsum(sizes, 0), self.likelihood, noise_scale=self.noise_scale)
