@@ -215,6 +215,9 @@ class Experiment(Section):
         """Lay what is given over the preset's row, and add what it implies."""
         given = _plain(values)
         name = given.get("preset", DEFAULT)
+        uplink = given.get("uplink")
+        if isinstance(uplink, Mapping) and uplink.get("name") == "dense":  # a preset's compressor does not go with it
+            given["uplink"] = {"compressor": "identity", **uplink}
         return _imply(_merge(preset(name).overrides, given) if isinstance(name, str) else given)
 
     @model_validator(mode="after")

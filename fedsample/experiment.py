@@ -96,7 +96,9 @@ def check(experiment: Experiment) -> None:
     """
     build_uplink(experiment)
     if experiment.fleet.name == "flower" and (experiment.fleet.loss or experiment.fleet.dropout):
-        raise ConfigError('fleet.loss and fleet.dropout simulate faults in fleet "local"; Flower\'s are real: set both to 0')
+        raise ConfigError(
+            'fleet.loss and fleet.dropout simulate faults in fleet "local"; Flower\'s are real: set both to 0'
+        )
 
 
 def build_uplink(experiment: Experiment) -> Uplink:

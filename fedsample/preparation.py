@@ -87,7 +87,8 @@ def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
         return Prepared(geometry, n["step_size"], n["bias"], n["worst"], n["limit"], start, n["radius"])
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise RunDirectoryError(
-            f"{path}: the run's geometry ({_TENSORS}, {_NUMBERS}) is missing or damaged, so it cannot be resumed: {error}"
+            f"{path}: the run's geometry ({_TENSORS}, {_NUMBERS}) is missing or damaged, and it cannot be resumed: "
+            f"{error}. Start a new run in another directory"
         ) from error
 
 
@@ -128,7 +129,9 @@ def _metric(experiment: Experiment, problem: Problem, survey: Survey, progress: 
     origin = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
     if experiment.metric.name == Identity.name and experiment.start.at != "mode":
         return Identity(origin)
-    begin = problem.start_mean + problem.start_scale * key(experiment.seed, client=SERVER, purpose="mode").normal(clients.d)
+    begin = problem.start_mean + problem.start_scale * key(experiment.seed, client=SERVER, purpose="mode").normal(
+        clients.d
+    )
     with progress.stage("finding the mode"):
         mode = find_mode(survey, begin.to(clients.dtype).to(clients.device))
     with progress.stage(f"fixing the metric ({experiment.metric.name})"):
@@ -153,4 +156,3 @@ def _start(
     if isinstance(metric, Identity):  # one length for all directions: that of the stiffest
         scale /= math.sqrt(max(geometry.curvature, 1e-30))
     return scale * normal
-

@@ -62,7 +62,9 @@ class Problem:
         """Held-out rows (M, ...) and targets (M,), on the clients' device; None where there are none."""
         if self.data is None or len(self.data.x_test) == 0:
             return None
-        return self._rows(self.data.x_test), torch.from_numpy(np.ascontiguousarray(self.data.y_test)).to(self.clients.device)
+        return self._rows(self.data.x_test), torch.from_numpy(np.ascontiguousarray(self.data.y_test)).to(
+            self.clients.device
+        )
 
     @cached_property
     def points(self) -> tuple[Tensor, Tensor] | None:
@@ -74,7 +76,7 @@ class Problem:
         chosen = np.linspace(0, len(self.data.x) - 1, min(_POINTS, len(self.data.x)), dtype=np.int64)
         return self._rows(self.data.x[chosen]), torch.from_numpy(self.data.y[chosen]).to(self.clients.device)
 
-    def _rows(self, x: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def _rows(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.clients.dtype).to(self.clients.device)
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -107,7 +109,8 @@ class Problem:
 
         Predictions at fixed held-out rows (centred logits and the true class's probability, or the mean), the test
         negative log-likelihood, U, |theta|^2, and 32 fixed projections of the parameters (of what the data can inform:
-        softmax weights are centred over classes and constant features left out). Few parameters are followed themselves.
+        softmax weights are centred over classes and constant features left out). A few parameters are followed one
+        by one.
         """
         parts = [self._energies(draws), self._projections(draws)]
         if self.points is not None:
@@ -178,10 +181,8 @@ class Problem:
         size = max(1, _CHUNK // max(1, len(x) * 16))
         if self.likelihood == "gaussian":
             return torch.cat([self.outputs(chunk, x)[..., 0] for chunk in draws.split(size)]).to(torch.float64)
-        total = 0.0
-        for chunk in draws.split(size):
-            total = total + self.probabilities(self.outputs(chunk, x)).sum(0, dtype=torch.float64)
-        return total  # type: ignore[return-value]
+        sums = [self.probabilities(self.outputs(chunk, x)).sum(0, dtype=torch.float64) for chunk in draws.split(size)]
+        return torch.stack(sums).sum(0)
 
 
 def build_problem(experiment: Experiment) -> Problem:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +31,7 @@ from fedsample.monitor.draws import DrawStore
 from fedsample.monitor.progress import Progress
 from fedsample.monitor.tensorboard import Recorder
 from fedsample.preparation import Prepared, prepare, restore_prepared
-from fedsample.problem import DTYPES, Problem, build_problem
+from fedsample.problem import Problem, build_problem
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
 from fedsample.watch import Watch, summarise
 
@@ -141,8 +141,8 @@ class Session:
         checkpoint = store.latest(digest(self.experiment))
         if checkpoint is not None and checkpoint.round > self.experiment.rounds:
             raise RunDirectoryError(
-                f"the run has done {checkpoint.round} rounds, but its config.toml says rounds = {self.experiment.rounds}: "
-                "raise it"
+                f"the run has done {checkpoint.round} rounds, but its config.toml says "
+                f"rounds = {self.experiment.rounds}: raise it"
             )
         return checkpoint
 
@@ -154,9 +154,7 @@ class Session:
         self.experiment = _with(self.experiment, fleet={"threads": threads})
         torch.set_num_threads(threads)
 
-    def _prepare(
-        self, problem: Problem, fleet: Fleet, progress: Progress, checkpoint: Checkpoint | None
-    ) -> Prepared:
+    def _prepare(self, problem: Problem, fleet: Fleet, progress: Progress, checkpoint: Checkpoint | None) -> Prepared:
         if checkpoint is not None:
             prepared = restore_prepared(self.path, self.experiment)
             fleet.set_metric(prepared.geometry.metric)
@@ -307,9 +305,7 @@ class Chain:
             "time/server": clock.server,
             "time/record": clock.record,
         }
-        self.recorder.submit(
-            state.round, (traffic.up + self._setup_up) // 8, scalars, lazy=self.watch.job(state.round)
-        )
+        self.recorder.submit(state.round, (traffic.up + self._setup_up) // 8, scalars, lazy=self.watch.job(state.round))
 
 
 def build_fleet(experiment: Experiment, problem: Problem) -> LocalFleet:
@@ -352,7 +348,7 @@ def check_size(experiment: Experiment, problem: Problem) -> None:
     """
     if experiment.metric.name == "hessian" and problem.d > 5000:
         raise ConfigError(
-            f"metric.name = 'hessian' with {problem.d} parameters needs a {problem.d} x {problem.d} matrix on every client; "
+            f"metric.name = 'hessian' needs a matrix of {problem.d} x {problem.d} entries on every client; "
             "choose kronecker or diagonal above 5,000 parameters"
         )
     build_uplink(experiment).compressor.count(problem.d)

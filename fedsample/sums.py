@@ -23,7 +23,6 @@ def tree_sum(terms: Tensor) -> Tensor:
     return terms[0]
 
 
-
 class TreeSum:
     """The same sum, term by term: `add` the clients in order, then `total`; holds O(log n) partial sums."""
 

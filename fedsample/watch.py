@@ -173,7 +173,8 @@ def _functionals(problem: Problem, draws: Tensor) -> Tensor:
     chains, count, d = draws.shape
     size = max(1, _BLOCK // max(1, d))
     flat = draws.reshape(-1, d)
-    return torch.cat([problem.functionals(block) for block in flat.split(size)]).unflatten(0, (chains, count))
+    functionals = torch.cat([problem.functionals(block) for block in flat.split(size)])
+    return functionals.view(chains, count, -1)
 
 
 def _quality(problem: Problem, draws: Tensor) -> dict[str, float | None]:

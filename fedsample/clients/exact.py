@@ -45,4 +45,3 @@ def exact_bits(name: str, tensor: Tensor) -> int:
 def point_bits(points: Tensor) -> int:
     """Bits of points on the downlink."""
     return 8 * points.element_size() * points.numel()
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from fedsample.errors import ConfigError, DataError
 from fedsample.random import Key, key
 
-_NUMPY = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
 
 
 class Packet(NamedTuple):
@@ -48,8 +48,8 @@ class LinkKeys:
     """Makes the `PacketKeys` of a link, round after round.
 
     Args:
-        seed: the experiment's seed. clients: one index (a device), or (n,) indices (a fleet that draws for all at once).
-        chains: how many chains. purpose: the link, so that uplink and downlink never share a draw.
+        seed: the experiment's seed. clients: one index (a device), or (n,) indices (a fleet, for all at once). chains:
+            how many chains. purpose: the link, so that uplink and downlink never share a draw.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """memory += scale * decompress(packet), in place, without making the dense vector."""
+        """Memory += scale * decompress(packet), in place, without making the dense vector."""
 
     @abstractmethod
     def count(self, d: int) -> int:
@@ -130,7 +130,8 @@ def values_to_bytes(values: Tensor) -> bytes:
     """Little-endian bytes of a float32 or float64 tensor; refuses values that are not finite."""
     if not bool(torch.isfinite(values).all()):
         raise DataError("a packet holds NaN or infinite values; the gradient that made it is not finite")
-    return values.detach().cpu().contiguous().numpy().astype(_NUMPY[values.dtype], copy=False).tobytes()
+    plain: bytes = values.detach().cpu().contiguous().numpy().astype(_NUMPY[values.dtype], copy=False).tobytes()
+    return plain
 
 
 def values_from_bytes(data: bytes, count: int, dtype: torch.dtype) -> Tensor:

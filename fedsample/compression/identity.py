@@ -37,5 +37,5 @@ class Identity(Compressor):
         return packet.values
 
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """memory += scale * vector."""
+        """Memory += scale * vector."""
         memory.add_(packet.values * scale)

@@ -28,7 +28,10 @@ class Oracle(Protocol):
         full: whether every gradient uses all rows, so that one taken last round still holds.
     """
 
-    full: bool
+    @property
+    def full(self) -> bool:
+        """Whether it uses all rows."""
+        ...
 
     def gradient(self, point: Tensor, *, full: bool = False) -> Tensor:
         """Gradient of U_i at `point` (C, d) -> (..., C, d); on this round's minibatch unless `full`.

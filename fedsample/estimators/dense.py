@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsample.compression import Compressor, Identity
-from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Upload, Uplink, masked
+from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
 
 
 class Dense(Uplink):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsample.compression import Packet
-from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Upload, Uplink, masked
+from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
 
 
 class Diana(Uplink):

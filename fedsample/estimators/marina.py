@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsample.compression import Compressor
 from fedsample.errors import ConfigError
-from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Upload, Uplink, masked
+from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
 
 
 class Marina(Uplink):

@@ -47,7 +47,11 @@ class LocalFleet:
         self.uplink, self.chains = uplink, chains
         self.faults = faults or Faults(self.n, seed)
         indices = torch.arange(self.n, device=self.device)
-        stacks = [(clients, indices)] if engine == "batched" else [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
+        stacks = (
+            [(clients, indices)]
+            if engine == "batched"
+            else [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
+        )
         self.workers = [Worker(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
         self._present: Tensor | None = None
         self._everyone = torch.ones(self.n, dtype=torch.bool)

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.metadata
 import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,20 +19,9 @@ from typing import Any, Self
 
 from fedsample.errors import RunDirectoryError
 from fedsample.monitor.atomic import TEMPORARY, disk_error, write_atomic
+from fedsample.monitor.environment import environment
 from fedsample.monitor.jsonl import JsonLines, to_json, truncate_jsonl
 
-PACKAGES = (
-    "fedsample",
-    "torch",
-    "numpy",
-    "flwr",
-    "flwr-datasets",
-    "safetensors",
-    "scikit-learn",
-    "pydantic",
-    "tensorboard",
-    "protobuf",
-)
 _FOLDERS = ("checkpoint", "draws")
 
 
@@ -165,62 +151,6 @@ class RunDirectory:
     ) -> None:
         """Close, so that the directory is free even where the run failed."""
         self.close()
-
-
-def environment() -> dict[str, Any]:
-    """What can change a bit of a run besides its configuration: versions, machine, threads, git revision.
-
-    It holds no path, no name of a user or a host, and nothing of the environment's variables.
-    """
-    import torch
-
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "versions": {name: _version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": cuda,
-        "cuda": torch.version.cuda,
-        "git_revision": _git_revision(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        if package == "fedsample":
-            from fedsample import __version__
-
-            return __version__
-        return None
-
-
-def _processor() -> str:
-    # platform.processor() is empty on most Linux systems.
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _git_revision() -> str | None:
-    """Revision of the source, with `-dirty` where tracked files differ; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an environment inside somebody's own repository is not our source
-        return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def _make_folders(folder: Path) -> None:

@@ -15,9 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,69 +23,12 @@ from typing import Any, Self
 from fedsample.errors import RunDirectoryError
 from fedsample.monitor.events import EventWriter
 from fedsample.monitor.jsonl import JsonLines, read_jsonl, truncate_jsonl
+from fedsample.monitor.lossy import Description, LossyQueue, Row, Scalars
 
 QUEUE = 1024
 LAZY_QUEUE = 3
 HOLD = 0.8  # metrics.jsonl promises each row within a second
 _log = logging.getLogger(__name__)
-
-Scalars = Mapping[str, float]
-
-
-@dataclass(slots=True)
-class _Row:
-    round: int
-    bytes_sent: int
-    scalars: dict[str, float]
-    histograms: Mapping[str, Any] = field(default_factory=dict)
-    lazy: Callable[[], Scalars] | None = None
-    born: float = field(default_factory=time.monotonic)
-    late: dict[str, float] = field(default_factory=dict)
-    done: threading.Event | None = None
-
-
-@dataclass(slots=True)
-class _Description:
-    config: str
-    hparams: Mapping[str, bool | float | str]
-    metrics: Sequence[str]
-
-
-class _Lossy:
-    """A bounded queue that drops its oldest item where it is full, and so never makes a writer wait."""
-
-    def __init__(self, limit: int) -> None:
-        self.dropped = 0
-        self._limit = limit
-        self._items: deque[_Row | _Description] = deque()
-        self._ready = threading.Condition()
-        self._closed = False
-
-    def put(self, item: _Row | _Description) -> _Row | _Description | None:
-        """Add an item and return the one that was dropped for it."""
-        lost = None
-        with self._ready:
-            if len(self._items) >= self._limit:
-                lost = self._items.popleft()
-                self.dropped += 1
-            self._items.append(item)
-            self._ready.notify()
-        return lost
-
-    def get(self, timeout: float | None) -> _Row | _Description | None:
-        """The oldest item; None after `timeout` seconds without one, or where the queue is closed and empty."""
-        with self._ready:
-            self._ready.wait_for(lambda: self._items or self._closed, timeout)
-            return self._items.popleft() if self._items else None
-
-    def close(self) -> None:
-        with self._ready:
-            self._closed = True
-            self._ready.notify_all()
-
-    @property
-    def ended(self) -> bool:
-        return self._closed and not self._items
 
 
 class Recorder:
@@ -103,8 +44,6 @@ class Recorder:
 
     Attributes:
         error: why `metrics.jsonl` lacks rows, or None.
-        dropped: rows lost to a full queue.
-        dropped_lazy: lazy values lost because the events thread was behind.
 
     Raises:
         RunDirectoryError: on resume, `metrics.jsonl` cannot be cut back.
@@ -122,7 +61,6 @@ class Recorder:
         """Cut the metrics back where the run is resumed, and start the threads."""
         self.path = Path(path)
         self.error: RunDirectoryError | None = None
-        self.dropped_lazy = 0
         metrics = self.path / "metrics.jsonl"
         self._purge_step, self._purge_bytes = purge_step, 0
         if purge_step is not None:
@@ -131,11 +69,12 @@ class Recorder:
         self._enabled = enabled
         self._finished = False
         self._deadline: float | None = None
-        self._lazy_sent = self._lazy_done = self._lazy_lost = 0  # each written by one thread only
+        # Each is written by one thread only: the caller's, the events thread, the rows thread, the caller's.
+        self._lazy_sent = self._lazy_done = self._lazy_lost = self._lazy_refused = 0
         self._lazy_limit = lazy_queue
         self._warned: set[str] = set()
         self._lines = JsonLines(metrics)
-        self._rows, self._events = _Lossy(queue), _Lossy(queue)
+        self._rows, self._events = LossyQueue(queue), LossyQueue(queue)
         self._threads = [
             threading.Thread(target=self._write_rows, name="fedsample-metrics", daemon=True),
             threading.Thread(target=self._write_events, name="fedsample-events", daemon=True),
@@ -147,6 +86,11 @@ class Recorder:
     def dropped(self) -> int:
         """Rows lost to a full queue, so far."""
         return self._rows.dropped
+
+    @property
+    def dropped_lazy(self) -> int:
+        """Lazy values lost because the events thread was behind, so far."""
+        return self._lazy_refused + self._lazy_lost
 
     def describe(
         self, config: str, hparams: Mapping[str, bool | float | str], metrics: Sequence[str] = ("round/nll",)
@@ -164,7 +108,7 @@ class Recorder:
                 for name, value in hparams.items()
                 if value is not None
             }
-            self._rows.put(_Description(config, plain, tuple(metrics)))
+            self._rows.put(Description(config, plain, tuple(metrics)))
 
     def submit(
         self,
@@ -185,15 +129,15 @@ class Recorder:
         """
         if lazy is not None and self._lazy_sent - self._lazy_done - self._lazy_lost >= self._lazy_limit:
             lazy = None
-            self.dropped_lazy += 1
-        row = _Row(round, int(bytes_sent), dict(scalars), histograms or {}, lazy)
+            self._lazy_refused += 1
+        row = Row(round, int(bytes_sent), dict(scalars), histograms or {}, lazy)
         if lazy is not None:
             row.done = threading.Event()
             self._lazy_sent += 1
         lost = self._rows.put(row)
-        if isinstance(lost, _Row) and lost.lazy is not None:
+        if isinstance(lost, Row) and lost.lazy is not None:
             self._lazy_sent -= 1
-            self.dropped_lazy += 1
+            self._lazy_refused += 1
 
     def submit_lazy(self, round: int, bytes_sent: int, fn: Callable[[], Scalars]) -> None:
         """Log values of a round that are still to be computed, in a thread; dropped where that is behind.
@@ -217,13 +161,13 @@ class Recorder:
             thread.join(max(0.0, self._deadline - time.monotonic()))
         if any(thread.is_alive() for thread in self._threads):
             self._warn("close", "the last metrics were still being written after %.0f s and are left behind", timeout)
-        if self.dropped or self.dropped_lazy:
+        lost = (self.dropped, self._events.dropped, self.dropped_lazy)
+        if any(lost):
             self._warn(
                 "dropped",
-                "%d rows of metrics and %d lazy values were dropped because the disk or the processor was behind; the "
-                "draws are complete. A larger monitor.every logs less",
-                self.dropped,
-                self.dropped_lazy,
+                "dropped because the disk or the processor was behind: %d rows of metrics, %d further points of curves "
+                "and %d lazy values; the draws are complete. A larger monitor.every logs less",
+                *lost,
             )
 
     def __enter__(self) -> Self:
@@ -237,15 +181,15 @@ class Recorder:
         self.close(finished=kind is None)
 
     def _write_rows(self) -> None:
-        waiting: list[_Row] = []  # written, but without their lazy values
+        waiting: list[Row] = []  # written, but without their lazy values
         while not self._rows.ended:
             item = self._rows.get(0.1 if waiting else None)
             if item is not None:
                 lost = self._events.put(item)
-                if isinstance(lost, _Row) and lost.done is not None:
+                if isinstance(lost, Row) and lost.done is not None:
                     self._lazy_lost += 1
                     lost.done.set()
-            if isinstance(item, _Row):
+            if isinstance(item, Row):
                 if item.done is None or item.done.wait(max(0.0, self._hold(item) - time.monotonic())):
                     self._append(item, item.scalars | item.late)
                 else:
@@ -262,17 +206,17 @@ class Recorder:
         except RunDirectoryError as error:
             self.error = error
 
-    def _hold(self, row: _Row) -> float:
+    def _hold(self, row: Row) -> float:
         """Until when a row waits for its lazy values: nobody watches the file of a run that is closing."""
         return row.born + HOLD if self._deadline is None else self._deadline
 
-    def _append_late(self, row: _Row) -> bool:
+    def _append_late(self, row: Row) -> bool:
         if row.done is None or not row.done.is_set():
             return False
         self._append(row, row.late)
         return True
 
-    def _append(self, row: _Row, scalars: Mapping[str, Any]) -> None:
+    def _append(self, row: Row, scalars: Mapping[str, Any]) -> None:
         if not scalars:
             return
         try:
@@ -289,7 +233,7 @@ class Recorder:
         writers: list[EventWriter] = []
         while not self._events.ended:
             item = self._events.get(None)
-            if isinstance(item, _Row) and item.lazy is not None:
+            if isinstance(item, Row) and item.lazy is not None:
                 self._evaluate(item)
             if item is not None and self._enabled:
                 try:
@@ -305,7 +249,7 @@ class Recorder:
         except Exception as error:
             self._stop_curves(error)
 
-    def _evaluate(self, row: _Row) -> None:
+    def _evaluate(self, row: Row) -> None:
         try:
             row.late = dict(row.lazy()) if row.lazy is not None else {}
         except Exception as error:
@@ -321,9 +265,9 @@ class Recorder:
             EventWriter(self.path / "bytes", self._purge_bytes if resumed else None),
         ]
 
-    def _emit(self, writers: list[EventWriter], item: _Row | _Description) -> None:
+    def _emit(self, writers: list[EventWriter], item: Row | Description) -> None:
         by_round, by_bytes = writers
-        if isinstance(item, _Description):
+        if isinstance(item, Description):
             by_round.text("config", f"```toml\n{item.config}\n```")
             by_round.hparams(item.hparams, item.metrics)
             by_round.layout()

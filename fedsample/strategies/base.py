@@ -32,8 +32,8 @@ class State(NamedTuple):
     """Where C chains stand after `round` rounds.
 
     Attributes:
-        round: rounds done. params: (C, d) positions z in the metric's coordinates. previous: (C, d) the positions of the
-            last request. kernel: the sampler's own variables, such as momenta. uplink: the estimator's server half.
+        round: rounds done. params: (C, d) positions z in the metric's coordinates. previous: (C, d) the positions at
+            the last request. kernel: the sampler's own variables, such as momenta. uplink: the estimator's server half.
         applied: (n,) int64, the last round in which each client's upload was applied. epoch: of the clients' memories.
     """
 
@@ -66,7 +66,13 @@ class State(NamedTuple):
             for prefix in ("kernel.", "uplink.")
         }
         return cls(
-            counters[0], here["params"], here["previous"], part["kernel."], part["uplink."], here["applied"], counters[1]
+            counters[0],
+            here["params"],
+            here["previous"],
+            part["kernel."],
+            part["uplink."],
+            here["applied"],
+            counters[1],
         )
 
 
@@ -191,9 +197,9 @@ class Sampler:
         if bool(bad.any()):
             chain = int(bad.nonzero()[0])
             raise DivergenceError(
-                f"chain {chain} diverged in round {round}: the step {self.step_size:.4g} is too large for the curvature "
-                f"{self.stability.curvature:.4g} (the largest seen, in the metric's coordinates), where the largest "
-                f"stable step is {self.stability.limit:.4g}. Set step_size well below it, or to 'auto'"
+                f"chain {chain} diverged in round {round}: the step {self.step_size:.4g} is too large for the "
+                f"curvature {self.stability.curvature:.4g} (the largest seen, in the metric's coordinates), where the "
+                f"largest stable step is {self.stability.limit:.4g}. Set step_size well below it, or to 'auto'"
             )
 
     def _sync(self, round: int, chains: int, d: int, device: torch.device) -> Tensor | None:
@@ -209,7 +215,13 @@ class Sampler:
         index = (round - 1) // block
         if self._noise is None or self._noise[0] != index:
             chains, d = like.shape
-            keys = key(self.seed, client=SERVER, chain=torch.arange(chains, device=like.device), purpose="noise", device=like.device)
+            keys = key(
+                self.seed,
+                client=SERVER,
+                chain=torch.arange(chains, device=like.device),
+                purpose="noise",
+                device=like.device,
+            )
             rounds = torch.arange(index * block + 1, (index + 1) * block + 1, device=like.device).unsqueeze(-1)
             self._noise = (index, keys.fold("round").fold(rounds).normal(d, like.dtype))
         return self._noise[1][round - 1 - index * block]

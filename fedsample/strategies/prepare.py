@@ -127,7 +127,9 @@ def build_metric(survey: Survey, name: str, mode: Tensor) -> Metric:
         return Diagonal.of_precision(mode, survey.ask(point, "diagonal")["diagonal"] + precision)
     if name == Dense.name:
         hessian = survey.ask(point, "hessian")["hessian"]
-        return Dense.of_precision(mode, hessian + precision * torch.eye(len(mode), dtype=mode.dtype, device=mode.device))
+        return Dense.of_precision(
+            mode, hessian + precision * torch.eye(len(mode), dtype=mode.dtype, device=mode.device)
+        )
     sums = survey.ask(point, "factors")
     pairs = [(sums[f"outer{b}"], sums[f"inner{b}"]) for b in range(len(sums) // 2)]
     return Kronecker.of_factors(mode, survey.fleet.blocks(), pairs, precision)

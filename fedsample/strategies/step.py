@@ -25,8 +25,8 @@ class StepRule:
     """Predictions for one run.
 
     Attributes:
-        typical: a coordinate of mean curvature and mean mixing. stiff: the direction of largest curvature, without noise
-            of the estimator. worst: largest curvature and largest mixing together.
+        typical: a coordinate of mean curvature and mean mixing. stiff: the direction of largest curvature, without the
+            estimator's noise. worst: largest curvature and largest mixing together.
     """
 
     typical: Coordinate

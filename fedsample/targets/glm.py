@@ -100,7 +100,7 @@ class GeneralizedLinear(Clients):
         return torch.mm(matrix.reshape(c * k, q), self.design[rows].T).view(c, k, -1)
 
     def _residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """dU / d eta, the shape of the outputs; targets (k, rows) or (..., k, rows)."""
+        """DU / d eta, the shape of the outputs; targets (k, rows) or (..., k, rows)."""
         if self.likelihood == "categorical":
             return torch.softmax(outputs, dim=-2).sub_(targets)
         if self.likelihood == "bernoulli":

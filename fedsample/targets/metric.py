@@ -223,7 +223,7 @@ def restore(name: str, mean: Tensor, tensors: dict[str, Tensor]) -> Metric:
         return Diagonal(mean, tensors["scales"])
     if name == Dense.name:
         return Dense(mean, tensors["root"], tensors["inverse"])
-    parts = []
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     while f"positions{len(parts)}" in tensors:
         b = len(parts)
         parts.append((tensors[f"positions{b}"], tensors[f"outer{b}"], tensors[f"inner{b}"], tensors[f"scales{b}"]))

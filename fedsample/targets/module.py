@@ -36,7 +36,7 @@ from fedsample.targets.minibatch import draw_rows
 
 _CHUNK = 1 << 25  # array entries that the rows of one call may take
 _MERGE = 1 << 22  # below this many a call is mostly dispatch, and clients are computed together
-_PADDING = 1.25  # rows with padding against rows without, for clients computed together
+_PADDING = 1.5  # rows with padding against rows without, for clients computed together
 
 
 class _Rows(NamedTuple):

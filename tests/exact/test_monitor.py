@@ -175,7 +175,31 @@ def test_submit_never_waits_and_the_oldest_rows_go_first(tmp_path: Path, caplog:
     assert stored[-10:] == list(range(990, 1000))
     assert recorder.dropped == 1000 - len(stored) >= 980
     assert recorder.dropped_lazy >= 990
-    assert f"{recorder.dropped} rows of metrics and {recorder.dropped_lazy} lazy values were dropped" in caplog.text
+    assert f"{recorder.dropped} rows of metrics" in caplog.text
+    assert f"{recorder.dropped_lazy} lazy values" in caplog.text
+
+
+def test_closing_does_not_wait_for_a_lazy_value_that_was_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recorder_module, "HOLD", 0.0)
+    started, release = threading.Event(), threading.Event()
+
+    def compute() -> dict[str, float]:
+        started.set()
+        return {"mcmc/rhat/max": 1.0} if release.wait(20) else {}
+
+    recorder = Recorder(tmp_path, queue=4)
+    recorder.submit(1, 1, {"round/nll": 1.0}, lazy=compute)
+    assert started.wait(20)
+    for k in range(2, 9):  # they push the second lazy value out of the queue of the busy thread
+        recorder.submit(k, k, {"round/nll": 1.0}, lazy=(lambda: {"mcmc/rhat/max": 2.0}) if k == 2 else None)
+        wait_until(lambda: not recorder._rows._items)
+    release.set()
+    recorder.close(timeout=20)
+    assert "left behind" not in caplog.text
+    assert [(row["round"], row["mcmc/rhat/max"]) for row in rows(tmp_path) if "mcmc/rhat/max" in row] == [(1, 1.0)]
+    assert recorder.dropped_lazy == 1
 
 
 def test_lazy_values_are_taken_again_once_the_thread_has_caught_up(tmp_path: Path) -> None:

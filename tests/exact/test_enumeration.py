@@ -1,0 +1,525 @@
+"""One round of the production code over every mask, coin, cohort and lost reply, against the second-moment map.
+
+Nothing is sampled. A chain stands for one outcome of all the random bits of a round (or of two), and the weighted
+mean of y+ y+^T over chains is the exact expectation. The noise enters linearly, so +-sqrt(d) e_j, equally likely, stand
+for a standard normal. Only sources of randomness are replaced: the keys of masks, coins, cohorts and faults, and the
+noise. The expectation it must equal, to rounding, is `moment_maps`, where no mask is ever drawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from moment_maps import Array, Chain, block_pairs, independent_pairs, subset_pairs
+from torch import Tensor
+
+from fedsample.compression import Compressor, Identity, PacketKeys, RandBlock, RandK
+from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Uplink, Upload
+from fedsample.exchange import Aggregate, Request
+from fedsample.fleets.faults import Faults
+from fedsample.fleets.local import LocalFleet
+from fedsample.strategies import Baoab, Cohort, Langevin, Sampler, Stability, State
+from fedsample.targets import GaussianPrior, Metric, Quadratic
+from fedsample.targets.metric import Dense as DenseMetric
+from fedsample.targets.metric import Identity as IdentityMetric
+
+STEP, FRICTION, TEMPERATURE, PRIOR, SYNC, SEEN = 0.21, 0.8, 1.7, 0.6, 0.3, 7
+TOLERANCE = 1e-12  # relative to the size of the moments: rounding of sums over thousands of chains
+
+
+# --- scripted randomness ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All random bits of one chain's round. `lost` is shared by the chains of a fleet: a message is lost as a whole."""
+
+    weight: float
+    masks: tuple[int, ...]  # for each client, the number of its mask
+    coin: bool
+    asked: tuple[bool, ...]
+    noise: tuple[float, ...]
+
+
+class Dice:
+    """Stands for `fedsample.random.key` and `LinkKeys`: what a key would draw is looked up in a script.
+
+    Args:
+        rounds: for each round a list of outcomes, one a chain. masks: what the number of a mask means: coordinates of a
+            subset, or the start of a block. order: the permutation of RandBlock. first: the first scripted round.
+        lost: for each round whose reply is lost.
+    """
+
+    def __init__(
+        self, rounds: list[list[Outcome]], masks: Tensor, order: list[int], first: int, lost: list[tuple[bool, ...]]
+    ) -> None:
+        self.rounds = dict(enumerate(rounds, first))
+        self.lost = dict(enumerate(lost, first))
+        self.masks, self.order = masks, torch.tensor(order)
+
+    def key(self, seed: int, round: int, client: Any, chain: Any, purpose: str) -> Draws:
+        if purpose == "sync":
+            coins = torch.tensor([outcome.coin for outcome in self.rounds[round]])
+            return Draws(bernoulli=lambda p: coins | (p >= 1))
+        if purpose == "cohort":
+            asked = torch.tensor([outcome.asked for outcome in self.rounds[round]])  # (C, n)
+            return Draws(
+                bernoulli=lambda p: asked.T.contiguous(),
+                subset=lambda n, k: torch.stack([row.nonzero().squeeze(-1) for row in asked]),
+            )
+        if purpose == "faults/loss":
+            lost = torch.tensor(self.lost[round], dtype=torch.float64)
+            return Draws(uniform=lambda n: (1 - lost).unsqueeze(-1) * (1 - 2.0**-53))
+        assert purpose == "faults/attempts"
+        return Draws(uniform=lambda n: torch.zeros(len(client), 1, dtype=torch.float64))
+
+    def link(self, seed: int, clients: Tensor, chains: int, purpose: str, device: Any = "cpu") -> Dice.Link:
+        return Dice.Link(self, clients)
+
+    @dataclass
+    class Link:
+        dice: Dice
+        clients: Tensor
+
+        def at(self, round: int, clients: Tensor | None = None) -> PacketKeys:
+            mine = self.clients if clients is None else self.clients[clients]
+            drawn = torch.tensor([outcome.masks for outcome in self.dice.rounds[round]]).T[mine]  # (m, C)
+            masks = self.dice.masks[drawn]
+            own = Draws(subset=lambda d, k: masks, integers=lambda d, n: masks)
+            return PacketKeys(own, Draws(permutation=lambda d: self.dice.order), round)  # type: ignore[arg-type]
+
+    def noise(self, round: int, like: Tensor) -> Tensor:
+        return torch.tensor([outcome.noise for outcome in self.rounds[round]], dtype=like.dtype)
+
+
+class Draws:
+    """A key that draws what it was told to."""
+
+    def __init__(self, **draws: Callable[..., Tensor]) -> None:
+        self.__dict__.update(draws)
+
+    def fold(self, value: object) -> Draws:
+        return self
+
+
+# --- the cases ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration, from which both the production objects and the map are built."""
+
+    n: int
+    d: int
+    hessians: str = "dense"  # "equal", "unequal" (diagonal) or "dense" (not commuting)
+    sampler: str = "langevin"
+    uplink: str = "diana"
+    compressor: str = "randk"
+    k: int = 1
+    participation: float | int = 1.0
+    loss: float = 0.0
+    engine: str = "batched"
+    whitened: bool = False
+    make: Callable[[Compressor], Uplink] | None = None  # another uplink class: a mutant
+
+    def target(self) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng(5)
+        center = rng.normal(size=(self.n, self.d))
+        if self.hessians == "dense":
+            root = rng.normal(size=(self.n, self.d, self.d)) / math.sqrt(self.d)
+            return torch.from_numpy(root @ root.transpose(0, 2, 1) + 0.2 * np.eye(self.d)), torch.from_numpy(center)
+        if self.hessians == "equal":
+            return torch.full((self.n, self.d), 0.7, dtype=torch.float64), torch.from_numpy(center)
+        return torch.from_numpy(rng.uniform(0.2, 1.5, size=(self.n, self.d))), torch.from_numpy(center)
+
+    def metric(self) -> Metric:
+        mean = torch.zeros(self.d, dtype=torch.float64)
+        if not self.whitened:
+            return IdentityMetric(mean)
+        root = torch.randn(self.d, self.d, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return DenseMetric.of_precision(mean + 0.3, root @ root.T + torch.eye(self.d))
+
+    def order(self) -> list[int]:
+        return [int(j) for j in np.random.default_rng(1).permutation(self.d)]
+
+    def build(self) -> tuple[Sampler, LocalFleet, Callable[[int], LocalFleet]]:
+        sparse = RandK(self.k) if self.compressor == "randk" else RandBlock(self.k)
+        compressor = Identity() if self.uplink == "dense" else sparse
+        standard = {"dense": Dense, "diana": Diana, "marina": lambda c: Marina(c, SYNC)}[self.uplink]
+        uplink = (self.make or standard)(compressor)
+        metric = self.metric()
+
+        def fleet(chains: int) -> LocalFleet:
+            faults = Faults(self.n, 0, loss=self.loss)
+            made = LocalFleet(Quadratic(*self.target()), uplink, 0, chains, engine=self.engine, faults=faults)  # type: ignore[arg-type]
+            made.set_metric(metric)
+            return made
+
+        def sampler(chains: int) -> Sampler:
+            common = {
+                "step_size": STEP,
+                "temperature": TEMPERATURE,
+                "seed": 0,
+                "cohort": Cohort(self.n, chains, 0, self.participation),
+                "stability": Stability(1.0, 1.0, math.inf),
+            }
+            if self.sampler == "baoab":
+                return Baoab(uplink, GaussianPrior(PRIOR), metric, friction=FRICTION, **common)
+            return Langevin(uplink, GaussianPrior(PRIOR), metric, **common)
+
+        return sampler, fleet  # type: ignore[return-value]
+
+    # --- the law ---
+
+    def pairs(self, loss: bool = True) -> Array:
+        """(n, n) probabilities that two clients' uploads both arrive."""
+        whole = isinstance(self.participation, int)
+        asked = (subset_pairs if whole else independent_pairs)(self.n, self.participation)  # type: ignore[operator]
+        return asked * independent_pairs(self.n, 1 - self.loss if loss else 1.0)
+
+    def chain(self, *, loss: bool = True, first: bool = False) -> Chain:
+        curvature, center = (tensor.numpy() for tensor in self.target())
+        hessians = curvature if curvature.ndim == 3 else np.stack([np.diag(row) for row in curvature])
+        prior, prior_center = PRIOR * np.eye(self.d), np.zeros(self.d)
+        if self.whitened:
+            metric = self.metric()
+            root, mean = metric.root.numpy(), metric.mean.numpy()  # type: ignore[attr-defined]
+            inverse = np.linalg.inv(root)
+            hessians, center = root @ hessians @ root, (center - mean) @ inverse
+            prior, prior_center = root @ prior @ root, -mean @ inverse
+        masks = subset_pairs(self.d, self.k) if self.compressor == "randk" else block_pairs(self.order(), self.k)
+        return Chain(
+            hessians,
+            center,
+            self.sampler,
+            self.uplink,
+            STEP,
+            FRICTION,
+            TEMPERATURE,
+            masks,
+            self.pairs(loss),
+            SYNC,
+            prior,
+            prior_center,
+            first,
+        )
+
+    # --- the outcomes ---
+
+    def masks(self) -> Tensor:
+        """Row m: the coordinates of mask m (RandK), or the start of block m."""
+        if self.compressor == "randblock":
+            return torch.arange(self.d).unsqueeze(-1)
+        return torch.tensor(list(itertools.combinations(range(self.d), self.k)))
+
+    def cohorts(self) -> list[tuple[float, tuple[bool, ...]]]:
+        subsets = list(itertools.product((False, True), repeat=self.n))
+        if isinstance(self.participation, int):
+            subsets = [asked for asked in subsets if sum(asked) == self.participation]
+            return [(1 / len(subsets), asked) for asked in subsets]
+        if self.participation == 1.0:
+            return [(1.0, (True,) * self.n)]
+        q = self.participation
+        return [(math.prod(q if one else 1 - q for one in asked), asked) for asked in subsets]
+
+    def losses(self, rounds: int) -> Iterator[tuple[float, list[tuple[bool, ...]]]]:
+        """Every pattern of lost replies over some rounds, with its probability."""
+        if self.loss == 0:
+            yield 1.0, [(False,) * self.n] * rounds
+            return
+        for flat in itertools.product((False, True), repeat=self.n * rounds):
+            chance = math.prod(self.loss if lost else 1 - self.loss for lost in flat)
+            yield chance, [flat[at * self.n : (at + 1) * self.n] for at in range(rounds)]
+
+    def outcomes(self, coins: Iterable[tuple[float, bool]]) -> list[Outcome]:
+        number = 1 if self.uplink == "dense" else len(self.masks())
+        masks = list(itertools.product(range(number), repeat=self.n))
+        root = math.sqrt(self.d)
+        noise = [tuple(sign * root * (j == at) for j in range(self.d)) for at in range(self.d) for sign in (1, -1)]
+        return [
+            Outcome(p_coin * p_asked / (len(masks) * len(noise)), mask, coin, asked, xi)
+            for (p_coin, coin), (p_asked, asked) in itertools.product(coins, self.cohorts())
+            for mask, xi in itertools.product(masks, noise)
+        ]
+
+
+TOSSED = [(SYNC, True), (1 - SYNC, False)]
+NO_SYNC = [(1.0, False)]
+STATES = 3
+
+
+# --- running the production code ----------------------------------------------------------------------------------
+
+
+def start(case: Case, chains: int) -> tuple[State, dict[str, Tensor]]:
+    """A state and client memories with nothing special about them; the same for every chain.
+
+    In the last round, SEEN, the reply of client 0 was applied and that of client 1 lost; a third client was not asked
+    and holds an older pending packet, which was applied.
+    """
+    rng = np.random.default_rng(11)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.normal(size=shape))
+
+    def spread(tensor: Tensor) -> Tensor:  # (..., d) -> (..., C, d)
+        return tensor.unsqueeze(-2).expand(*tensor.shape[:-1], chains, tensor.shape[-1]).clone()
+
+    n, d, k = case.n, case.d, case.k
+    params, previous = draw(d), draw(d)
+    kernel = {"momenta": spread(draw(d))} if case.sampler == "baoab" else {}
+    applied = torch.tensor([SEEN, SEEN - 3, SEEN - 2][:n])
+    memory: dict[str, Tensor] = {}
+    uplink: dict[str, Tensor] = {}
+    if case.uplink == "diana":
+        shift, pending = draw(n, d), draw(n, k)
+        support = torch.from_numpy(np.stack([rng.permutation(d)[:k] for _ in range(n)]))
+        rounds = torch.tensor([SEEN, SEEN, SEEN - 2][:n])
+        committed = shift.clone()
+        for i in range(n):
+            if int(rounds[i]) == int(applied[i]):
+                committed[i, support[i]] += pending[i] * k / d
+        memory = {
+            "memory.shift": spread(shift),
+            "memory.pending": spread(pending),
+            "memory.support": spread(support),
+            "memory.round": rounds,
+            "memory.epoch": torch.zeros(n, dtype=torch.int64),
+        }
+        uplink = {"shift": spread(committed.sum(0))}
+    elif case.uplink == "marina":
+        clients = Quadratic(*case.target())
+        metric = case.metric()
+        truth = metric.pull(clients.gradient(metric.push(previous.unsqueeze(0))))[:, 0]
+        rounds = torch.tensor([SEEN, SEEN - 1, SEEN][:n])
+        stale = (rounds != SEEN).unsqueeze(-1)
+        memory = {"memory.gradient": spread(torch.where(stale, draw(n, d), truth)), "memory.round": rounds}
+        uplink = {"estimate": spread(draw(d))}
+    return State(SEEN, spread(params), spread(previous), kernel, uplink, applied, 0), memory
+
+
+def read(case: Case, state: State, fleet: LocalFleet) -> Array:
+    """(C, size) the state in the map's layout, momenta and both ends' memories included."""
+    parts = [torch.ones(len(state.params), 1, dtype=torch.float64), state.params, *state.kernel.values()]
+    if case.uplink == "marina":
+        parts += [state.previous, state.uplink["estimate"]]
+    if case.uplink == "diana":
+        memory = fleet.state()
+        shift, support = memory["memory.shift"].clone(), memory["memory.support"]
+        applied = (memory["memory.round"] == state.applied) & (state.applied > 0)
+        shift.scatter_add_(-1, support, memory["memory.pending"] * applied[:, None, None] * (case.k / case.d))
+        assert torch.allclose(shift.sum(0), state.uplink["shift"], rtol=0, atol=1e-13), "the two ends' memories differ"
+        parts += list(shift)
+    return torch.cat(parts, dim=1).numpy()
+
+
+def enumerate_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+    case: Case,
+    coins: list[list[tuple[float, bool]]],
+    *,
+    fresh: bool = False,
+    observe: Callable[[Request, Aggregate], None] | None = None,
+) -> tuple[Array, Array]:
+    """E y y^T before and E y+ y+^T after len(coins) rounds; `fresh` starts at round 1."""
+    paths = list(itertools.product(*(case.outcomes(round_coins) for round_coins in coins)))
+    weights = np.array([math.prod(outcome.weight for outcome in path) for path in paths])
+    rounds = [[path[at] for path in paths] for at in range(len(coins))]
+    sampler_of, fleet_of = case.build()
+    before = after = None
+    for chance, lost in case.losses(len(coins)):
+        dice = Dice(rounds, case.masks(), case.order(), 1 if fresh else SEEN + 1, lost)
+        with monkeypatch.context() as patch:
+            for module in ("fedsample.strategies.base", "fedsample.strategies.cohort", "fedsample.fleets.faults"):
+                patch.setattr(f"{module}.key", lambda *given, **named: _scripted(dice, *given, **named))
+            patch.setattr("fedsample.clients.worker.LinkKeys", dice.link)
+            sampler, fleet = sampler_of(len(paths)), fleet_of(len(paths))
+            patch.setattr(sampler, "_draw_noise", dice.noise)
+            state, memory = start(case, len(paths))
+            if fresh:
+                begun = sampler.start(state.params)
+                state = begun._replace(kernel=state.kernel)
+            elif memory:
+                fleet.restore(memory)
+            y = read(case, state, fleet)
+            before = y[0][:, None] * y[0]
+            for _ in coins:
+                request = sampler.request(state)
+                aggregate = fleet.exchange(request)
+                if observe:
+                    observe(request, aggregate)
+                state = sampler.update(state, request, aggregate)
+            y = read(case, state, fleet)
+        part = chance * (y.T * weights) @ y
+        after = part if after is None else after + part
+    assert abs(weights.sum() - 1) < 1e-13
+    return before, after
+
+
+def _scripted(
+    dice: Dice, seed: int, round: int = -1, client: Any = None, chain: Any = None, purpose: str = "", device: Any = "cpu"
+) -> Draws:
+    return dice.key(seed, round, client, chain, purpose)
+
+
+def difference(got: Array, want: Array) -> float:
+    """Largest |got - want| in units of the moments' own size."""
+    scale = np.sqrt(np.outer(np.diag(want), np.diag(want)))
+    return float((np.abs(got - want) / scale).max())
+
+
+# --- tests --------------------------------------------------------------------------------------------------------
+
+SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "diana", "marina")
+SCENES = {
+    "everyone": Case(n=2, d=3),
+    "two-of-three-coordinates": Case(n=2, d=3, k=2),
+    "blocks": Case(n=2, d=4, k=2, compressor="randblock"),
+    "by-client": Case(n=3, d=2, engine="by-client"),
+    "coins": Case(n=3, d=2, participation=0.6),
+    "cohort": Case(n=3, d=2, participation=2),
+    "coins-by-client": Case(n=2, d=2, participation=0.6, engine="by-client"),
+}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("hessians", ["equal", "unequal", "dense"])
+@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_round_over_every_outcome(
+    monkeypatch: pytest.MonkeyPatch, scene: str, hessians: str, uplink: str, sampler: str
+) -> None:
+    case = replace(SCENES[scene], hessians=hessians, uplink=uplink, sampler=sampler)
+    before, after = enumerate_rounds(monkeypatch, case, [TOSSED if uplink == "marina" else NO_SYNC])
+    assert difference(after, case.chain().after(before)) < TOLERANCE
+
+
+@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_whitened_round(monkeypatch: pytest.MonkeyPatch, uplink: str, sampler: str) -> None:
+    """Clients differentiate and compress in the metric's coordinates; the prior follows."""
+    case = Case(n=2, d=3, uplink=uplink, sampler=sampler, whitened=True)
+    before, after = enumerate_rounds(monkeypatch, case, [TOSSED if uplink == "marina" else NO_SYNC])
+    assert difference(after, case.chain().after(before)) < TOLERANCE
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.6, 1])
+@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_first_two_rounds(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, uplink: str, participation: float | int
+) -> None:
+    """From round 1: momenta are whole, marina is dense whatever its coin says, diana's memories are empty."""
+    case = Case(n=2, d=2, uplink=uplink, sampler=sampler, participation=participation)
+    second = TOSSED if uplink == "marina" else NO_SYNC
+    before, after = enumerate_rounds(monkeypatch, case, [NO_SYNC, second], fresh=True)
+    middle = case.chain(first=True).after(before, coin=True if uplink == "marina" else None)
+    assert difference(after, case.chain().after(middle)) < TOLERANCE
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.6, 1])
+@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_two_rounds_over_every_lost_reply(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, uplink: str, participation: float | int
+) -> None:
+    """Every pattern of two rounds' losses: the second round commits or drops what the first left pending."""
+    case = Case(n=2, d=2, uplink=uplink, sampler=sampler, loss=0.3, participation=participation)
+    before, after = enumerate_rounds(monkeypatch, case, [NO_SYNC, NO_SYNC])
+    chain = case.chain()
+    coin = False if uplink == "marina" else None
+    assert difference(after, chain.after(chain.after(before, coin), coin)) < TOLERANCE
+
+
+@pytest.mark.parametrize("participation", [1.0, 2])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_reply_is_lost_where_a_chain_synchronises(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, participation: float | int
+) -> None:
+    """A dense round waits for everyone, so the other chains of that round lose nothing and are not scaled for loss."""
+    case = Case(n=3, d=2, uplink="marina", sampler=sampler, loss=0.3, participation=participation)
+    seen = []
+    before, after = enumerate_rounds(
+        monkeypatch, case, [TOSSED], observe=lambda request, aggregate: seen.append(aggregate.arrival)
+    )
+    assert set(seen) == {1.0}
+    assert difference(after, case.chain(loss=False).after(before)) < TOLERANCE
+
+
+# --- what these tests would catch ---------------------------------------------------------------------------------
+
+
+class SlowMemory(Diana):
+    def rate(self, d: int) -> float:
+        return 0.9 * super().rate(d)
+
+
+class HastyMemory(Diana):
+    """Commits at once, whether or not the reply arrives."""
+
+    def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
+        upload, memory = super().encode(oracle, memory, turn)
+        self.compressor.add_to(memory["shift"], upload.packet, self.rate(memory["shift"].shape[-1]))  # type: ignore[arg-type]
+        return upload, {**memory, "pending": 0 * memory["pending"]}
+
+
+class ScaledMemory(Diana):
+    """The server moves its memories by the scaled sum."""
+
+    def decode(
+        self, state: dict[str, Tensor], total: Tensor, sync: Tensor | None, inclusion: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().decode(state, total / inclusion, sync, 1.0)
+
+
+class StaleMarina(Marina):
+    """Takes the difference to the gradient it last saw, however old."""
+
+    def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
+        return super().encode(oracle, {**memory, "round": torch.full_like(memory["round"], turn.round - 1)}, turn)
+
+
+class UnscaledMarina(Marina):
+    def decode(
+        self, state: dict[str, Tensor], total: Tensor, sync: Tensor | None, inclusion: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().decode(state, total, sync, 1.0)
+
+
+MUTANTS = {
+    "memory rate": (Case(n=2, d=2, make=SlowMemory), 1, True),
+    "memory committed at once": (Case(n=2, d=2, loss=0.3, make=HastyMemory), 2, True),
+    "server memory scaled": (Case(n=2, d=2, participation=0.6, make=ScaledMemory), 1, True),
+    "marina against a stale gradient": (Case(n=2, d=2, uplink="marina", make=lambda c: StaleMarina(c, SYNC)), 1, False),
+    "marina unscaled": (
+        Case(n=2, d=2, uplink="marina", participation=0.6, make=lambda c: UnscaledMarina(c, SYNC)),
+        1,
+        False,
+    ),
+    "marina keeps its coin": (Case(n=2, d=2, uplink="marina", make=lambda c: Marina(c, SYNC)), 1, False),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    case, rounds, ends_differ = MUTANTS[name]
+    coins = [NO_SYNC] * rounds
+    if name == "marina keeps its coin":
+        coins = [[(SYNC + 0.01, True), (1 - SYNC - 0.01, False)]]
+    elif case.uplink == "marina":
+        coins = [TOSSED] * rounds
+    if ends_differ:
+        with pytest.raises(AssertionError, match="the two ends' memories differ"):
+            enumerate_rounds(monkeypatch, case, coins)
+        return
+    moments, after = enumerate_rounds(monkeypatch, case, coins)
+    for _ in range(rounds):
+        moments = case.chain().after(moments)
+    assert difference(after, moments) > 1e-4
