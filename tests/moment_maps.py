@@ -121,23 +121,23 @@ class Chain:
 
     # --- a round ------------------------------------------------------------------------------------------------
 
-    def _gradient(self, i: int, at: str) -> Array:
-        """(d, size) grad U_i at a part of the state, as a matrix on y."""
-        matrix = self.hessians[i] @ self.part(at)
-        matrix[:, 0] -= self.hessians[i] @ self.centers[i]
+    def _gradient(self, hessian: Array, center: Array, at: str = "x") -> Array:
+        """(d, size) H (part - a) as a matrix on y."""
+        matrix = hessian @ self.part(at)
+        matrix[:, 0] -= hessian @ center
         return matrix
 
-    def _kernel(self, gradient: Array) -> Array:
-        """(size, size) the sampler's rows from the gradient of U as a matrix on y; the other rows are zero."""
-        h, x, rows = self.step, self.part("x"), np.zeros((self.size, self.size))
+    def _client_gradient(self, i: int, at: str = "x") -> Array:
+        return self._gradient(self.hessians[i], self.centers[i], at)
+
+    def _kernel(self) -> tuple[Array, Array]:
+        """(size, size) the sampler without a gradient and (size, d) how a gradient enters; other rows are zero."""
+        h, x = self.step, self.part("x").T
         if self.sampler == "langevin":
-            rows[self.layout["x"]] = x - h * gradient
-            return rows
-        e = math.exp(-self.friction * h)
-        kicked = self.part("v") - (h / 2 if self.first else h) * gradient
-        rows[self.layout["x"]] = x + h / 2 * (1 + e) * kicked
-        rows[self.layout["v"]] = e * kicked
-        return rows
+            return x @ x.T, -h * x
+        e, v = math.exp(-self.friction * h), self.part("v").T
+        kicked = h / 2 * (1 + e) * x + e * v  # what momenta become: positions and momenta
+        return x @ x.T + kicked @ v.T, -(h / 2 if self.first else h) * kicked
 
     @cached_property
     def noise(self) -> Array:
@@ -164,61 +164,50 @@ class Chain:
         mean = np.outer(np.diag(clients), keep).ravel()
         return mean, pairs - np.outer(mean, mean)
 
+    def _estimate(self, coin: bool) -> tuple[Array, Array]:
+        """The estimate of the clients' gradients: (d, size) what no bit touches, and (n, d, size) what they send."""
+        here = np.stack([self._client_gradient(i) for i in range(self.n)])
+        nothing = np.zeros_like(here[0])
+        if self.uplink == "dense":
+            return nothing, here
+        if self.uplink == "diana":
+            memories = np.stack([self.part(f"h{i}") for i in range(self.n)])
+            return memories.sum(0), here - memories
+        if coin:
+            return here.sum(0), 0 * here
+        return self.part("g"), here - np.stack([self._client_gradient(i, "before") for i in range(self.n)])
+
     def round(self, coin: bool = False) -> tuple[Array, Array]:
         """M_0 (size, size) and the D_b (n d, size, size) of a round, given marina's coin."""
-        n, d, layout = self.n, self.d, self.layout
-        scale = 1 / self.bits()[0].reshape(n, d)  # (1 / pi) (d / K)
-        hessian, center = self._prior
-        fixed = hessian @ self.part("x")  # the gradient of U that no bit touches
-        fixed[:, 0] -= hessian @ center
-        still, carry = np.zeros((self.size, self.size)), np.zeros((n, d, self.size, self.size))
-        sent = np.zeros((n, d, self.size))  # what client i compresses
+        scale = 1 / self.bits()[0].reshape(self.n, self.d)  # (1 / pi) (d / K)
+        base, sent = self._estimate(coin)
+        free, kick = self._kernel()
+        still = free + kick @ (base + self._gradient(*self._prior))
         still[0, 0] = 1.0
-        for i in range(n):
-            if self.uplink == "dense":
-                sent[i] = self._gradient(i, "x")
-            elif self.uplink == "diana":
-                memory = self.part(f"h{i}")
-                sent[i] = self._gradient(i, "x") - memory
-                fixed = fixed + memory
-                still[layout[f"h{i}"]] = memory
-                for j in range(d):
-                    carry[i, j, layout[f"h{i}"]][j] = sent[i, j]  # alpha (d / K) = 1: the memory becomes the gradient
-            elif coin:
-                fixed = fixed + self._gradient(i, "x")
-            else:
-                sent[i] = self._gradient(i, "x") - self._gradient(i, "before")
+        bits = np.einsum("rj,ij,ijc->ijrc", kick, scale, sent)
         if self.uplink == "marina":
-            still[layout["before"]] = self.part("x")
-            prior = hessian @ self.part("x")
-            prior[:, 0] -= hessian @ center
-            if not coin:
-                fixed = fixed + self.part("g")
-            still[layout["g"]] = fixed - prior  # the estimate knows nothing of the prior
-            for i in range(n):
-                for j in range(d):
-                    carry[i, j, layout["g"]][j] = scale[i, j] * sent[i, j]
-        free = np.zeros((self.size, self.size))
-        for name in ("x", "v"):
-            if name in layout:
-                free[layout[name]] = self._kernel(fixed)[layout[name]]
-        no_kick = self._kernel(np.zeros((d, self.size)))
-        directions = np.zeros((n, d, self.size, self.size))
-        for i in range(n):
-            for j in range(d):
-                gradient = np.zeros((d, self.size))
-                gradient[j] = scale[i, j] * sent[i, j]
-                directions[i, j] = self._kernel(gradient) - no_kick + carry[i, j]
-        return still + free, directions.reshape(n * d, self.size, self.size)
+            still += self.part("before").T @ self.part("x") + self.part("g").T @ base
+            bits += np.einsum("jr,ij,ijc->ijrc", self.part("g"), scale, sent)
+        if self.uplink == "diana":  # alpha (d / K) = 1: a coordinate that arrives makes the memory the gradient
+            for i in range(self.n):
+                memory = self.part(f"h{i}")
+                still += memory.T @ memory
+                bits[i] += np.einsum("jr,jc->jrc", memory, sent[i])
+        return still, bits.reshape(-1, self.size, self.size)
+
+    def coins(self, coin: bool | None = None) -> list[tuple[bool, float]]:
+        """Marina's coin and its chances, or the coin that is given."""
+        if self.uplink != "marina":
+            return [(False, 1.0)]
+        return [(True, self.sync), (False, 1 - self.sync)] if coin is None else [(coin, 1.0)]
 
     # --- second moments -----------------------------------------------------------------------------------------
 
     def after(self, moments: Array, coin: bool | None = None) -> Array:
         """E y+ y+^T (size, size) from E y y^T; `coin` conditions on marina's."""
-        chances = {None: [(True, self.sync), (False, 1 - self.sync)], True: [(True, 1.0)], False: [(False, 1.0)]}[coin]
         result = moments[0, 0] * self.noise @ self.noise.T
         mean, covariance = self.bits()
-        for tossed, chance in chances if self.uplink == "marina" else [(False, 1.0)]:
+        for tossed, chance in self.coins(coin):
             still, directions = self.round(tossed)
             average = still + np.tensordot(mean, directions, 1)
             moved = average @ moments @ average.T
@@ -230,9 +219,8 @@ class Chain:
     def _linear(self) -> tuple[Array, Array]:
         """The map on vec P, split into the part on unknown moments and the constant from P_00 = 1."""
         mean, covariance = self.bits()
-        operator = np.kron(np.eye(self.size)[:, :1], np.eye(self.size)[:, :1]) * 0.0
         operator = np.zeros((self.size**2, self.size**2))
-        for tossed, chance in [(True, self.sync), (False, 1 - self.sync)] if self.uplink == "marina" else [(False, 1.0)]:
+        for tossed, chance in self.coins():
             still, directions = self.round(tossed)
             average = still + np.tensordot(mean, directions, 1)
             operator += chance * np.kron(average, average)
@@ -290,7 +278,7 @@ def coordinate(
     cohort: int | None = None,
     **rest: float | bool,
 ) -> Chain:
-    """One coordinate of diagonal clients: `keep` = K / d, `arrive` the probability that an upload arrives, or a cohort."""
+    """One coordinate of diagonal clients: `keep` = K / d, `arrive` the chance that an upload arrives, or a cohort."""
     lam, a = np.asarray(curvatures, dtype=float), np.asarray(centers, dtype=float)
     n = len(lam)
     clients = independent_pairs(n, arrive) if cohort is None else subset_pairs(n, cohort)

@@ -89,7 +89,7 @@ class Coordinate:
     def _next(self, m: Array, h: float, temperature: float) -> Array:
         uu, uv, vv, ux, vx, xx = m
         moved, kick, noise = self._linear(h)
-        s = self.inclusion * self.participation
+        s = self.participation * (1.0 if self.uplink == "dense" else self.inclusion)
         heat = 1.0 / s - 1.0
         before = np.array([[uu, uv], [uv, vv]])
         if self.uplink == "marina":  # g = lambda u + x

@@ -32,8 +32,9 @@ def baoab_step(
     """From a gradient at `params` to the next position: (B of the step before,) B A O A.
 
     Args:
-        params: (..., d) position. momenta: same shape, before the last B of the step before. gradient: grad U(params), same
-            shape. noise: standard normal, same shape. step_size: h > 0. friction: gamma > 0. temperature: T >= 0.
+        params: (..., d) position. momenta: same shape, before the last B of the step before.
+        gradient: grad U(params), same shape. noise: standard normal, same shape.
+        step_size: h > 0. friction: gamma > 0. temperature: T >= 0.
         first: whether there is no step before, so that the momenta are whole.
 
     Returns:

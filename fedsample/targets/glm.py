@@ -73,7 +73,7 @@ class GeneralizedLinear(Clients):
     def matrix(self, theta: Tensor) -> Tensor:
         """(..., d) -> (..., k, q)."""
         k, p = self.outputs, self.features
-        weight = theta[..., : k * p].unflatten(-1, (k, p))
+        weight = theta[..., : k * p].reshape(*theta.shape[:-1], k, p)
         return torch.cat([weight, theta[..., k * p :].unsqueeze(-1)], dim=-1) if self.intercept else weight
 
     def flat(self, matrix: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ class Dense(Metric):
 
     @classmethod
     def of_precision(cls, mean: Tensor, precision: Tensor) -> Dense:
-        """From the Hessian (d, d) of U at the mode; flat or concave directions get the smallest positive scale.
+        """From the Hessian (d, d) of U at the mode; flat or concave directions count as the smallest
+        positive curvature.
 
         Raises:
             DivergenceError: if the Hessian is not finite.
@@ -189,7 +190,7 @@ class Kronecker(Metric):
         result = torch.empty_like(x)
         for positions, v_b, v_a, scales in self.parts:
             flat = positions.flatten()
-            block = v_b.T @ x[..., flat].unflatten(-1, tuple(positions.shape)) @ v_a
+            block = v_b.T @ x[..., flat].reshape(*x.shape[:-1], *positions.shape) @ v_a
             result[..., flat] = (v_b @ act(block, scales) @ v_a.T).flatten(-2)
         return result
 
@@ -232,10 +233,12 @@ def restore(name: str, mean: Tensor, tensors: dict[str, Tensor]) -> Metric:
 
 def _floor(curvature: Tensor) -> float:
     """The smallest curvature that a metric inverts: below it a direction is numerically flat."""
-    top = float(curvature.max())
-    if not math.isfinite(top):
+    if not bool(torch.isfinite(curvature).all()):
         raise DivergenceError("the Hessian at the mode is not finite: is the data scaled, and the mode found?")
-    return max(top, torch.finfo(torch.float64).tiny) * 1e-12
+    top = float(curvature.max())
+    if top <= 0:
+        return 1.0  # no curvature at all gives no scale to work by
+    return max(top * 1e-12, torch.finfo(torch.float32).tiny)
 
 
 def _eigen(precision: Tensor) -> tuple[Tensor, Tensor]:

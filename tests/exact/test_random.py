@@ -135,9 +135,9 @@ class Twin:
         cosine = 1.0 - (0.5 * w - (w * w) * horner(w, COS))
         cosine = np.where(other & np.uint64(1), -cosine, cosine)
         swap = (other & np.uint64(2)).astype(bool)
-        return np.concatenate(
-            [radius * np.where(swap, sine, cosine), radius * np.where(swap, cosine, sine)], axis=-1
-        )[..., :n]
+        return np.concatenate([radius * np.where(swap, sine, cosine), radius * np.where(swap, cosine, sine)], axis=-1)[
+            ..., :n
+        ]
 
 
 # --- known answers --------------------------------------------------------------------------------------------------
@@ -157,10 +157,10 @@ KNOWN_WORDS = [
     ((0, 1), [0xDB088686F2686EFF, 0x49316B4C690965A6, 0xAFD1225300430F80]),
     ((0, None, 1), [0xBDAEACCC94CAED6E, 0xE94F0A10B5B78B02, 0x98217EEEE5CB24F0]),
     ((0, None, None, 1), [0xAF35BC2AF0EC57FB, 0xCC19525420EC17B2, 0x72C79DFE530FBD1A]),
-    ((0, 1, 2, 3, 'uplink'), [0x0BE1F9FF05236ED5, 0x80CDDC0DBA7EBF02, 0x1571053C87799D30]),
-    ((0, 1, -1, 3, 'noise'), [0xA98AF3A9767C0976, 0x674F0393109B8103, 0x6B2ECAC17264A69A]),
-    ((20240229, 8000, 99, 3, 'faults/presence'), [0xD89612CC687B2A34, 0x9D6DC0722F1F0951, 0x8AACB7D4367BB5F7]),
-    ((0, None, None, None, 'µ'), [0x7C58811BC3A2DB63, 0xF388CC380AED9397, 0x24C5CA6BFA97CFDF]),
+    ((0, 1, 2, 3, "uplink"), [0x0BE1F9FF05236ED5, 0x80CDDC0DBA7EBF02, 0x1571053C87799D30]),
+    ((0, 1, -1, 3, "noise"), [0xA98AF3A9767C0976, 0x674F0393109B8103, 0x6B2ECAC17264A69A]),
+    ((20240229, 8000, 99, 3, "faults/presence"), [0xD89612CC687B2A34, 0x9D6DC0722F1F0951, 0x8AACB7D4367BB5F7]),
+    ((0, None, None, None, "µ"), [0x7C58811BC3A2DB63, 0xF388CC380AED9397, 0x24C5CA6BFA97CFDF]),
 ]
 
 
@@ -628,7 +628,7 @@ def sample_a_little() -> Tensor:
     x, y = keys.normal(40 * 3).view(40, 3), keys.integers(2, 40)
     clients = GeneralizedLinear(x, y, torch.tensor([0, 10, 25, 40]), "categorical", 2)
     uplink = Diana(RandK(0.5))
-    fleet = LocalFleet(clients, uplink, 5, 2, batch_size=4, faults=Faults(3, 5, loss=0.2, dropout=0.2))
+    fleet = LocalFleet(clients, uplink, 5, 2, batch_size=4, faults=Faults(3, 5, loss=0.2, dropout=0.05))
     sampler = Baoab(
         uplink,
         GaussianPrior(1.0),

@@ -1,0 +1,1 @@
+"""Diagnostics: convergence of chains, calibration of predictions, moments predicted by theory."""
