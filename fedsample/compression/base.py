@@ -14,6 +14,7 @@ from fedsample.errors import ConfigError, DataError
 from fedsample.random import Key, key
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
+_BLOCK = 16  # rounds whose keys are made at once
 
 
 class Packet(NamedTuple):
@@ -59,11 +60,21 @@ class LinkKeys:
         chain = torch.arange(chains, device=device)
         self._own = key(seed, client=client, chain=chain, purpose=purpose, device=device).fold("round")
         self._common = key(seed, purpose=f"{purpose}/common", device=device)
+        self._block: tuple[int, Tensor] | None = None
 
     def at(self, round: int, clients: Tensor | None = None) -> PacketKeys:
         """The keys of one round: own (n, C) or (C,); `clients` picks rows of a fleet's keys."""
-        own = self._own if clients is None else Key(self._own.tensor()[clients], self._own.device)
-        return PacketKeys(own.fold(round), self._common, round)
+        own = self._round_words(round)
+        return PacketKeys(Key(own if clients is None else own[clients], self._own.device), self._common, round)
+
+    def _round_words(self, round: int) -> Tensor:
+        """The folded keys of one round; those of `_BLOCK` rounds are made at once, for one launch of each operation."""
+        index = round // _BLOCK
+        if self._block is None or self._block[0] != index:
+            rounds = torch.arange(index * _BLOCK, (index + 1) * _BLOCK, device=self._own.device)
+            shape = (_BLOCK, *(1 for _ in self._own.shape))
+            self._block = (index, self._own.fold(rounds.view(shape)).tensor())
+        return self._block[1][round - index * _BLOCK]
 
 
 class Compressor(ABC):

@@ -63,7 +63,7 @@ class Diana(Uplink):
         current = memory["epoch"] == turn.epoch
         if not bool(current.all()):
             shift.mul_(current[..., None, None])
-        applied = current & (memory["round"] > 0) & (memory["round"] == turn.applied)
+        applied = current & (memory["round"] == turn.applied)  # before round 1 both are 0, and the packet is empty
         if not bool(applied.all()):
             pending = pending * applied[..., None, None]
         self.compressor.add_to(shift, Packet(pending, memory["support"]), self.rate(shift.shape[-1]))

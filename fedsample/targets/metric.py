@@ -8,7 +8,6 @@ target. S is symmetric here, S = P^{-1/2} for the chosen approximation P of the 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -133,8 +132,7 @@ class Dense(Metric):
 
     @classmethod
     def of_precision(cls, mean: Tensor, precision: Tensor) -> Dense:
-        """From the Hessian (d, d) of U at the mode; flat or concave directions count as the smallest
-        positive curvature.
+        """From the Hessian (d, d) of U at the mode; concave directions count as flat.
 
         Raises:
             DivergenceError: if the Hessian is not finite.
@@ -300,6 +298,9 @@ class MetricPrior:
 
     def __init__(self, prior: GaussianPrior, metric: Metric) -> None:
         self.base, self.metric = prior, metric
+        pulled = metric.pull(prior.gradient(metric.mean))
+        self._at_mean = pulled  # (d,)
+        self._square = prior.precision * metric.root @ metric.root if isinstance(metric, Dense) else None
 
     def potential(self, z: Tensor) -> Tensor:
         """(..., d) -> (...) float64."""
@@ -309,4 +310,6 @@ class MetricPrior:
         """(..., d) -> (..., d)."""
         if self.base.precision == 0:
             return torch.zeros_like(z)
-        return self.metric.pull(self.base.gradient(self.metric.push(z)))
+        if self._square is not None:  # one product with precision S^2 in place of two with S
+            return self._at_mean + (z.reshape(-1, z.shape[-1]) @ self._square).view(z.shape)
+        return self._at_mean + self.metric.pull(self.base.gradient(self.metric.scale(z)))

@@ -1,0 +1,75 @@
+"""What a round costs beside its bare gradient: the same process, interleaved, best of several repeats.
+
+    python simulations/benchmarks/round.py [--set section.key=value ...] [--json]
+
+The bare gradient is the clients' work alone: every client's gradient at every chain's position, in the coordinates of
+the metric. A round adds the keyed draws, compression, memories, sums over clients, the server's step and its noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import torch
+
+from fedsample.config import load
+from fedsample.monitor.progress import Progress
+from fedsample.preparation import prepare
+from fedsample.problem import build_problem
+from fedsample.session import build_fleet, build_sampler
+
+
+def seconds(work: Callable[[], object], count: int) -> float:
+    """Seconds of one call, the mean over `count` of them."""
+    start = time.perf_counter()
+    for _ in range(count):
+        work()
+    return (time.perf_counter() - start) / count
+
+
+def main() -> None:
+    """Measure one configuration."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=200, help="rounds in a repeat")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    experiment = load(None, options.overrides)
+    torch.set_num_threads(experiment.fleet.threads or 1)
+    problem = build_problem(experiment)
+    fleet = build_fleet(experiment, problem)
+    prepared = prepare(experiment, problem, fleet, Progress(1, 0, "quiet"))
+    sampler = build_sampler(experiment, problem, prepared, fleet.n)
+    state = sampler.start(prepared.start)
+
+    def one_round() -> None:
+        nonlocal state
+        request = sampler.request(state)
+        state = sampler.update(state, request, fleet.exchange(request))
+
+    def one_gradient() -> None:
+        for worker in fleet.workers:
+            worker.clients.gradient(state.params)
+
+    seconds(one_round, options.rounds)  # warm up: caches, and past marina's dense first round
+    pairs = [(seconds(one_round, options.rounds), seconds(one_gradient, options.rounds)) for _ in range(options.repeats)]
+    round_ms, gradient_ms = (1e3 * min(each) for each in zip(*pairs, strict=True))
+    result = {
+        "preset": experiment.preset,
+        "clients": fleet.n,
+        "chains": experiment.chains,
+        "parameters": problem.d,
+        "threads": torch.get_num_threads(),
+        "round_ms": round(round_ms, 4),
+        "gradient_ms": round(gradient_ms, 4),
+        "ratio": round(round_ms / gradient_ms, 2),
+    }
+    print(json.dumps(result) if options.json else "  ".join(f"{name} {value}" for name, value in result.items()))
+
+
+if __name__ == "__main__":
+    main()
