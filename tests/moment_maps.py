@@ -18,7 +18,7 @@ whose bit has mean K / d, exact whenever the Hessians are diagonal.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -72,7 +72,6 @@ class Chain:
     prior: Array | None = None
     prior_center: Array | None = None
     first: bool = False  # the round before which momenta are whole
-    one_mask: bool = field(default=False, kw_only=True)  # the mutant in which all clients share their masks
 
     # --- the target ---------------------------------------------------------------------------------------------
 
@@ -158,7 +157,7 @@ class Chain:
         if self.uplink == "dense":
             masks = np.ones((self.d, self.d))
         keep = np.diag(masks)
-        same = np.eye(self.n)[:, None, :, None] if not self.one_mask else np.ones((self.n, 1, self.n, 1))
+        same = np.eye(self.n)[:, None, :, None]
         pairs = same * masks[None, :, None, :] + (1 - same) * np.outer(keep, keep)[None, :, None, :]
         pairs = (pairs * clients[:, None, :, None]).reshape(self.n * self.d, self.n * self.d)
         mean = np.outer(np.diag(clients), keep).ravel()

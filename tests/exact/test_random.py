@@ -628,7 +628,8 @@ def sample_a_little() -> Tensor:
     x, y = keys.normal(40 * 3).view(40, 3), keys.integers(2, 40)
     clients = GeneralizedLinear(x, y, torch.tensor([0, 10, 25, 40]), "categorical", 2)
     uplink = Diana(RandK(0.5))
-    fleet = LocalFleet(clients, uplink, 5, 2, batch_size=4, faults=Faults(3, 5, loss=0.2, dropout=0.05, dropout_rounds=2.0))
+    faults = Faults(3, 5, loss=0.2, dropout=0.05, dropout_rounds=2.0)
+    fleet = LocalFleet(clients, uplink, 5, 2, batch_size=4, faults=faults)
     sampler = Baoab(
         uplink,
         GaussianPrior(1.0),
