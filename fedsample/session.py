@@ -241,7 +241,7 @@ class Chain:
         self.session, self.experiment = session, session.experiment
         self.sampler, self.fleet, self.checkpoints, self.draws = sampler, fleet, checkpoints, draws
         self.recorder, self.watch, self.progress, self.prepared = recorder, watch, progress, prepared
-        self._setup_up = prepared.geometry.traffic.up
+        self._setup = prepared.geometry.traffic
 
     def run(self, state: State, traffic: Traffic, clock: Clock) -> tuple[State, Traffic, Clock]:
         """All remaining rounds."""
@@ -267,7 +267,7 @@ class Chain:
                 self.watch.see(draw)
             if observe:
                 self._log(before, state, request, aggregate, traffic, clock)
-            self.progress.update(state.round, (traffic.up + self._setup_up) // 8, traffic.down // 8)
+            self.progress.update(state.round, self._sent(traffic), (traffic.down + self._setup.down) // 8)
             now = time.perf_counter()
             clock.exchange += t2 - t1
             clock.server += (t1 - t0) + (t3 - t2)
@@ -298,14 +298,18 @@ class Chain:
         scalars = self.watch.scalars(self.sampler, before, state, aggregate, self.fleet.n)
         n = self.fleet.n
         scalars |= {
-            "comm/up_bytes": (traffic.up + self._setup_up) / 8 / n,
-            "comm/down_bytes": (traffic.down + self.prepared.geometry.traffic.down) / 8 / n,
+            "comm/up_bytes": self._sent(traffic) / n,
+            "comm/down_bytes": (traffic.down + self._setup.down) / 8 / n,
             "comm/ratio": traffic.up_dense / max(1, traffic.up),
             "time/exchange": clock.exchange,
             "time/server": clock.server,
             "time/record": clock.record,
         }
-        self.recorder.submit(state.round, (traffic.up + self._setup_up) // 8, scalars, lazy=self.watch.job(state.round))
+        self.recorder.submit(state.round, self._sent(traffic) // n, scalars, lazy=self.watch.job(state.round))
+
+    def _sent(self, traffic: Traffic) -> int:
+        """Bytes that all clients together have sent, preparation included."""
+        return (traffic.up + self._setup.up) // 8
 
 
 def build_fleet(experiment: Experiment, problem: Problem) -> LocalFleet:

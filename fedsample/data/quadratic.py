@@ -94,7 +94,7 @@ def load_quadratic(config: DataConfig, prior_precision: float = 0.0) -> Quadrati
     """Read quadratic clients from an .npz file.
 
     The file holds the centres `a`, (n, d) or (n,) where d = 1, and one of `lam`, (n, d), or (n,) for the same curvature
-    in every coordinate; or `H`, (n, d, d), dense Hessians.
+    in every coordinate; or `H` (or `lam`), (n, d, d), dense Hessians.
 
     Args:
         config: the section [data] of an experiment, with `kind = "quadratic"` and `file`.
@@ -122,6 +122,4 @@ def load_quadratic(config: DataConfig, prior_precision: float = 0.0) -> Quadrati
         raise DataError(f"{path.name}: H has shape {lam.shape}, expected (clients, d, d)")
     if key == "lam" and lam.ndim == 1 and len(lam) == len(a):
         lam = np.repeat(lam[:, None], a.shape[1], axis=1)
-    if key == "lam" and lam.ndim == 3:
-        raise DataError(f"{path.name}: lam has shape {lam.shape}, expected (clients,) or (clients, d); call Hessians H")
     return QuadraticData(lam, a, prior_precision, config.name or path.stem)

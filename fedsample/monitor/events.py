@@ -24,7 +24,7 @@ BUCKETS = 30
 LAYOUT: dict[str, dict[str, Sequence[str]]] = {
     "Quality": {"held-out accuracy": ["round/accuracy"], "held-out NLL": ["round/nll"], "ECE": ["round/ece"]},
     "Mixing": {"R-hat": ["mcmc/rhat/.*"], "effective sample size": ["mcmc/ess/.*"]},
-    "Clients": {"gradient norm": ("client/grad_norm/p50", "client/grad_norm/p05", "client/grad_norm/p95")},
+    "Clients": {"upload norm": ("client/upload_norm/p50", "client/upload_norm/p05", "client/upload_norm/p95")},
     "Cost": {"bytes": ["comm/.*_bytes"], "seconds by phase": ["time/.*"]},
 }
 

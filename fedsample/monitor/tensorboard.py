@@ -298,7 +298,7 @@ def quantiles(tag: str, values: Any) -> dict[str, float]:
     """Summarise one number a client: `<tag>/p05`, `/p50`, `/p95`; NaN (an absent client) is left out.
 
     Args:
-        tag: such as `client/grad_norm`.
+        tag: such as `client/upload_norm`.
         values: array or tensor of any shape.
     """
     import numpy as np

@@ -564,12 +564,14 @@ def test_no_shares() -> None:
             [[0, 1], [2, 3]],
         ),
         ({"H": [[[1, 1], [1, 1]], [[1, -1], [-1, 1]]], "a": [[0, 1], [2, 3]]}, None, None),
+        ({"lam": [[[2, 1], [1, 2]], [[1, 0], [0, 1]]], "a": [[0, 1], [2, 3]]}, None, None),
     ],
 )
 def test_quadratic(tmp_path: Path, arrays: dict[str, Any], lam: Any, a: Any) -> None:
     data = load_quadratic(config(kind="quadratic", file=npz(tmp_path, **arrays)))
     assert data.lam.dtype == data.a.dtype == np.float64
-    assert (data.clients, data.dim, data.dense, data.name) == (2, data.a.shape[1], "H" in arrays, "some")
+    assert (data.clients, data.dim, data.dense, data.name) == (2, data.a.shape[1], data.lam.ndim == 3, "some")
+    assert data.dense == (np.ndim(arrays.get("H", arrays.get("lam"))) == 3)
     if lam is not None:
         np.testing.assert_array_equal(data.lam, lam)
         np.testing.assert_array_equal(data.a, a)
@@ -581,7 +583,6 @@ def test_quadratic(tmp_path: Path, arrays: dict[str, Any], lam: Any, a: Any) -> 
         ({"lam": [1, 2]}, "expected 'a'"),
         ({"lam": [1], "H": [[[1]]], "a": [1]}, "one of 'lam' or 'H'"),
         ({"lam": [1, 2, 3], "a": [1, 2]}, r"expected \(2, 1\)"),
-        ({"lam": [[[1]]], "a": [1]}, "call Hessians H"),
         ({"H": [[1]], "a": [1]}, r"expected \(clients, d, d\)"),
         ({"lam": [1, -2], "a": [1, 2]}, "client 1 has curvature -2"),
         ({"H": [[[1, 2], [2, 1]]], "a": [[0, 0]]}, "client 0 has curvature -1"),
