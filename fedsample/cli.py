@@ -314,6 +314,8 @@ def main() -> None:
     """Run the command line; the process exits with the documented code, and a traceback only with --debug."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first import on
     try:
         app()
     except (Exception, KeyboardInterrupt) as error:

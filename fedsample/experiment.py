@@ -88,6 +88,31 @@ def run(
         return Run(session.path, session.sample(), session.experiment)
 
 
+def of_run_config(run_config: Mapping[str, bool | float | int | str]) -> Experiment:
+    """The experiment of a Flower run, the same on server and clients: the environment is not asked.
+
+    Args:
+        run_config: as `[tool.flwr.app.config]` and `flwr run --run-config` make it. `config-file` names a TOML file, or
+            `config` is its text; every other key is a setting, such as `uplink.k`, and is laid over it. Keys that begin
+            with `app.` are the app's own.
+
+    Raises:
+        ConfigError: as for any configuration.
+    """
+    import tomli_w
+
+    settings = {name: value for name, value in run_config.items() if not name.startswith("app.")}
+    file, text = settings.pop("config-file", ""), settings.pop("config", "")
+    if file and text:
+        raise ConfigError("the run configuration has both config-file and config: give the path or the text, not both")
+    try:
+        source: Source = Path(str(file)) if file else tomllib.loads(str(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the run configuration's key config is not TOML: {error}") from error
+    literals = {name: tomli_w.dumps({"v": value}).removeprefix("v = ").strip() for name, value in settings.items()}
+    return load(source, [f"{name}={literal}" for name, literal in literals.items()], {})
+
+
 def check(experiment: Experiment) -> None:
     """Refuse what would not sample the posterior.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,6 +57,21 @@ class Problem:
     def d(self) -> int:
         """Number of parameters."""
         return self.clients.d
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data and who holds them: a resumed run must find the same."""
+        if isinstance(self.clients, Quadratic):
+            arrays = [self.clients.curvature.cpu().numpy(), self.clients.center.cpu().numpy()]
+        elif self.data is not None:
+            arrays = [self.data.x, self.data.y, self.data.offsets, self.data.x_test, self.data.y_test]
+        else:
+            arrays = []
+        found = hashlib.sha256()
+        for array in arrays:
+            found.update(f"{array.dtype.str}{array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()[:32]
 
     @cached_property
     def test(self) -> tuple[Tensor, Tensor] | None:
@@ -191,7 +207,7 @@ def build_problem(experiment: Experiment) -> Problem:
     Raises:
         DataError, ConfigError: if the data or the model cannot be used.
     """
-    dtype, device = DTYPES[experiment.dtype], torch.device(experiment.fleet.device)
+    dtype, device = DTYPES[experiment.dtype], _device(experiment.fleet.device)
     prior = GaussianPrior.of_scale(experiment.model.prior_scale)
     if experiment.data.kind == "quadratic":
         return _quadratic(experiment, prior, dtype, device)
@@ -225,6 +241,19 @@ def build_problem(experiment: Experiment) -> Problem:
     return Problem(
         clients, prior, mean, scale, parameter_layout(module), data, module, likelihood, noise, data.client_names
     )
+
+
+def _device(name: str) -> torch.device:
+    """The device of this name, if it is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU that PyTorch can use"
+        raise ConfigError(f'fleet.device = "{name}", but this machine has {found}; choose another, such as "cpu"')
+    return device
 
 
 def _quadratic(experiment: Experiment, prior: GaussianPrior, dtype: torch.dtype, device: torch.device) -> Problem:

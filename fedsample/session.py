@@ -6,6 +6,7 @@ from its last checkpoint and gives the same draws, bit for bit.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -27,7 +28,7 @@ from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
 from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.monitor.directory import RunDirectory
-from fedsample.monitor.draws import DrawStore
+from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
 from fedsample.monitor.progress import Progress
 from fedsample.monitor.tensorboard import Recorder
 from fedsample.preparation import Prepared, prepare, restore_prepared
@@ -65,6 +66,8 @@ class Session:
         self._stack = ExitStack()
         self._stack.enter_context(directory)
         self._stop: str | None = None
+        self._phase = "before"  # the first round, "in" the chain, or "after" its last round
+        self._data = ""
 
     @classmethod
     def create(cls, experiment: Experiment, path: Path, progress: Mode) -> Self:
@@ -96,9 +99,28 @@ class Session:
     def sample(self) -> dict[str, Any]:
         """Run to the last round -> the summary.
 
+        A run that cannot begin leaves no directory behind, so that the next attempt may use the same name.
+
         Raises:
-            Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
+            Interrupted: on Ctrl-C or SIGTERM; what was drawn is in a checkpoint.
         """
+        try:
+            with self._signals():
+                return self._sample()
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped at once; the last checkpoint is kept. {self.advice}") from None
+        except Exception as error:
+            fixable = isinstance(error, Interrupted | RunDirectoryError)  # these go on with --resume
+            if self._phase == "before" and not self._resumed and not fixable:
+                self.directory.discard()
+            raise
+
+    @property
+    def advice(self) -> str:
+        """How to go on."""
+        return f"Go on with: fedsample simulate --resume --out {shlex.quote(str(self.path))}"
+
+    def _sample(self) -> dict[str, Any]:
         began = time.perf_counter()
         if not self._resumed:
             self.directory.write_config(dump_toml(self.experiment))
@@ -111,26 +133,35 @@ class Session:
             with progress.stage("reading the data"):
                 problem = build_problem(self.experiment)
             check_size(self.experiment, problem)
-            fleet = build_fleet(self.experiment, problem)
-            with self._signals():
-                prepared = self._prepare(problem, fleet, progress, checkpoint)
-                store.digest = digest(self.experiment)
-                sampler = build_sampler(self.experiment, problem, prepared, fleet.n)
-                state, traffic, clock = self._start(sampler, fleet, prepared, checkpoint)
-                first = state.round
-                store_draws = DrawStore(self.directory.draws, SHARD_ROUNDS, start=self.experiment.warmup)
-                self._rewind(first, store_draws, checkpoint is not None)
-                if checkpoint is None:
-                    self._save(store, state, fleet, traffic, clock)
-                watch = Watch(problem, self.experiment)
-                recorder = Recorder(
-                    self.path, None if checkpoint is None else first + 1, self.experiment.monitor.tensorboard
+            self._data = problem.fingerprint
+            if checkpoint is not None and checkpoint.meta["data"] != self._data:
+                raise RunDirectoryError(
+                    f"the data are not those that the run in {self.path} began with: restore them, or start a new run "
+                    "in another directory with --out"
                 )
-                with recorder:
-                    recorder.describe(dump_toml(self.experiment), _flat(self.experiment), watch.headline)
-                    chain = Chain(self, sampler, fleet, store, store_draws, recorder, watch, progress, prepared)
-                    state, traffic, clock = chain.run(state, traffic, clock)
-                    recorder.close(finished=True)
+            fleet = build_fleet(self.experiment, problem)
+            prepared = self._prepare(problem, fleet, progress, checkpoint)
+            store.digest = digest(self.experiment)
+            sampler = build_sampler(self.experiment, problem, prepared, fleet.n)
+            state, traffic, clock = self._start(sampler, fleet, prepared, checkpoint)
+            first = state.round
+            store_draws = DrawStore(self.directory.draws, SHARD_ROUNDS, start=self.experiment.warmup)
+            self._rewind(first, store_draws, checkpoint is not None)
+            self._phase = "in"
+            if checkpoint is None:
+                self._save(store, state, fleet, traffic, clock)
+            watch = Watch(problem, self.experiment)
+            if first < self.experiment.rounds:
+                self._recall(watch, first)
+            recorder = Recorder(
+                self.path, None if checkpoint is None else first + 1, self.experiment.monitor.tensorboard
+            )
+            with recorder:
+                recorder.describe(dump_toml(self.experiment), _flat(self.experiment), watch.headline)
+                chain = Chain(self, sampler, fleet, store, store_draws, recorder, watch, progress, prepared)
+                state, traffic, clock = chain.run(state, traffic, clock)
+                recorder.close(finished=True)
+            self._phase = "after"
             with progress.stage("summing up"):
                 summary = summarise(problem, self.experiment, prepared, traffic, clock.total, store_draws)
         summary["seconds_in_all"] = time.perf_counter() - began
@@ -173,7 +204,7 @@ class Session:
         self, sampler: Sampler, fleet: Fleet, prepared: Prepared, checkpoint: Checkpoint | None
     ) -> tuple[State, Traffic, Clock]:
         if checkpoint is None:
-            return sampler.start(prepared.start), Traffic(), Clock()
+            return sampler.begin(prepared.start), Traffic(), Clock()
         state = State.of_tensors(_below(checkpoint.tensors, "state."), prepared.start.device)
         fleet.restore(_below(checkpoint.tensors, "fleet."))
         return state, Traffic(*checkpoint.meta["traffic"]), Clock(before=checkpoint.meta["seconds"])
@@ -188,16 +219,23 @@ class Session:
         kept = max(0, (round - self.experiment.warmup) // self.experiment.thin)
         draws.resume(round, kept)
 
+    def _recall(self, watch: Watch, round: int) -> None:
+        """Show the draws so far to a watch: curves go on where they were."""
+        rounds = load_rounds(self.path).tolist() if round > 0 else []
+        if rounds:
+            for at, draw in zip(rounds, load_draws(self.path).unbind(1), strict=True):
+                watch.see(at, draw)
+
     # --- stopping and saving ----------------------------------------------------------------------------------------
 
     def _save(self, store: CheckpointStore, state: State, fleet: Fleet, traffic: Traffic, clock: Clock) -> None:
         tensors = {f"state.{name}": tensor for name, tensor in state.tensors().items()}
         tensors |= {f"fleet.{name}": tensor for name, tensor in fleet.state().items()}
-        store.save(state.round, tensors, {"traffic": list(traffic), "seconds": clock.total})
+        store.save(state.round, tensors, {"traffic": list(traffic), "seconds": clock.total, "data": self._data})
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current round, with a checkpoint; a second one at once."""
+        """Ctrl-C and SIGTERM end the run after the current round, with a checkpoint; between rounds or twice, at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -207,6 +245,9 @@ class Session:
             self._stop = signal.Signals(number).name
             for each, handler in before.items():
                 signal.signal(each, handler)
+            if self._phase != "in":
+                when = "before the first round" if self._phase == "before" else "after the last round"
+                raise Interrupted(f"stopped by {self._stop} {when}; everything is kept. {self.advice}")
 
         for number in before:
             signal.signal(number, stop)
@@ -264,7 +305,7 @@ class Chain:
                 draw = self.sampler.draw(state)
                 self.sampler.check(state.params, state.round)
                 self.draws.append(state.round, draw)
-                self.watch.see(draw)
+                self.watch.see(state.round, draw)
             if observe:
                 self._log(before, state, request, aggregate, traffic, clock)
             self.progress.update(state.round, self._sent(traffic), (traffic.down + self._setup.down) // 8)
@@ -281,8 +322,8 @@ class Chain:
                 clock.record += cost
             if stop and state.round < experiment.rounds:
                 raise Interrupted(
-                    f"stopped by {stop} after round {saved_round} of {experiment.rounds}; everything is kept. Go on "
-                    f"with: fedsample simulate --resume --out {self.session.path}"
+                    f"stopped by {stop} after round {saved_round} of {experiment.rounds}; everything is kept. "
+                    f"{self.session.advice}"
                 )
         return state, traffic, clock
 
@@ -345,10 +386,11 @@ def build_sampler(experiment: Experiment, problem: Problem, prepared: Prepared, 
 
 
 def check_size(experiment: Experiment, problem: Problem) -> None:
-    """Refuse what does not fit the number of parameters.
+    """Refuse what does not fit the number of parameters or of clients.
 
     Raises:
-        ConfigError: a dense metric for too many parameters, or more coordinates on the wire than there are.
+        ConfigError: a dense metric for too many parameters, more coordinates on the wire than there are, or a cohort of
+            more clients.
     """
     if experiment.metric.name == "hessian" and problem.d > 5000:
         raise ConfigError(
@@ -356,6 +398,7 @@ def check_size(experiment: Experiment, problem: Problem) -> None:
             "choose kronecker or diagonal above 5,000 parameters"
         )
     build_uplink(experiment).compressor.count(problem.d)
+    Cohort(problem.clients.n, experiment.chains, experiment.seed, experiment.fleet.participation)
 
 
 def _with(experiment: Experiment, **changes: Any) -> Experiment:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,9 +39,10 @@ class Watch:
     def __init__(self, problem: Problem, experiment: Experiment) -> None:
         """Nothing seen yet."""
         self._problem, self._experiment = problem, experiment
-        self._fresh: deque[Tensor] = deque(maxlen=_PENDING)
+        self._fresh: deque[tuple[int, Tensor]] = deque(maxlen=_PENDING)  # with their rounds
         self._functionals: list[Tensor] = []  # (C, F) a draw
         self._predictive: Tensor | None = None
+        self._density: Tensor | None = None
         self._seen = 0
         self._judged = 0
         self._lock = threading.Lock()
@@ -55,9 +57,9 @@ class Watch:
             return ("round/rmse", "round/nll", *chains)
         return ("round/accuracy", "round/nll", "round/ece", *chains)
 
-    def see(self, draw: Tensor) -> None:
-        """A new draw (C, d)."""
-        self._fresh.append(draw)
+    def see(self, round: int, draw: Tensor) -> None:
+        """The draw (C, d) of a round."""
+        self._fresh.append((round, draw))
 
     def scalars(
         self, sampler: Sampler, before: State, state: State, aggregate: Aggregate, clients: int
@@ -77,12 +79,15 @@ class Watch:
 
     def job(self, round: int) -> Callable[[], dict[str, float]] | None:
         """What is to be computed in a thread for the curves: predictions so far, now and then R-hat and ESS."""
-        return self._look if self._fresh else None
+        return partial(self._look, round) if self._fresh else None
 
-    def _look(self) -> dict[str, float]:
+    def _look(self, round: int) -> dict[str, float]:
+        """At the draws up to a round: later ones, which the chain may have made meanwhile, belong to later rows."""
         torch.set_num_threads(1)  # the setting is a thread's own, and the chain needs the other core
         with self._lock:
-            fresh = [self._fresh.popleft() for _ in range(len(self._fresh))]
+            fresh = []
+            while self._fresh and self._fresh[0][0] <= round:
+                fresh.append(self._fresh.popleft()[1])
             if not fresh:
                 return {}
             draws = torch.cat(fresh)  # (S C, d)
@@ -105,10 +110,7 @@ class Watch:
             total = predicted.sum(0)
             self._predictive = total if self._predictive is None else self._predictive + total
             mean = self._predictive / self._seen
-            return {
-                "round/rmse": calibration.rmse(mean, test[1]),
-                "round/nll": calibration.gaussian_nll(predicted, test[1], self._problem.noise_scale),
-            }
+            return {"round/rmse": calibration.rmse(mean, test[1]), "round/nll": self._gaussian_nll(predicted, test[1])}
         self._predictive = predicted if self._predictive is None else self._predictive + predicted
         mean = self._predictive / self._seen
         return {
@@ -116,6 +118,13 @@ class Watch:
             "round/nll": calibration.nll(mean, test[1]),
             "round/ece": calibration.ece(mean, test[1]),
         }
+
+    def _gaussian_nll(self, means: Tensor, target: Tensor) -> float:
+        """`calibration.gaussian_nll` of all draws so far, given the new ones' predictions (S, M)."""
+        scale = self._problem.noise_scale
+        density = torch.logsumexp(-0.5 * ((means - target) / scale).square(), dim=0)
+        self._density = density if self._density is None else torch.logaddexp(self._density, density)
+        return math.log(self._seen * scale) + 0.5 * math.log(2 * math.pi) - float(self._density.mean())
 
 
 def _convergence(functionals: Tensor, rhat_name: str, ess_name: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedsample.targets import Clients
+from fedsample.targets.metric import mirrored
 
 
 def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None) -> dict[str, Tensor]:
@@ -21,22 +22,28 @@ def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None)
     if name == "squared_gradient":
         return {name: clients.gradient(points).square()}
     if name == "hessian":
-        return {name: clients.hessian(points[:1])[:, 0]}
+        return {name: mirrored(clients.hessian(points[:1])[:, 0])}
     if name == "diagonal":
         return {name: clients.diagonal(points[:1])[:, 0]}
     if name == "factors":
         pairs = clients.factors(points[0])
-        return {f"{side}{b}": pair[j] for b, pair in enumerate(pairs) for j, side in enumerate(("outer", "inner"))}
+        sides = ("outer", "inner")
+        return {f"{side}{b}": mirrored(pair[j]) for b, pair in enumerate(pairs) for j, side in enumerate(sides)}
     if vector is None:
         raise ValueError(f"{name} needs a vector")
     product = clients.hvp(points, vector)
     return {name: product if name == "hvp" else product.square()}
 
 
+def is_symmetric(name: str) -> bool:
+    """Whether an output is a symmetric matrix, of which one triangle travels."""
+    return name == "hessian" or name.startswith(("outer", "inner"))
+
+
 def exact_bits(name: str, tensor: Tensor) -> int:
     """Bits of one client's tensor (without the client axis); symmetric matrices travel as one triangle."""
     width = 8 * tensor.element_size()
-    if name == "hessian" or name.startswith(("outer", "inner")):
+    if is_symmetric(name):
         side = tensor.shape[-1]
         return width * (side * (side + 1) // 2)
     return width * tensor.numel()

@@ -116,6 +116,10 @@ class Uplink(ABC):
             sync: (C,) chains whose uploads were dense. inclusion: probability that a client's upload arrives.
         """
 
+    def forget(self, state: ServerState) -> ServerState:
+        """The server's half once every client has lost its memory and starts a new one, in a new epoch."""
+        return state
+
     def sync_probability(self, round: int, d: int) -> float:
         """Probability that a chain synchronises (dense uploads) in this round; each chain tosses its own coin."""
         return 0.0

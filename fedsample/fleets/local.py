@@ -68,12 +68,12 @@ class LocalFleet:
         """One round trip; exact outputs wait for everyone, estimates take what arrives."""
         if ESTIMATE not in request.outputs:
             answers = [worker.answer(request) for worker in self.workers]
-            sums, traffic = self._exact(answers, request)
+            sums, traffic = self._exact(answers, request, 0)
             return Aggregate(None, sums, self._everyone, 1.0, traffic)
         asked, arrived, arrival, attempts = self._weather(request)
         everyone = bool(asked.all())
         answers = self._ask(request, None if everyone else asked.nonzero().squeeze(-1).to(self.device))
-        sums, exact_traffic = self._exact(answers, request)
+        sums, exact_traffic = self._exact(answers, request, int(asked.sum()))
         total, norms = self._decode(answers, request, asked, arrived)
         traffic = self._traffic(request, asked, attempts)
         return Aggregate(total, sums, arrived, arrival, traffic.plus(exact_traffic), norms)
@@ -139,6 +139,8 @@ class LocalFleet:
             active = None if request.active is None else request.active[mine]
             parts.append(self.uplink.decompress(answer.upload, request.sync, active, self.d))
             at += m
+        if not parts:  # nobody was asked
+            parts.append(torch.zeros(0, self.chains, self.d, dtype=self.dtype, device=self.device))
         contributions = torch.cat(parts) if len(parts) > 1 else parts[0]
         norms = None
         if request.observe:
@@ -150,8 +152,8 @@ class LocalFleet:
             return torch.zeros(self.chains, self.d, dtype=self.dtype, device=self.device), norms
         return tree_sum(contributions), norms
 
-    def _exact(self, answers: Sequence[Answer], request: Request) -> tuple[dict[str, Tensor], Traffic]:
-        """Exact sums over all clients, in client order."""
+    def _exact(self, answers: Sequence[Answer], request: Request, told: int) -> tuple[dict[str, Tensor], Traffic]:
+        """Exact sums over all clients, in client order; `told` clients have the points already, for their estimate."""
         if not answers or not answers[0].exact:
             return {}, Traffic()
         sums, up = {}, 0
@@ -162,10 +164,8 @@ class LocalFleet:
                     total.add(term)
             sums[name] = total.total()
             up += self.n * exact_bits(name, sums[name])
-        down = 0
-        if ESTIMATE not in request.outputs:
-            down = point_bits(request.points) + (0 if request.vector is None else point_bits(request.vector))
-        return sums, Traffic(up, self.n * down, up)
+        down = point_bits(request.points) + (0 if request.vector is None else point_bits(request.vector))
+        return sums, Traffic(up, (self.n - told) * down, up)
 
     def _traffic(self, request: Request, asked: Tensor, attempts: Tensor) -> Traffic:
         """Bits of the estimate: what each client that was reached receives and sends."""

@@ -23,6 +23,7 @@ from fedsample.monitor.environment import environment
 from fedsample.monitor.jsonl import JsonLines, to_json, truncate_jsonl
 
 _FOLDERS = ("checkpoint", "draws")
+_EARLY = ("config.toml", "env.json", "params.json", "geometry.json", "geometry.safetensors")
 
 
 class RunDirectory:
@@ -34,12 +35,12 @@ class RunDirectory:
         checkpoint: its folder of checkpoints, for a `CheckpointStore`.
     """
 
-    def __init__(self, path: Path, lock: int | None) -> None:
+    def __init__(self, path: Path, lock: int | None, made: bool = False) -> None:
         """Use `create` or `open`."""
         self.path = path
         self.draws = path / "draws"
         self.checkpoint = path / "checkpoint"
-        self._lock = lock
+        self._lock, self._made = lock, made
         self._participation = JsonLines(path / "participation.jsonl", buffered=True)
 
     @classmethod
@@ -52,6 +53,7 @@ class RunDirectory:
             RunDirectoryError: it is a file, holds something, cannot be written, or another process is using it.
         """
         folder = Path(path)
+        made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -68,7 +70,7 @@ class RunDirectory:
         except RunDirectoryError:
             _release(lock)
             raise
-        return cls(folder, lock)
+        return cls(folder, lock, made)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -123,6 +125,18 @@ class RunDirectory:
     def append_participation(self, round: int, clients: Sequence[int]) -> None:
         """Log who took part in a round; on the disk after `sync`."""
         self._participation.append({"round": round, "clients": list(clients)})
+
+    def discard(self) -> None:
+        """Undo `create` where a run failed before its first checkpoint: the directory can be used again, or is gone."""
+        with contextlib.suppress(OSError):
+            for name in _EARLY:
+                for file in (self.path / name, self.path / (name + TEMPORARY)):
+                    file.unlink(missing_ok=True)
+            if self._made:
+                for name in _FOLDERS:
+                    (self.path / name).rmdir()
+                (self.path / "lock").unlink(missing_ok=True)
+                self.path.rmdir()
 
     def sync(self) -> None:
         """Wait until the participation is on the disk: call it before the checkpoint that counts on it."""

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
+from fedsample.errors import Interrupted
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -62,13 +64,16 @@ class Progress:
     def stage(self, name: str) -> Iterator[None]:
         """Announce a step of the run that is no round, such as "finding the mode", and say how long it took."""
         begin = time.monotonic()
+        if self._begun and self._drawn != self._round:
+            self._draw()
         inline = self._bar is None
         if inline:
             self._print(f"{name} ... ", end="")
         try:
             yield
-        except BaseException:
-            self._print("failed" if inline else f"{name} ... failed")
+        except BaseException as error:
+            end = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            self._print(end if inline else f"{name} ... {end}")
             raise
         took = f"done in {_seconds(time.monotonic() - begin)}"
         self._print(took if inline else f"{name} ... {took}")

@@ -15,4 +15,4 @@ SAMPLERS: dict[str, type[Sampler]] = {"langevin": Langevin, "baoab": Baoab}
 
 def table() -> list[dict[str, str]]:
     """The rows of `fedsample list samplers`."""
-    return [{"name": name, "update": each.summary, "reference": each.reference} for name, each in SAMPLERS.items()]
+    return [{"name": name, "update": each.rule, "reference": each.reference} for name, each in SAMPLERS.items()]

@@ -21,7 +21,7 @@ class Baoab(Sampler):
     """
 
     name: ClassVar[str] = "baoab"
-    summary: ClassVar[str] = "underdamped Langevin, splitting B A O A B, one gradient a step"
+    rule: ClassVar[str] = "underdamped Langevin, splitting B A O A B, one gradient a step"
     reference: ClassVar[str] = "Leimkuhler & Matthews 2013"
 
     def __init__(self, *args: Any, friction: float, **rest: Any) -> None:

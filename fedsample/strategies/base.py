@@ -22,6 +22,7 @@ from fedsample.estimators import ServerState, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request
 from fedsample.random import SERVER, key
 from fedsample.strategies.cohort import Cohort
+from fedsample.strategies.flower import FlowerStrategy
 from fedsample.targets import GaussianPrior, Metric, MetricPrior
 
 _NOISE_BLOCK = 16  # rounds of noise made at once; each round's is the same however many are
@@ -90,8 +91,8 @@ class Stability:
     radius: float
 
 
-class Sampler:
-    """C chains of one sampler, seen from the server.
+class Sampler(FlowerStrategy):
+    """C chains of one sampler, seen from the server; a Flower `Strategy`, whose methods are in `strategies.flower`.
 
     Args:
         uplink: the gradient estimator. prior: U_0 in the model's parameters. metric: the chain's coordinates.
@@ -99,7 +100,7 @@ class Sampler:
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
+    rule: ClassVar[str]
     reference: ClassVar[str]
 
     def __init__(
@@ -114,6 +115,7 @@ class Sampler:
         cohort: Cohort,
         stability: Stability,
     ) -> None:
+        super().__init__()
         self.uplink, self.metric, self.prior = uplink, metric, MetricPrior(prior, metric)
         self.step_size, self.temperature, self.seed = step_size, temperature, seed
         self.cohort, self.stability = cohort, stability
@@ -127,7 +129,7 @@ class Sampler:
     def kernel_step(self, state: State, gradient: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Positions and variables after a round, from the gradient of U at the state's positions."""
 
-    def start(self, params: Tensor) -> State:
+    def begin(self, params: Tensor) -> State:
         """The state before round 1, at positions (C, d) in the metric's coordinates."""
         chains, d = params.shape
         uplink = self.uplink.start(chains, d, params.device)

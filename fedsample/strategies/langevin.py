@@ -14,7 +14,7 @@ class Langevin(Sampler):
     """The unadjusted Langevin algorithm with an estimated gradient; see `kernels.langevin`."""
 
     name: ClassVar[str] = "langevin"
-    summary: ClassVar[str] = "x <- x - h g + sqrt(2 h T) xi"
+    rule: ClassVar[str] = "x <- x - h g + sqrt(2 h T) xi"
     reference: ClassVar[str] = "Roberts & Tweedie 1996; Sun, Salim & Richtarik 2022"
 
     def kernel_start(self, params: Tensor) -> dict[str, Tensor]:

@@ -190,7 +190,7 @@ class GeneralizedLinear(Clients):
         """Minibatches drawn for each client and chain: (m, C, d), in runs of clients that bound memory."""
         rows = self.rows if clients is None else self.rows[clients]
         start = (self.offsets[:-1] if clients is None else self.offsets[:-1][clients.cpu()]).to(self.device)
-        if len(self.design) == 0:
+        if len(self.design) == 0 or len(rows) == 0:
             return matrix.new_zeros(len(rows), matrix.shape[0], self.d)
         most, words = int(rows.max()), keys.tensor()
         step = max(1, _CHUNK // (matrix.shape[0] * max(1, most, min(size, most) * self.design.shape[1])))

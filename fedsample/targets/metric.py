@@ -39,7 +39,11 @@ class Metric(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What the server sends once, besides the mean: enough to rebuild S."""
+        """All that S is made of, besides the mean: what a run stores."""
+
+    def wire(self) -> dict[str, Tensor]:
+        """What the server sends once, besides the mean; clients need S, but not its inverse."""
+        return self.tensors()
 
     def about(self, mean: Tensor) -> Metric:
         """The same S about another centre."""
@@ -61,7 +65,7 @@ class Metric(ABC):
 
     @abstractmethod
     def bits(self, dtype: torch.dtype) -> int:
-        """Bits on the wire of S, and of one client's share of the sum that it is made from."""
+        """Bits on the wire of S."""
 
 
 def _width(dtype: torch.dtype) -> int:
@@ -126,7 +130,7 @@ class Dense(Metric):
 
     name: ClassVar[str] = "hessian"
 
-    def __init__(self, mean: Tensor, root: Tensor, inverse: Tensor) -> None:
+    def __init__(self, mean: Tensor, root: Tensor, inverse: Tensor | None) -> None:
         super().__init__(mean)
         self.root, self.inverse = root, inverse
 
@@ -140,19 +144,25 @@ class Dense(Metric):
         values, vectors = _eigen(precision)
         root = (vectors * values.rsqrt()) @ vectors.T
         inverse = (vectors * values.sqrt()) @ vectors.T
-        return cls(mean, root.to(mean.dtype), inverse.to(mean.dtype))
+        return cls(mean, mirrored(root.to(mean.dtype)), inverse.to(mean.dtype))
 
     def scale(self, z: Tensor) -> Tensor:
         """S z: one matrix product."""
         return (z.reshape(-1, z.shape[-1]) @ self.root).view(z.shape)
 
     def unscale(self, theta: Tensor) -> Tensor:
-        """P^{1/2} theta."""
+        """P^{1/2} theta; the server's, since only S travels."""
+        if self.inverse is None:
+            raise ValueError("this metric came over the wire, without its inverse")
         return (theta.reshape(-1, theta.shape[-1]) @ self.inverse).view(theta.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The symmetric root (d, d)."""
-        return {"root": self.root, "inverse": self.inverse}
+        """The symmetric root (d, d) and its inverse."""
+        return {"root": self.root} if self.inverse is None else {"root": self.root, "inverse": self.inverse}
+
+    def wire(self) -> dict[str, Tensor]:
+        """The symmetric root."""
+        return {"root": self.root}
 
     def bits(self, dtype: torch.dtype) -> int:
         """A symmetric matrix: d (d + 1) / 2 entries."""
@@ -208,10 +218,13 @@ class Kronecker(Metric):
             for name, tensor in zip(("positions", "outer", "inner", "scales"), part, strict=True)
         }
 
+    def wire(self) -> dict[str, Tensor]:
+        """The same without the positions, which clients know from their model."""
+        return {name: tensor for name, tensor in self.tensors().items() if not name.startswith("positions")}
+
     def bits(self, dtype: torch.dtype) -> int:
-        """Two symmetric factors a block."""
-        sizes = [n for positions, *_ in self.parts for n in positions.shape]
-        return _width(dtype) * sum(n * (n + 1) // 2 for n in sizes)
+        """Two bases and the scales of every block."""
+        return _width(dtype) * sum(tensor.numel() for tensor in self.wire().values())
 
 
 def restore(name: str, mean: Tensor, tensors: dict[str, Tensor]) -> Metric:
@@ -221,12 +234,18 @@ def restore(name: str, mean: Tensor, tensors: dict[str, Tensor]) -> Metric:
     if name == Diagonal.name:
         return Diagonal(mean, tensors["scales"])
     if name == Dense.name:
-        return Dense(mean, tensors["root"], tensors["inverse"])
+        return Dense(mean, tensors["root"], tensors.get("inverse"))
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     while f"positions{len(parts)}" in tensors:
         b = len(parts)
         parts.append((tensors[f"positions{b}"], tensors[f"outer{b}"], tensors[f"inner{b}"], tensors[f"scales{b}"]))
     return Kronecker(mean, parts)
+
+
+def mirrored(matrix: Tensor) -> Tensor:
+    """A nearly symmetric (..., d, d) made exactly so from its upper triangle, which is what travels."""
+    upper = torch.triu(matrix)
+    return upper + torch.triu(matrix, 1).transpose(-1, -2)
 
 
 def _floor(curvature: Tensor) -> float:
@@ -277,14 +296,20 @@ class MetricClients(Clients):
 
     def diagonal(self, theta: Tensor) -> Tensor:
         """Diagonal of S^T H S."""
+        if isinstance(self.metric, Identity):
+            return self.base.diagonal(self.metric.push(theta))
         return self.hessian(theta).diagonal(dim1=-2, dim2=-1)
 
     def blocks(self) -> list[Tensor]:
-        """A single block: in z the parameters have lost their matrices."""
+        """The model's parameter matrices, which other coordinates than its own lose: there it is a single block."""
+        if isinstance(self.metric, Identity):
+            return self.base.blocks()
         return [torch.arange(self.d, device=self.device).unsqueeze(1)]
 
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """S^T H S and its trace."""
+        """The model's own, or in other coordinates S^T H S and its trace."""
+        if isinstance(self.metric, Identity):
+            return self.base.factors(self.metric.push(theta))
         full = self.hessian(theta.unsqueeze(0))[:, 0]
         return [(full, full.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None])]
 

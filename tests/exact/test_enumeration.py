@@ -341,7 +341,7 @@ def enumerate_rounds(
             patch.setattr(sampler, "_draw_noise", dice.noise)
             state, memory = start(case, len(paths))
             if fresh:
-                begun = sampler.start(state.params)
+                begun = sampler.begin(state.params)
                 state = begun._replace(kernel=state.kernel)
             elif memory:
                 fleet.restore(memory)

@@ -91,7 +91,7 @@ class Rig:
             if kernel == "langevin"
             else Baoab(self.uplink, prior, metric, friction=1.0, **options)
         )
-        self.state = self.sampler.start(torch.ones(CHAINS, clients.d, dtype=clients.dtype))
+        self.state = self.sampler.begin(torch.ones(CHAINS, clients.d, dtype=clients.dtype))
         self.requests: list[Request] = []
         self.aggregates: list[Aggregate] = []
         self.answers: list[list[Upload]] = []

@@ -641,7 +641,7 @@ def sample_a_little() -> Tensor:
         stability=Stability(1.0, 1.0, 1e6),
         friction=1.0,
     )
-    state = sampler.start(torch.zeros(2, clients.d, dtype=torch.float64))
+    state = sampler.begin(torch.zeros(2, clients.d, dtype=torch.float64))
     for _ in range(20):
         request = sampler.request(state)
         state = sampler.update(state, request, fleet.exchange(request))

@@ -19,11 +19,12 @@ from fedsample.random import Key, key
 from fedsample.targets import Clients, GaussianPrior, GeneralizedLinear, ModuleClients, Posterior, Quadratic
 from fedsample.targets import glm as glm_module
 from fedsample.targets import module as module_module
+from fedsample.targets.glm import Likelihood
 from fedsample.targets.minibatch import draw_rows
 
 SIZES = (5, 0, 1, 9, 3)  # ragged, a client without rows and one with a single row
 FEATURES, CLASSES, SIGMA, CHAINS = 4, 3, 0.7, 2
-LIKELIHOODS = ("gaussian", "bernoulli", "categorical")
+LIKELIHOODS: tuple[Likelihood, ...] = ("gaussian", "bernoulli", "categorical")
 F64 = torch.float64
 Potential = Callable[[Tensor, Tensor, Tensor], Tensor]  # theta (d,), x (rows, ...), y (rows,) -> ()
 
@@ -41,21 +42,21 @@ def close(got: Tensor, want: Tensor, rtol: float = 1e-10, atol: float = 1e-10) -
 
 def hessian(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """By reverse mode twice: torch.func.hessian goes forward, which scripts with a deprecation warning."""
-    return jacrev(jacrev(function))  # type: ignore[no-any-return]
+    return jacrev(jacrev(function))
 
 
-def outputs_of(likelihood: str) -> int:
+def outputs_of(likelihood: Likelihood) -> int:
     return CLASSES if likelihood == "categorical" else 1
 
 
-def data(likelihood: str, shape: tuple[int, ...] = (FEATURES,)) -> tuple[Tensor, Tensor, Tensor]:
+def data(likelihood: Likelihood, shape: tuple[int, ...] = (FEATURES,)) -> tuple[Tensor, Tensor, Tensor]:
     n = sum(SIZES)
     x = normal(n, *shape)
     y = normal(n, seed=2) if likelihood == "gaussian" else torch.arange(n) * 7 % 5 % max(2, outputs_of(likelihood))
     return x, y, torch.tensor([0, *itertools.accumulate(SIZES)])
 
 
-def negative_log_likelihood(likelihood: str, outputs: Tensor, y: Tensor) -> Tensor:
+def negative_log_likelihood(likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
     """PyTorch's own losses of (rows, K) outputs, summed over rows."""
     if likelihood == "categorical":
         return nn.functional.cross_entropy(outputs, y, reduction="sum")
@@ -64,7 +65,7 @@ def negative_log_likelihood(likelihood: str, outputs: Tensor, y: Tensor) -> Tens
     return nn.functional.mse_loss(outputs[:, 0], y, reduction="sum") / (2 * SIGMA**2)
 
 
-def linear_outputs(likelihood: str, intercept: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def linear_outputs(likelihood: Likelihood, intercept: bool) -> Callable[[Tensor, Tensor], Tensor]:
     k = outputs_of(likelihood)
 
     def outputs(theta: Tensor, x: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def module_outputs(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return outputs
 
 
-def potential_of(likelihood: str, outputs: Callable[[Tensor, Tensor], Tensor]) -> Potential:
+def potential_of(likelihood: Likelihood, outputs: Callable[[Tensor, Tensor], Tensor]) -> Potential:
     return lambda theta, x, y: negative_log_likelihood(likelihood, outputs(theta, x), y)
 
 
@@ -110,17 +111,24 @@ class Convolutional(nn.Module):
         return result
 
 
-NETWORKS = [("gaussian", "mlp"), ("bernoulli", "mlp"), ("categorical", "mlp"), ("categorical", "conv")]
+NETWORKS: list[tuple[Likelihood, str]] = [
+    ("gaussian", "mlp"),
+    ("bernoulli", "mlp"),
+    ("categorical", "mlp"),
+    ("categorical", "conv"),
+]
 
 
-def network(likelihood: str, name: str) -> tuple[ModuleClients, Potential, nn.Module, tuple[Tensor, Tensor, Tensor]]:
+def network(
+    likelihood: Likelihood, name: str
+) -> tuple[ModuleClients, Potential, nn.Module, tuple[Tensor, Tensor, Tensor]]:
     module = Convolutional() if name == "conv" else Mlp((FEATURES,), [3], outputs_of(likelihood))
     arrays = data(likelihood, (4, 4) if name == "conv" else (FEATURES,))
-    clients = ModuleClients(module, *arrays, likelihood, noise_scale=SIGMA)  # type: ignore[arg-type]
+    clients = ModuleClients(module, *arrays, likelihood, noise_scale=SIGMA)
     return clients, potential_of(likelihood, module_outputs(module)), module, arrays
 
 
-def glm(likelihood: str, intercept: bool = True, dtype: torch.dtype = F64) -> GeneralizedLinear:
+def glm(likelihood: Likelihood, intercept: bool = True, dtype: torch.dtype = F64) -> GeneralizedLinear:
     x, y, offsets = data(likelihood)
     y = y.to(dtype) if likelihood == "gaussian" else y
     return GeneralizedLinear(
@@ -130,7 +138,7 @@ def glm(likelihood: str, intercept: bool = True, dtype: torch.dtype = F64) -> Ge
         likelihood,
         outputs_of(likelihood),
         intercept=intercept,
-        noise_scale=SIGMA,  # type: ignore[arg-type]
+        noise_scale=SIGMA,
     )
 
 
@@ -181,7 +189,7 @@ def check_factors(clients: Clients, theta: Tensor) -> None:
 
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_generalised_linear_models_equal_autograd_on_a_loop(likelihood: str, intercept: bool) -> None:
+def test_generalised_linear_models_equal_autograd_on_a_loop(likelihood: Likelihood, intercept: bool) -> None:
     clients, arrays = glm(likelihood, intercept), data(likelihood)
     potential = potential_of(likelihood, linear_outputs(likelihood, intercept))
     assert clients.d == outputs_of(likelihood) * (FEATURES + intercept)
@@ -241,10 +249,10 @@ def test_a_certain_logistic_regression_stays_exact(logit: float) -> None:
 
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_a_linear_module_is_a_generalised_linear_model(likelihood: str, intercept: bool) -> None:
+def test_a_linear_module_is_a_generalised_linear_model(likelihood: Likelihood, intercept: bool) -> None:
     closed, (x, y, offsets) = glm(likelihood, intercept), data(likelihood)
     module = Linear((FEATURES,), outputs_of(likelihood), intercept)
-    clients = ModuleClients(module, x, y, offsets, likelihood, noise_scale=SIGMA)  # type: ignore[arg-type]
+    clients = ModuleClients(module, x, y, offsets, likelihood, noise_scale=SIGMA)
     assert (clients.n, clients.d) == (closed.n, closed.d)
     assert torch.equal(clients.rows, closed.rows)
     theta, vector = normal(CHAINS, clients.d), normal(CHAINS, clients.d, seed=5)
@@ -257,7 +265,7 @@ def test_a_linear_module_is_a_generalised_linear_model(likelihood: str, intercep
 
 
 @pytest.mark.parametrize(("likelihood", "name"), NETWORKS)
-def test_networks_equal_autograd_on_a_loop(likelihood: str, name: str) -> None:
+def test_networks_equal_autograd_on_a_loop(likelihood: Likelihood, name: str) -> None:
     clients, potential, _, arrays = network(likelihood, name)
     theta, vector = normal(CHAINS, clients.d), normal(CHAINS, clients.d, seed=5)
     close(clients.potential(theta), on_a_loop(potential, theta, *arrays))
@@ -270,7 +278,7 @@ def test_networks_equal_autograd_on_a_loop(likelihood: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("likelihood", "name"), NETWORKS)
-def test_the_hessian_of_a_network_is_its_fisher_information(likelihood: str, name: str) -> None:
+def test_the_hessian_of_a_network_is_its_fisher_information(likelihood: Likelihood, name: str) -> None:
     clients, potential, module, arrays = network(likelihood, name)
     outputs = module_outputs(module)
 
@@ -316,7 +324,9 @@ def test_a_module_serves_as_a_shape_only() -> None:
         for parameter in module.parameters():
             parameter.fill_(float("nan"))
     assert torch.equal(ModuleClients(module, x, y, offsets, "categorical").gradient(theta), answer)
-    assert clients.client(0)._module is not clients._module  # two threads must not swap parameters in one module
+    assert (
+        clients.subset(torch.tensor([0]))._module is not clients._module
+    )  # two threads must not swap parameters in one module
     assert not answer.requires_grad
     assert not clients.gradient(theta.requires_grad_()).requires_grad
 

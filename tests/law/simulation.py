@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 class Setup:
     """An experiment on the reference clients R4, and its size.
 
-    Every coordinate j of d = 4 sees R4 rolled by j clients: all coordinates have the law of R4, no two clients are alike.
+    Coordinate j of d = 4 sees R4 rolled by j clients: all coordinates have the law of R4, and no two clients are alike.
 
     Attributes:
         sampler, uplink, step: as configured; friction: of baoab. k: coordinates kept of 4. sync: marina's p.
@@ -61,9 +61,9 @@ class Setup:
     temperature: float = 1.0
     prior: float = 0.0
     hessians: tuple[tuple[tuple[float, ...], ...], ...] | None = None
-    chains: int = 1024
-    warmup: int = 200
-    rounds: int = 800
+    chains: int = 2048
+    warmup: int = 100
+    rounds: int = 300
     seed: int = 1
 
     @cached_property
@@ -164,7 +164,7 @@ def simulate(setup: Setup) -> dict[str, Estimate]:
     `whole`, E v^2 after it."""
     clients = quadratic(setup)
     sampler, fleet = federation(setup, clients)
-    state = sampler.start(setup.start())
+    state = sampler.begin(setup.start())
     mode = torch.from_numpy(np.broadcast_to(setup.exact.mode, (clients.d,)).copy())
     hessian = torch.from_numpy(setup.clients[0].sum(0) + setup.prior * np.eye(clients.d))
     names = ["mean", "variance"] + (["momenta", "whole"] if setup.sampler == "baoab" else [])
@@ -184,7 +184,8 @@ def simulate(setup: Setup) -> dict[str, Estimate]:
         series.append(now["variance"].mean())
     averages = {name: total / setup.rounds for name, total in totals.items()}
     result = {
-        name: Estimate(float(each.mean()), float(each.std()) / math.sqrt(setup.chains)) for name, each in averages.items()
+        name: Estimate(float(each.mean()), float(each.std()) / math.sqrt(setup.chains))
+        for name, each in averages.items()
     }
     if setup.loss > 0:  # a lost message is lost to all its chains: they share that luck, rounds do not
         blocks = torch.stack(series).reshape(20, -1).mean(-1)

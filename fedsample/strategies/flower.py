@@ -1,0 +1,228 @@
+"""The Flower half of every sampler: `flwr.serverapp.strategy.Strategy`, once for all of them, over messages.
+
+    configure_train   arrays -> state, request(state) -> one message to each client that is asked
+    aggregate_train   replies -> sums over clients -> update(state, ...) -> arrays
+
+The arrays that Flower carries from round to round are the whole state of the chains, beside `params`, their positions
+in the model's own parameters (C, d). So `Result.arrays` of one `start` are the `initial_arrays` of the next, and a chain
+goes on where it stood, whatever number Flower gives the round.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedsample.errors import ConfigError, DataError
+from fedsample.exchange import Aggregate, Request, Traffic
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+    from fedsample.estimators import Uplink
+    from fedsample.fleets.flower import Dispatch, FlowerFleet
+    from fedsample.strategies.base import State
+    from fedsample.strategies.cohort import Cohort
+    from fedsample.targets import Metric, MetricPrior
+
+PARAMS = "params"
+EVALUATE = "evaluate"  # Flower's message type
+_STATE = "state."
+
+
+class _Pending(NamedTuple):
+    """A round between its two halves."""
+
+    state: State
+    dispatch: Dispatch
+
+
+class FlowerStrategy(Strategy):
+    """What Flower asks of a strategy, in terms of what a sampler is.
+
+    In `start`, `train_config` may hold `observe-every` and `evaluate_config` may hold `every`: in how many rounds the
+    log posterior is asked for along with the estimates, where a round begins, or in a message of its own, where it ends.
+
+    Attributes:
+        traffic: bits on the wire so far, arrays only, preparation not included.
+    """
+
+    name: ClassVar[str]
+    uplink: Uplink
+    metric: Metric
+    prior: MetricPrior
+    cohort: Cohort
+    seed: int
+    step_size: float
+    temperature: float
+
+    def __init__(self) -> None:
+        """Nothing is sent yet."""
+        self.traffic = Traffic()
+        self._fleet: FlowerFleet | None = None
+        self._pending: _Pending | None = None
+        self._asked: Dispatch | None = None
+
+    # --- what a sampler is -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, params: Tensor) -> State:
+        """The state before round 1, at positions (C, d) in the metric's coordinates."""
+
+    @abstractmethod
+    def request(self, state: State, *, observe: bool = False) -> Request:
+        """What to ask in the next round."""
+
+    @abstractmethod
+    def update(self, state: State, request: Request, aggregate: Aggregate) -> State:
+        """The state after a round."""
+
+    @abstractmethod
+    def draw(self, state: State) -> Tensor:
+        """The chains' positions as parameters theta (C, d)."""
+
+    @abstractmethod
+    def check(self, params: Tensor, round: int) -> None:
+        """Stop when a chain has diverged."""
+
+    # --- states as arrays ------------------------------------------------------------------------------------------
+
+    def use(self, fleet: FlowerFleet) -> None:
+        """Send messages through a fleet that has prepared the clients; otherwise one is made in the first round."""
+        self._fleet = fleet
+
+    def arrays(self, state: State) -> ArrayRecord:
+        """A state as Flower carries it: give those of `begin` to `start`."""
+        tensors = {PARAMS: self.draw(state)} | {f"{_STATE}{name}": each for name, each in state.tensors().items()}
+        return ArrayRecord({name: Array(each.cpu().numpy()) for name, each in tensors.items()})
+
+    def state_of(self, arrays: ArrayRecord) -> State:
+        """Back from `arrays`; from `params` alone, (C, d) in the model's own parameters, chains begin.
+
+        Raises:
+            DataError: if the arrays are no chains of this target.
+        """
+        from fedsample.strategies.base import State
+
+        mean = self.metric.mean
+        shape = (self.cohort.chains, len(mean))
+        if PARAMS not in arrays or tuple(arrays[PARAMS].shape) != shape:
+            got = {name: list(array.shape) for name, array in arrays.items()}
+            raise DataError(f"got the arrays {got}, expected {PARAMS!r} of shape {list(shape)}: (chains, parameters)")
+        tensors = {name.removeprefix(_STATE): torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+        if len(tensors) == 1:
+            return self.begin(self.metric.invert(tensors[PARAMS].to(mean.dtype).to(mean.device)))
+        try:
+            return State.of_tensors(tensors, mean.device)
+        except KeyError as error:
+            raise DataError(
+                f"a state without {error}: pass on all arrays of an earlier start, or params alone"
+            ) from error
+
+    # --- Flower's Strategy -----------------------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message to each client that the next round asks."""
+        state = self.state_of(arrays)
+        fleet = self._fleet_on(grid)
+        if not fleet.fresh and (state.round == 0 or not fleet.holds(self.metric)):
+            self.traffic = self.traffic.plus(fleet.set_metric(self.metric))
+            state = self._forgotten(state)
+        request = self.request(state, observe=_due(config, "observe-every", state.round + 1))
+        content, dispatch = fleet.dispatch(request)
+        self._pending = _Pending(state, dispatch)
+        return content
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The chains after the round, and what it cost.
+
+        Raises:
+            ClientError: if a client failed. QuorumError: if one did not answer. DivergenceError: if a chain diverged.
+        """
+        if self._pending is None or self._fleet is None:
+            raise ConfigError("aggregate_train without configure_train: nothing was asked")
+        (state, dispatch), self._pending = self._pending, None
+        aggregate = self._fleet.collect(dispatch, replies)
+        self.traffic = self.traffic.plus(aggregate.traffic)
+        after = self.update(state, dispatch.request, aggregate)
+        self.check(after.params, after.round)
+        metrics = MetricRecord(
+            {
+                "round": after.round,
+                "arrived": int(aggregate.arrived.sum()),
+                "uplink-bytes": self.traffic.up / 8,
+                "downlink-bytes": self.traffic.down / 8,
+            }
+        )
+        if "value" in aggregate.sums:
+            metrics["log-posterior"] = self._log_posterior(dispatch.request, aggregate)
+        return self.arrays(after), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A question for the potential at the chains' positions, in every so many rounds; by default never."""
+        state = self.state_of(arrays)
+        self._asked = None
+        if not _due(config, "every", state.round):
+            return []
+        question = Request(state.round, state.params, frozenset({"value"}))
+        content, self._asked = self._fleet_on(grid).dispatch(question, EVALUATE)
+        return content
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The mean log posterior of the chains, up to a constant.
+
+        Raises:
+            ClientError: if a client failed. QuorumError: if one did not answer.
+        """
+        if self._asked is None or self._fleet is None:
+            return None
+        dispatch, self._asked = self._asked, None
+        aggregate = self._fleet.collect(dispatch, replies)
+        return MetricRecord({"log-posterior": self._log_posterior(dispatch.request, aggregate)})
+
+    def summary(self) -> None:
+        """Log what will be sampled, and how."""
+        log = logging.getLogger("flwr")
+        log.info("\t├──> %s, step %.4g, temperature %g", self.name, self.step_size, self.temperature)
+        log.info("\t├──> uplink %s + %s", self.uplink.name, self.uplink.compressor.name)
+        log.info("\t├──> metric %s, %d parameters", self.metric.name, len(self.metric.mean))
+        log.info("\t└──> %d chains, %d clients, participation %g", self.cohort.chains, self.cohort.n, self.cohort.size)
+
+    # --- the clients -----------------------------------------------------------------------------------------------
+
+    def _fleet_on(self, grid: Grid) -> FlowerFleet:
+        if self._fleet is None or self._fleet.grid is not grid:
+            from fedsample.fleets.flower import FlowerFleet
+
+            cohort = self.cohort
+            self._fleet = FlowerFleet(grid, cohort.n, self.uplink, self.seed, cohort.chains, self.metric.mean)
+        return self._fleet
+
+    def _forgotten(self, state: State) -> State:
+        """The state once all clients have lost their memories."""
+        if state.round == 0:
+            return state
+        return state._replace(uplink=self.uplink.forget(state.uplink), epoch=state.epoch + 1)
+
+    def _log_posterior(self, request: Request, aggregate: Aggregate) -> float:
+        return -float((aggregate.sums["value"].cpu() + self.prior.potential(request.points).cpu()).mean())
+
+
+def _due(config: ConfigRecord, name: str, round: int) -> bool:
+    every = config.get(name, 0)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+        raise ConfigError(f"{name} = {every!r} in the strategy's configuration; expected a number of rounds, 0: never")
+    return every > 0 and round % every == 0

@@ -1,0 +1,314 @@
+"""Metrics: S against its definition, and targets in z against autograd of U(m + S z)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev
+
+from fedsample.errors import DivergenceError
+from fedsample.models.dense import Linear
+from fedsample.random import Key, key
+from fedsample.targets import GaussianPrior, GeneralizedLinear, Metric, MetricClients, MetricPrior, ModuleClients
+from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker, restore
+
+F64 = torch.float64
+NAMES = ("identity", "diagonal", "hessian", "kronecker")
+SIZES, FEATURES, CLASSES, CHAINS = (5, 0, 1, 9), 3, 3, 2
+D = CLASSES * (FEATURES + 1)
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def close(got: Tensor, want: Tensor, rtol: float = 1e-10, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def definite(d: int, seed: int = 1) -> Tensor:
+    root = normal(d, d, seed=seed)
+    return root @ root.T + 0.1 * torch.eye(d, dtype=F64)
+
+
+def factors_of(o: int, i: int, seed: int) -> tuple[Tensor, Tensor]:
+    """B and A of a few matrices u (o, i), as a client makes them."""
+    u = normal(7, o, i, seed=seed)
+    return torch.einsum("rai,rbi->ab", u, u), torch.einsum("rai,raj->ij", u, u)
+
+
+def metric_of(name: str, dtype: torch.dtype = F64) -> tuple[Metric, Tensor]:
+    """A metric of D parameters, and the precision P (D, D) that it stands for."""
+    mean = normal(D, seed=9).to(dtype)
+    if name == "identity":
+        return Identity(mean), torch.eye(D, dtype=F64)
+    if name == "diagonal":
+        precision = normal(D, seed=2).square() + 0.1
+        return Diagonal.of_precision(mean, precision), torch.diag(precision)
+    if name == "hessian":
+        precision = definite(D, seed=2)
+        return Dense.of_precision(mean, precision), precision
+    order = torch.tensor([4, 0, 7, 11, 2, 9, 1, 3, 5, 6, 8, 10])  # blocks need not lie in one piece
+    blocks, factors = [order[:8].view(4, 2), order[8:].view(4, 1)], [factors_of(4, 2, 3), factors_of(4, 1, 4)]
+    precision = 0.3 * torch.eye(D, dtype=F64)
+    for block, (outer, inner) in zip(blocks, factors, strict=True):
+        flat = block.flatten()
+        precision[flat[:, None], flat] += torch.kron(outer, inner) / inner.trace()
+    return Kronecker.of_factors(mean, blocks, factors, 0.3), precision
+
+
+def matrix_of(metric: Metric) -> Tensor:
+    """S (D, D)."""
+    return metric.scale(torch.eye(len(metric.mean), dtype=metric.mean.dtype)).T
+
+
+# --- S itself --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_s_is_the_symmetric_root_of_the_inverse_precision(name: str) -> None:
+    metric, precision = metric_of(name)
+    root = matrix_of(metric)
+    close(root, root.T)
+    close(root @ root.T, torch.linalg.inv(precision))
+    assert metric.name == name
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2,), (3, 2)])
+@pytest.mark.parametrize("name", NAMES)
+def test_there_and_back(name: str, leading: tuple[int, ...]) -> None:
+    metric, _ = metric_of(name)
+    z, root = normal(*leading, D), matrix_of(metric)
+    close(metric.push(z), metric.mean + z @ root.T)
+    close(metric.scale(z), z @ root.T)
+    close(metric.pull(z), z @ root)
+    close(metric.unscale(metric.scale(z)), z)
+    close(metric.invert(metric.push(z)), z)
+    close(metric.push(metric.invert(z)), z)
+    assert metric.push(z).shape == z.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_centre_leaves_s_and_the_first_metric_alone(name: str) -> None:
+    metric, _ = metric_of(name)
+    before, z = metric.mean.clone(), normal(2, D)
+    moved = metric.about(before + 1)
+    close(moved.push(z), metric.push(z) + 1)
+    assert torch.equal(moved.scale(z), metric.scale(z))
+    assert torch.equal(metric.mean, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_are_all_that_a_metric_needs(name: str, dtype: torch.dtype) -> None:
+    metric, _ = metric_of(name, dtype)
+    twin = restore(name, metric.mean, {key: tensor.clone() for key, tensor in metric.tensors().items()})
+    assert type(twin) is type(metric)
+    z = normal(3, D).to(dtype)
+    for act, same in ((metric.push, twin.push), (metric.pull, twin.pull), (metric.invert, twin.invert)):
+        assert torch.equal(act(z), same(z))
+        assert act(z).dtype == dtype
+    assert twin.tensors().keys() == metric.tensors().keys()
+    assert all(torch.equal(twin.tensors()[key], tensor) for key, tensor in metric.tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [("identity", 0), ("diagonal", D), ("hessian", D * (D + 1) // 2), ("kronecker", 16 + 4 + 8 + 16 + 1 + 4)],
+)
+def test_bits_count_each_entry_of_what_travels_once(name: str, entries: int) -> None:
+    metric, precision = metric_of(name)
+    assert metric.bits(torch.float32) == 32 * entries
+    assert metric.bits(F64) == 64 * entries
+    if name == "hessian":
+        assert entries == precision.triu().count_nonzero()
+
+
+# --- what it is made from --------------------------------------------------------------------------------------------
+
+
+def softmax(intercept: bool = True) -> GeneralizedLinear:
+    x, y = normal(sum(SIZES), FEATURES), torch.arange(sum(SIZES)) * 7 % 5 % CLASSES
+    offsets = torch.tensor([0, *torch.tensor(SIZES).cumsum(0)])
+    return GeneralizedLinear(x, y, offsets, "categorical", CLASSES, intercept=intercept)
+
+
+def metrics_at(point: Tensor, clients: GeneralizedLinear, precision: float) -> tuple[Kronecker, Dense]:
+    summed = [(outer.sum(0), inner.sum(0)) for outer, inner in clients.factors(point)]
+    kronecker = Kronecker.of_factors(point, clients.blocks(), summed, precision)
+    hessian = clients.hessian_sum(point) + precision * torch.eye(clients.d, dtype=F64)
+    return kronecker, Dense.of_precision(point, hessian)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_kronecker_is_dense_where_the_hessian_is_a_kronecker_product(intercept: bool) -> None:
+    clients = softmax(intercept)
+    kronecker, dense = metrics_at(torch.zeros(clients.d, dtype=F64), clients, 0.2)  # all rows share their Lambda at 0
+    close(matrix_of(kronecker), matrix_of(dense))
+    kronecker, dense = metrics_at(normal(clients.d), clients, 0.2)
+    assert float((matrix_of(kronecker) - matrix_of(dense)).abs().max()) > 0.01
+
+
+def test_kronecker_is_dense_for_linear_regression() -> None:
+    x, y, offsets = normal(9, FEATURES), normal(9, seed=2), torch.tensor([0, 4, 4, 9])
+    clients = GeneralizedLinear(x, y, offsets, "gaussian", noise_scale=0.5)
+    kronecker, dense = metrics_at(normal(clients.d), clients, 0.0)
+    close(matrix_of(kronecker), matrix_of(dense))
+
+
+def test_a_module_gives_kronecker_blocks_of_its_own() -> None:
+    closed = softmax(intercept=False)
+    clients = ModuleClients(
+        Linear((FEATURES,), CLASSES, False), closed.design, closed.labels, closed.offsets, "categorical"
+    )
+    point = normal(clients.d)
+    summed = [(outer.sum(0), inner.sum(0)) for outer, inner in clients.factors(point)]
+    metric = Kronecker.of_factors(point, clients.blocks(), summed, 0.2)
+    close(matrix_of(metric), matrix_of(metrics_at(point, closed, 0.2)[0]))
+
+
+def test_the_dense_metric_whitens_its_hessian() -> None:
+    clients, point = softmax(), normal(D)
+    metric = metrics_at(point, clients, 0.2)[1]
+    prior = 0.2 * matrix_of(metric) @ matrix_of(metric)
+    at_mode = MetricClients(clients, metric).hessian(torch.zeros(1, D, dtype=F64))[:, 0].sum(0)
+    close(at_mode + prior, torch.eye(D, dtype=F64))
+
+
+# --- flat directions -------------------------------------------------------------------------------------------------
+
+
+def singular(name: str, dtype: torch.dtype, curvature: float, flat: float) -> Metric:
+    """Half of the eigenvalues are `curvature`, half `flat`."""
+    mean = torch.zeros(4, dtype=dtype)
+    values = torch.tensor([curvature, curvature, flat, flat], dtype=F64)
+    if name == "diagonal":
+        return Diagonal.of_precision(mean, values.to(dtype))
+    if name == "hessian":
+        basis = torch.linalg.qr(normal(4, 4)).Q
+        return Dense.of_precision(mean, ((basis * values) @ basis.T).to(dtype))
+    outer = torch.diag(torch.tensor([curvature, flat], dtype=F64)) * 2
+    inner = torch.eye(2, dtype=F64) * outer.trace() / 2
+    block = torch.arange(4).view(2, 2)
+    return Kronecker.of_factors(mean, [block], [(outer.to(dtype), inner.to(dtype))], 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(("curvature", "flat"), [(4.0, 0.0), (0.0, 0.0), (4.0, -1e-9), (-1.0, -1.0), (1e-20, 0.0)])
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_flat_directions_stay_finite(name: str, curvature: float, flat: float, dtype: torch.dtype) -> None:
+    metric = singular(name, dtype, curvature, flat)
+    root, z = matrix_of(metric), normal(3, 4).to(dtype)
+    assert bool(torch.isfinite(root).all())
+    assert bool(torch.isfinite(metric.invert(metric.push(z))).all())
+    assert float(torch.linalg.eigvalsh(root.double()).min()) > -1e-6 * float(root.abs().max())
+    if curvature > 0 and dtype == F64:
+        small = torch.linalg.eigvalsh(root)[:2]  # the directions that are curved keep their scale
+        close(small, torch.full((2,), curvature**-0.5, dtype=F64), rtol=1e-3, atol=0)
+    if curvature <= 0:
+        close(root.double(), torch.eye(4, dtype=F64), rtol=0, atol=1e-6)  # no curvature: no scale
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_hessian_that_is_not_finite_is_refused(bad: float) -> None:
+    mean, values = torch.zeros(2, dtype=F64), torch.tensor([1.0, bad], dtype=F64)
+    with pytest.raises(DivergenceError, match="not finite"):
+        Diagonal.of_precision(mean, values)
+    with pytest.raises(DivergenceError, match="not finite"):
+        Dense.of_precision(mean, torch.diag(values))
+    block, one = torch.arange(2).unsqueeze(1), torch.ones(1, 1, dtype=F64)
+    with pytest.raises(DivergenceError, match="not finite"):
+        Kronecker.of_factors(mean, [block], [(torch.diag(values), one)], 1.0)
+
+
+# --- targets in z ----------------------------------------------------------------------------------------------------
+
+
+def in_z(metric: Metric, clients: GeneralizedLinear, i: int) -> Callable[[Tensor], Tensor]:
+    """U_i(m + S z) of one client, written with PyTorch's own loss."""
+    a, b = int(clients.offsets[i]), int(clients.offsets[i + 1])
+    x, y, root = clients.design[a:b], clients.labels[a:b], matrix_of(metric)
+
+    def potential(z: Tensor) -> Tensor:
+        theta = metric.mean + root @ z
+        weight, bias = theta[: CLASSES * FEATURES].view(CLASSES, FEATURES), theta[CLASSES * FEATURES :]
+        outputs = torch.nn.functional.linear(x[:, :FEATURES], weight, bias)
+        return torch.nn.functional.cross_entropy(outputs, y, reduction="sum")
+
+    return potential
+
+
+def batch_keys(n: int) -> Key:
+    return key(7, client=torch.arange(n).unsqueeze(-1), chain=torch.arange(CHAINS), purpose="batch")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clients_in_z_follow_the_chain_rule(name: str) -> None:
+    base, metric = softmax(), metric_of(name)[0]
+    clients = MetricClients(base, metric)
+    assert (clients.n, clients.d, clients.dtype) == (base.n, base.d, base.dtype)
+    z, vector = normal(CHAINS, D), normal(CHAINS, D, seed=5)
+    values, gradients = clients.potential(z), clients.gradient(z)
+    products, curvature, diagonal = clients.hvp(z, vector), clients.hessian(z), clients.diagonal(z)
+    for i in range(base.n):
+        potential = in_z(metric, base, i)
+        for c in range(CHAINS):
+            hessian = jacrev(jacrev(potential))(z[c])
+            close(values[i, c], potential(z[c]))
+            close(gradients[i, c], grad(potential)(z[c]))
+            close(curvature[i, c], hessian)
+            close(products[i, c], hessian @ vector[c])
+            close(diagonal[i, c], hessian.diagonal())
+    assert torch.equal(clients.rows, base.rows)
+    close(clients.hessian_sum(z[0]), curvature[:, 0].sum(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_some_clients_and_minibatches_in_z(name: str) -> None:
+    base, metric = softmax(), metric_of(name)[0]
+    clients, z, keys = MetricClients(base, metric), normal(CHAINS, D), batch_keys(4)
+    root, theta = matrix_of(metric), metric.push(z)
+    close(clients.gradient(z, keys=keys, batch_size=2), base.gradient(theta, keys=keys, batch_size=2) @ root)
+    some = torch.tensor([3, 1])
+    close(clients.gradient(z, clients=some), clients.gradient(z)[some])
+    close(clients.subset(some).gradient(z), clients.gradient(z)[some])
+    close(clients.client(3).potential(z), clients.potential(z)[3:])
+
+
+def test_the_identity_keeps_the_blocks_and_factors_of_the_model() -> None:
+    base, z = softmax(), normal(D)
+    clients = MetricClients(base, metric_of("identity")[0])
+    theta = clients.metric.push(z)
+    assert all(torch.equal(got, want) for got, want in zip(clients.blocks(), base.blocks(), strict=True))
+    for got, want in zip(clients.factors(z), base.factors(theta), strict=True):
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+    close(clients.diagonal(z.unsqueeze(0)), base.diagonal(theta.unsqueeze(0)))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "identity"])
+def test_factors_in_z_are_the_whole_hessian(name: str) -> None:
+    clients = MetricClients(softmax(), metric_of(name)[0])
+    z = normal(D)
+    (block,), ((outer, inner),) = clients.blocks(), clients.factors(z)
+    hessian = clients.hessian(z.unsqueeze(0))[:, 0]
+    assert torch.equal(block, torch.arange(D).unsqueeze(1))
+    close(outer, hessian)
+    close(inner, hessian.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None])
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (3, 2)])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prior_in_z(name: str, leading: tuple[int, ...]) -> None:
+    metric = metric_of(name)[0]
+    z, root = normal(*leading, D), matrix_of(metric)
+    prior = MetricPrior(GaussianPrior.of_scale(0.5), metric)
+    theta = metric.mean + z @ root.T
+    close(prior.potential(z), 2 * theta.square().sum(-1))
+    close(prior.gradient(z), 4 * theta @ root)
+    flat = MetricPrior(GaussianPrior.of_scale(None), metric)
+    assert torch.equal(flat.gradient(z), torch.zeros_like(z))
+    assert torch.equal(flat.potential(z), torch.zeros(leading, dtype=F64))

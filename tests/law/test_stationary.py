@@ -1,0 +1,271 @@
+"""Stationary laws by simulation, against exact second moments, with the mutants that must miss them.
+
+Every case is decisive by construction: the Monte-Carlo error is less than a fifth of the distance from the method's
+exact variance to the target's, and to that of the same sampler with exact gradients. Every mutant breaks one line of
+production code and must land at least eight errors from the exact value, where the law test allows four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+from simulation import Setup, simulate
+
+import fedsample.clients.worker
+import fedsample.strategies.baoab
+import fedsample.strategies.langevin
+from fedsample.compression import Packet, PacketKeys, RandK
+from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Upload
+from fedsample.strategies import Sampler
+from fedsample.targets import Quadratic
+
+ALLOWED, DECISIVE, CAUGHT = 4.0, 5.0, 8.0
+lawful = lru_cache(simulate)
+
+
+def crossed(seed: int = 2) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """Hessians (3, 3, 3) of three clients that do not commute."""
+    root = np.random.default_rng(seed).normal(size=(3, 3, 3))
+    hessians = root @ root.transpose(0, 2, 1) + 0.6 * np.eye(3)
+    return tuple(tuple(tuple(row) for row in matrix) for matrix in hessians.tolist())
+
+
+CASES = [
+    Setup("langevin", "dense", 0.05),
+    Setup("langevin", "dense", 0.2),
+    Setup("langevin", "marina", 0.02),
+    Setup("langevin", "marina", 0.03),
+    Setup("langevin", "diana", 0.02),
+    Setup("langevin", "diana", 0.03),
+    Setup("baoab", "dense", 0.1),
+    Setup("baoab", "dense", 0.3),
+    Setup("baoab", "marina", 0.08),
+    Setup("baoab", "marina", 0.12),
+    Setup("baoab", "diana", 0.08),
+    Setup("baoab", "diana", 0.1),
+    # blocks have the coordinatewise law of subsets
+    Setup("langevin", "diana", 0.04, compressor="randblock", k=2),
+    Setup("langevin", "marina", 0.03, compressor="randblock", k=2),
+    # client sampling: independent coins, then cohorts of two
+    Setup("langevin", "dense", 0.01, participation=0.6),
+    Setup("langevin", "dense", 0.02, participation=0.6),
+    Setup("langevin", "marina", 0.01, participation=0.6),
+    Setup("langevin", "marina", 0.02, participation=0.6),
+    Setup("langevin", "diana", 0.01, participation=0.6),
+    Setup("langevin", "diana", 0.02, participation=0.6),
+    Setup("langevin", "marina", 0.02, participation=2),
+    Setup("langevin", "diana", 0.02, participation=2),
+    Setup("baoab", "diana", 0.08, participation=0.6),
+    # lost replies
+    Setup("langevin", "diana", 0.02, loss=0.01),
+    Setup("langevin", "diana", 0.03, loss=0.01),
+    Setup("langevin", "diana", 0.02, loss=0.2, participation=0.6),
+    # another temperature, and a prior
+    Setup("langevin", "diana", 0.02, temperature=2.0, prior=0.5),
+    Setup("baoab", "marina", 0.1, temperature=0.5, prior=0.5),
+    # Hessians that do not commute
+    Setup("langevin", "diana", 0.02, hessians=crossed()),
+    Setup("langevin", "marina", 0.02, hessians=crossed()),
+    Setup("baoab", "diana", 0.06, hessians=crossed()),
+]
+
+
+CASES = [replace(case, seed=number) for number, case in enumerate(CASES)]
+
+
+def name_of(setup: Setup) -> str:
+    standard = Setup(setup.sampler, setup.uplink, setup.step)
+    rest = [f"{key}={value}" for key, value in vars(setup).items() if key in REST and value != getattr(standard, key)]
+    return "-".join([setup.sampler, setup.uplink, f"{setup.step:g}", *rest, *(["crossed"] if setup.hessians else [])])
+
+
+REST = ("compressor", "participation", "loss", "temperature", "prior")
+
+
+@pytest.mark.parametrize("setup", CASES, ids=name_of)
+def test_law(setup: Setup) -> None:
+    result = lawful(setup)
+    variance, want = result["variance"], setup.variance
+    assert result["mean"].errors_from(0.0) < ALLOWED
+    assert variance.errors_from(want) < ALLOWED
+    exact_gradients = float(setup.uncompressed.spread().mean())
+    if setup.sampler == "langevin" or setup.uplink != "dense":
+        assert abs(want - setup.truth) > DECISIVE * variance.error
+    if setup.exact.uplink != "dense" or setup.participation != 1.0:
+        assert abs(want - exact_gradients) > DECISIVE * variance.error
+    if setup.sampler == "baoab":
+        assert result["momenta"].errors_from(float(setup.exact.spread("v").mean())) < ALLOWED
+
+
+@pytest.mark.parametrize(
+    "setup", [case for case in CASES if (case.sampler, case.uplink) == ("baoab", "dense")], ids=name_of
+)
+def test_baoab_with_exact_gradients(setup: Setup) -> None:
+    """Positions have the target's variance at any stable step; whole momenta have 1 - h^2 lam / 4."""
+    result = lawful(setup)
+    momenta = 1 - setup.step**2 * 5 / 4
+    assert setup.variance == pytest.approx(0.2, rel=1e-12)
+    assert float(setup.exact.whole_momenta().mean()) == pytest.approx(momenta, rel=1e-12)
+    assert result["whole"].errors_from(momenta) < ALLOWED
+    assert 1 - momenta > DECISIVE * result["whole"].error
+
+
+# --- mutants ------------------------------------------------------------------------------------------------------
+
+Patch = pytest.MonkeyPatch
+
+
+def half_the_noise(patch: Patch) -> None:
+    draw = Sampler._draw_noise
+    patch.setattr(Sampler, "_draw_noise", lambda self, round, like: 0.5 * draw(self, round, like))
+
+
+def no_square_root_of_two(patch: Patch) -> None:
+    step = fedsample.strategies.langevin.langevin_step
+    patch.setattr(fedsample.strategies.langevin, "langevin_step", lambda x, g, xi, h, t: step(x, g, xi, h, t / 2))
+
+
+def temperature_ignored(patch: Patch) -> None:
+    for module, kernel in (
+        (fedsample.strategies.langevin, "langevin_step"),
+        (fedsample.strategies.baoab, "baoab_step"),
+    ):
+        step = getattr(module, kernel)
+        patch.setattr(module, kernel, lambda *given, step=step, **named: step(*given[:-1], 1.0, **named))
+
+
+def uphill(patch: Patch) -> None:
+    step = fedsample.strategies.langevin.langevin_step
+    patch.setattr(fedsample.strategies.langevin, "langevin_step", lambda x, g, *rest: step(x, -g, *rest))
+
+
+def half_kicks(patch: Patch) -> None:
+    """The closing half kick of the step before is forgotten."""
+    step = fedsample.strategies.baoab.baoab_step
+    patch.setattr(fedsample.strategies.baoab, "baoab_step", lambda *given, first: step(*given, first=True))
+
+
+def memory_dropped(patch: Patch) -> None:
+    patch.setattr(Diana, "rate", lambda self, d: 0.0)
+
+
+def memory_committed_at_once(patch: Patch) -> None:
+    encode = Diana.encode
+
+    def hasty(self: Diana, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
+        upload, memory = encode(self, oracle, memory, turn)
+        assert upload.packet is not None
+        self.compressor.add_to(memory["shift"], upload.packet, self.rate(memory["shift"].shape[-1]))
+        return upload, {**memory, "pending": 0 * memory["pending"]}
+
+    patch.setattr(Diana, "encode", hasty)
+
+
+def stale_marina(patch: Patch) -> None:
+    """A client takes the difference to the gradient of the round in which it was last asked for this chain."""
+    encode = Marina.encode
+
+    def stale(self: Marina, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
+        pretended = {**memory, "round": torch.full_like(memory["round"], turn.round - 1)}
+        upload, fresh = encode(self, oracle, pretended, turn)
+        if turn.active is not None:
+            fresh["gradient"] = torch.where(turn.active.unsqueeze(-1), fresh["gradient"], memory["gradient"])
+        return upload, fresh
+
+    patch.setattr(Marina, "encode", stale)
+
+
+def one_mask_for_all_clients(patch: Patch) -> None:
+    link = fedsample.clients.worker.LinkKeys
+    patch.setattr(fedsample.clients.worker, "LinkKeys", lambda seed, clients, *rest: link(seed, 0 * clients, *rest))
+
+
+def compression_off(patch: Patch) -> None:
+    """Every coordinate travels, unscaled, whatever the configuration says; bits are counted as if K did."""
+
+    def everything(self: RandK, vector: torch.Tensor, keys: PacketKeys) -> Packet:
+        return Packet(vector, torch.arange(vector.shape[-1]).expand(vector.shape))
+
+    patch.setattr(RandK, "compress", everything)
+    patch.setattr(Diana, "rate", lambda self, d: 1.0)
+
+
+def masks_unscaled(patch: Patch) -> None:
+    compress = RandK.compress
+
+    def bare(self: RandK, vector: torch.Tensor, keys: PacketKeys) -> Packet:
+        packet = compress(self, vector, keys)
+        return packet._replace(values=packet.values * (self.count(vector.shape[-1]) / vector.shape[-1]))
+
+    patch.setattr(RandK, "compress", bare)
+
+
+def averaged(patch: Patch) -> None:
+    """The mean of the clients' gradients in place of their sum."""
+    for uplink in (Dense, Diana, Marina):
+        decode = uplink.decode
+
+        def mean(self, state, total, sync, pi, decode=decode):  # type: ignore[no-untyped-def]
+            estimate, state = decode(self, state, total, sync, pi)
+            return estimate / 4, state
+
+        patch.setattr(uplink, "decode", mean)
+
+
+def absence_unscaled(patch: Patch) -> None:
+    for uplink in (Dense, Diana, Marina):
+        decode = uplink.decode
+        patch.setattr(
+            uplink, "decode", lambda self, state, total, sync, pi, decode=decode: decode(self, state, total, sync, 1.0)
+        )
+
+
+def prior_from_every_client(patch: Patch) -> None:
+    gradient = Quadratic.gradient
+    patch.setattr(
+        Quadratic, "gradient", lambda self, theta, **rest: gradient(self, theta, **rest) + 0.5 * theta / self.n
+    )
+
+
+MUTANTS: list[tuple[Callable[[Patch], None], Setup]] = [
+    (half_the_noise, Setup("langevin", "dense", 0.05)),
+    (half_the_noise, Setup("baoab", "dense", 0.1)),
+    (no_square_root_of_two, Setup("langevin", "diana", 0.02)),
+    (temperature_ignored, Setup("langevin", "diana", 0.02, temperature=2.0, prior=0.5)),
+    (temperature_ignored, Setup("baoab", "marina", 0.1, temperature=0.5, prior=0.5)),
+    (uphill, Setup("langevin", "dense", 0.05)),
+    (half_kicks, Setup("baoab", "dense", 0.3)),
+    (memory_dropped, Setup("langevin", "diana", 0.02)),
+    (memory_dropped, Setup("baoab", "diana", 0.1)),
+    (memory_committed_at_once, Setup("langevin", "diana", 0.03, loss=0.01)),
+    (stale_marina, Setup("langevin", "marina", 0.01, participation=0.6)),
+    (one_mask_for_all_clients, Setup("langevin", "diana", 0.02)),
+    (one_mask_for_all_clients, Setup("langevin", "marina", 0.02)),
+    (one_mask_for_all_clients, Setup("baoab", "marina", 0.12)),
+    (compression_off, Setup("langevin", "diana", 0.03)),
+    (compression_off, Setup("langevin", "marina", 0.03)),
+    (compression_off, Setup("baoab", "diana", 0.1)),
+    (compression_off, Setup("baoab", "marina", 0.12)),
+    (masks_unscaled, Setup("langevin", "marina", 0.03)),
+    (averaged, Setup("langevin", "dense", 0.05)),
+    (averaged, Setup("langevin", "diana", 0.02)),
+    (averaged, Setup("langevin", "marina", 0.02)),
+    (absence_unscaled, Setup("langevin", "dense", 0.02, participation=0.6)),
+    (absence_unscaled, Setup("langevin", "marina", 0.01, participation=0.6)),
+    (absence_unscaled, Setup("langevin", "diana", 0.02, participation=0.6)),
+    (prior_from_every_client, Setup("langevin", "diana", 0.02, temperature=2.0, prior=0.5)),
+]
+
+
+@pytest.mark.parametrize(("mutate", "setup"), MUTANTS, ids=[f"{mutate.__name__}-{name_of(s)}" for mutate, s in MUTANTS])
+def test_a_mutant_misses_the_law(monkeypatch: Patch, mutate: Callable[[Patch], None], setup: Setup) -> None:
+    error = lawful(setup)["variance"].error
+    mutate(monkeypatch)
+    missed = simulate(replace(setup))["variance"]
+    assert missed.errors_from(setup.variance) > CAUGHT
+    assert missed._replace(error=error).errors_from(setup.variance) > CAUGHT

@@ -1,0 +1,106 @@
+"""A Flower Grid in this process that carries messages to real ClientApps, as Flower's runtimes would.
+
+Every message and every context goes through Flower's own wire format and comes out as other objects, nodes have random
+ids, and replies come back in reverse order. What Flower keeps to itself (serialisation, identities) is used here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsample.wire import wire_bits
+
+
+def copied(records: RecordDict) -> RecordDict:
+    """What arrives when these are sent."""
+    return recorddict_from_proto(recorddict_to_proto(records))
+
+
+@dataclass
+class LoopbackGrid(Grid):
+    """One node a client.
+
+    Attributes:
+        app: what every node runs. clients: how many nodes. run_config: of the run. fresh: called before each message, as
+            if a new process handled it. deaf: node numbers that never answer. sent, received: bits of all arrays of
+            messages of a chain's rounds; log: (type, bits down, bits up) of every message.
+    """
+
+    app: ClientApp
+    clients: int
+    run_config: dict[str, bool | float | int | str] = field(default_factory=dict)
+    fresh: Callable[[], None] = lambda: None
+    deaf: Callable[[Message, int], bool] = lambda message, client: False
+    log: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        nodes = [(7919 * (i + 3)) ** 3 % 1_000_003 for i in range(self.clients)]  # in no order
+        self.nodes = dict(zip(nodes, range(self.clients), strict=True))
+        self.contexts = {
+            node: Context(1, node, {"partition-id": i, "num-partitions": self.clients}, RecordDict(), self.run_config)
+            for node, i in self.nodes.items()
+        }
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        replies = [reply for message in messages if (reply := self._deliver(message)) is not None]
+        return replies[::-1]
+
+    def _deliver(self, message: Message) -> Message | None:
+        node = message.metadata.dst_node_id
+        if self.deaf(message, self.nodes[node]):
+            return None
+        self.fresh()
+        context = self.contexts[node]
+        down = wire_bits(message.content)
+        message.content = copied(message.content)
+        context.state = copied(context.state)
+        reply = self.app(message, context)
+        up = 0
+        if reply.has_content():
+            up = wire_bits(reply.content)
+            reply.content = copied(reply.content)
+        self.log.append((message.metadata.message_type, down, up))
+        return reply
+
+    # --- what nothing here asks for ------------------------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+@contextmanager
+def identity() -> Iterator[None]:
+    """A task identity, without which Flower makes no message; it is process-wide, so the old one is put back."""
+    before = TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    try:
+        yield
+    finally:
+        TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id = before
