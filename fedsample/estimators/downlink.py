@@ -1,0 +1,85 @@
+r"""How the iterate comes back to the clients.
+
+    dense     w_k = x_k
+    ef21-p    q = C( x_k - w_{k-1} ),   w_k = w_{k-1} + q    on both ends
+
+Gruntkowska, Tyurin & Richtarik, ICML 2023 (arXiv 2209.15218); under Langevin noise P-ELF and B-ELF: Karagulyan &
+Richtarik 2023 (arXiv 2303.04622). Clients differentiate at w, the server moves x: w lags, which widens the stationary law
+at first order in the step. A client that missed rounds gets the increments that it missed or the dense point, whichever
+is smaller.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsample.compression import Compressor, LinkKeys
+from fedsample.random import SERVER
+
+
+class Downlink(ABC):
+    """What clients see of the iterate, and what that costs."""
+
+    name: ClassVar[str]
+    reference: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def see(self, seen: Tensor, params: Tensor, round: int) -> Tensor:
+        """What clients see (C, d) in `round`, from what they saw before and the iterate."""
+
+    @abstractmethod
+    def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
+        """Bits for clients that last heard `missed` rounds ago, (m,) int64 >= 1 (1: the round before)."""
+
+
+class DenseDownlink(Downlink):
+    """The iterate as it is."""
+
+    name: ClassVar[str] = "dense"
+    reference: ClassVar[str] = "-"
+    summary: ClassVar[str] = "d values a chain and round"
+
+    def see(self, seen: Tensor, params: Tensor, round: int) -> Tensor:
+        """The iterate."""
+        return params
+
+    def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
+        """D values a chain, whatever was missed."""
+        return len(missed) * _dense(chains, d, dtype)
+
+
+class Ef21P(Downlink):
+    """Compressed increments; needs a contractive compressor.
+
+    Args:
+        compressor: contractive. seed: the experiment's. chains: C. device: of the iterate.
+    """
+
+    name: ClassVar[str] = "ef21-p"
+    reference: ClassVar[str] = "Gruntkowska, Tyurin & Richtarik 2023; Karagulyan & Richtarik 2023"
+    summary: ClassVar[str] = "one packet a chain and round; d values in round 1 and where that is less"
+
+    def __init__(self, compressor: Compressor, seed: int, chains: int, device: torch.device | str = "cpu") -> None:
+        self.compressor = compressor
+        self._link = LinkKeys(seed, SERVER, chains, "downlink", device)
+
+    def see(self, seen: Tensor, params: Tensor, round: int) -> Tensor:
+        """What was seen, plus the compressed difference; round 1 is dense."""
+        if round == 1:
+            return params
+        packet = self.compressor.compress(params - seen, self._link.at(round))
+        return seen + self.compressor.decompress(packet, params.shape[-1])
+
+    def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
+        """The increments that were missed, or the dense point."""
+        increment = chains * self.compressor.bits(d, dtype)
+        return int((missed * increment).clamp(max=_dense(chains, d, dtype)).sum())
+
+
+def _dense(chains: int, d: int, dtype: torch.dtype) -> int:
+    return 8 * torch.empty((), dtype=dtype).element_size() * chains * d
