@@ -96,7 +96,7 @@ class LocalFleet:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Back to a `state`, on this fleet's device."""
         self._present = state.get("present")
-        self._informed = state["informed"].cpu().clone()
+        self._informed = state.get("informed", torch.zeros(self.n, dtype=torch.int64)).cpu().clone()
         for worker in self.workers:
             for name in worker.memory:
                 worker.memory[name] = state[f"memory.{name}"].to(self.device)[worker.indices].clone()

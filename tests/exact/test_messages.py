@@ -114,7 +114,7 @@ def test_an_array_of_another_form_is_refused(array: Array) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_estimate_request_there_and_back(dtype: torch.dtype) -> None:
     request = request_of((ESTIMATE, "value"), dtype)
-    outgoing = messages.Outgoing(request, "tag", coins=True, previous=True)
+    outgoing = messages.Outgoing(request, "tag", coins=True)
     like = torch.zeros(D, dtype=dtype)
     for client in range(N):
         records = outgoing.records(client, estimate=True)
@@ -131,14 +131,12 @@ def test_an_estimate_request_there_and_back(dtype: torch.dtype) -> None:
 
 def test_what_nobody_needs_does_not_travel() -> None:
     request = request_of((ESTIMATE, "value"), sync=None, active=None)
-    bare = messages.Outgoing(request, "", coins=False, previous=False)
-    found = messages.unpack_request(bare.records(1, estimate=True), N, CHAINS, torch.zeros(D))
+    bare = messages.Outgoing(request, "", coins=False)
+    found = messages.unpack_request(bare.records(1, previous=False), N, CHAINS, torch.zeros(D))
     assert (found.previous, found.sync, found.active) == (None, None, None)
-    with_coins = messages.Outgoing(request, "", coins=True, previous=False)
-    assert messages.unpack_request(with_coins.records(1, estimate=True), N, CHAINS, torch.zeros(D)).sync is None
-    others = messages.Outgoing(request_of((ESTIMATE, "value")), "", coins=True, previous=True).records(
-        1, estimate=False
-    )
+    with_coins = messages.Outgoing(request, "", coins=True)
+    assert messages.unpack_request(with_coins.records(1), N, CHAINS, torch.zeros(D)).sync is None
+    others = messages.Outgoing(request_of((ESTIMATE, "value")), "", coins=True).records(1, estimate=False)
     found = messages.unpack_request(others, N, CHAINS, torch.zeros(D))
     assert found.outputs == {"value"}
     assert wire_bits(others) == 32 * CHAINS * D
@@ -146,7 +144,7 @@ def test_what_nobody_needs_does_not_travel() -> None:
 
 def test_an_exact_request_has_any_number_of_points() -> None:
     request = Request(0, normal(5, D), frozenset({"hvp", "squared_hvp"}), vector=normal(5, D, seed=2))
-    records = messages.Outgoing(request, "", coins=False, previous=False).records(0, estimate=False)
+    records = messages.Outgoing(request, "", coins=False).records(0, estimate=False)
     found = messages.unpack_request(records, N, CHAINS, torch.zeros(D))
     assert torch.equal(found.points, request.points)
     assert torch.equal(found.vector, request.vector)  # type: ignore[arg-type]
@@ -205,7 +203,7 @@ def without(name: str) -> Callable[[RecordDict], None]:
     ],
 )
 def test_a_spoiled_request_is_refused(spoil: Callable[[RecordDict], None]) -> None:
-    records = messages.Outgoing(request_of(), "", coins=True, previous=True).records(0, estimate=True)
+    records = messages.Outgoing(request_of(), "", coins=True).records(0, estimate=True)
     spoil(records)
     with pytest.raises(DataError):
         messages.unpack_request(records, N, CHAINS, torch.zeros(D))
