@@ -251,7 +251,7 @@ def mirrored(matrix: Tensor) -> Tensor:
 
 
 def _floor(curvature: Tensor, measured: torch.dtype) -> float:
-    """The smallest curvature that a metric inverts: below it a direction is flat to the precision of the measurement."""
+    """The smallest curvature that a metric inverts: below it a direction is flat, as far as was measured."""
     if not bool(torch.isfinite(curvature).all()):
         raise DivergenceError("the Hessian at the mode is not finite: is the data scaled, and the mode found?")
     top = float(curvature.max())
