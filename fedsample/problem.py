@@ -96,29 +96,26 @@ class Problem:
         return torch.from_numpy(np.ascontiguousarray(x)).to(self.clients.dtype).to(self.clients.device)
 
     def outputs(self, theta: Tensor, x: Tensor) -> Tensor:
-        """The model's outputs: theta (S, d), x (M, ...) -> (S, M, K)."""
+        """The model's outputs: theta (S, d), x (M, ...) -> (S, K, M); a softmax over a short last axis is slow."""
         module = self.module
         if module is None:
             raise ConfigError("a quadratic target predicts nothing: it has no rows")
         if isinstance(self.clients, GeneralizedLinear):
             return self.clients.predict(theta, x)
-        shapes = {name: (shape, offset) for name, shape, offset in self.layout}
 
         def one(flat: Tensor) -> Tensor:
-            named = {
-                name: flat[offset : offset + math.prod(shape)].view(shape) for name, (shape, offset) in shapes.items()
-            }
+            named = {name: flat[at : at + math.prod(shape)].view(shape) for name, shape, at in self.layout}
             result: Tensor = torch.func.functional_call(module, named, (x,))
-            return result
+            return result.T
 
         return torch.stack([one(each) for each in theta])
 
     def probabilities(self, outputs: Tensor) -> Tensor:
-        """Class probabilities (..., K') of outputs (..., K); a logit becomes two classes."""
+        """Class probabilities (S, K', M) of outputs (S, K, M); a logit becomes two classes."""
         if self.likelihood == "bernoulli":
             one = torch.sigmoid(outputs)
-            return torch.cat([1 - one, one], dim=-1)
-        return torch.softmax(outputs, dim=-1)
+            return torch.cat([1 - one, one], dim=-2)
+        return torch.softmax(outputs, dim=-2)
 
     def functionals(self, draws: Tensor) -> Tensor:
         """What convergence is judged by, for draws (S, d) -> (S, F) float64.
@@ -130,8 +127,7 @@ class Problem:
         """
         parts = [self._energies(draws), self._projections(draws)]
         if self.points is not None:
-            size = max(1, _CHUNK // max(1, len(self.points[0]) * 64))
-            parts += [torch.cat([self._predictions(chunk) for chunk in draws.split(size)])]
+            parts.append(torch.cat([self._predictions(chunk) for chunk in draws.split(self._chunk)]))
         return torch.cat([part.to(torch.float64).cpu() for part in parts], dim=-1)
 
     def _energies(self, draws: Tensor) -> Tensor:
@@ -163,15 +159,14 @@ class Problem:
     def _predictions(self, draws: Tensor) -> Tensor:
         if self.points is None:
             return draws.new_zeros(len(draws), 0)
-        outputs = self.outputs(draws, self.points[0])  # (S, M, K)
+        outputs = self.outputs(draws, self.points[0])  # (S, K, M)
         parts = []
         if self.likelihood == "gaussian":
             parts.append(outputs.flatten(1))
         else:
-            probabilities = self.probabilities(outputs)
-            labels = self.points[1].to(torch.int64).expand(len(draws), -1).unsqueeze(-1)
-            parts.append(probabilities.gather(-1, labels).squeeze(-1))
-            centred = outputs if outputs.shape[-1] == 1 else outputs - outputs.mean(-1, keepdim=True)
+            labels = self.points[1].to(torch.int64).expand(len(draws), 1, -1)
+            parts.append(self.probabilities(outputs).gather(-2, labels).squeeze(-2))
+            centred = outputs if outputs.shape[-2] == 1 else outputs - outputs.mean(-2, keepdim=True)
             parts.append(centred.flatten(1))
         if self.test is not None:
             parts.append(self.test_nll(draws).unsqueeze(-1))
@@ -182,23 +177,33 @@ class Problem:
         if self.test is None:
             raise ConfigError("there are no held-out rows")
         x, y = self.test
-        outputs = self.outputs(draws, x).to(torch.float64)
+        outputs = self.outputs(draws, x)  # (S, K, M)
         if self.likelihood == "gaussian":
-            scaled = ((y - outputs[..., 0]) / self.noise_scale).square()
-            return 0.5 * (scaled + math.log(2 * math.pi * self.noise_scale**2)).mean(-1)
-        logs = torch.log(self.probabilities(outputs).clamp(min=1e-300))
-        return -logs.gather(-1, y.to(torch.int64).expand(len(draws), -1).unsqueeze(-1)).squeeze(-1).mean(-1)
+            losses = 0.5 * ((y - outputs.squeeze(-2)) / self.noise_scale).square()
+            losses = losses + 0.5 * math.log(2 * math.pi * self.noise_scale**2)
+        elif self.likelihood == "bernoulli":
+            losses = -torch.nn.functional.logsigmoid(outputs.squeeze(-2) * (2 * y - 1).to(outputs.dtype))
+        else:
+            labels = y.to(torch.int64).expand(len(draws), 1, -1)
+            losses = torch.logsumexp(outputs, dim=-2) - outputs.gather(-2, labels).squeeze(-2)
+        return losses.mean(-1, dtype=torch.float64)
 
     def predict_test(self, draws: Tensor) -> Tensor:
         """Held-out predictions of draws (S, d): the sum over draws of class probabilities (M, K), or means (S, M)."""
         if self.test is None:
             raise ConfigError("there are no held-out rows")
-        x = self.test[0]
-        size = max(1, _CHUNK // max(1, len(x) * 16))
+        x, chunks = self.test[0], draws.split(self._chunk)
         if self.likelihood == "gaussian":
-            return torch.cat([self.outputs(chunk, x)[..., 0] for chunk in draws.split(size)]).to(torch.float64)
-        sums = [self.probabilities(self.outputs(chunk, x)).sum(0, dtype=torch.float64) for chunk in draws.split(size)]
-        return torch.stack(sums).sum(0)
+            return torch.cat([self.outputs(chunk, x).squeeze(-2) for chunk in chunks]).to(torch.float64)
+        sums = [self.probabilities(self.outputs(chunk, x)).sum(0, dtype=torch.float64) for chunk in chunks]
+        return torch.stack(sums).sum(0).T.contiguous()
+
+    @property
+    def _chunk(self) -> int:
+        """How many draws to predict with at once."""
+        classes = 1 if self.data is None or self.data.classes is None else self.data.classes
+        rows = 1 if self.points is None else len(self.points[0]) if self.test is None else len(self.test[0])
+        return max(1, _CHUNK // max(1, rows * classes))
 
 
 def build_problem(experiment: Experiment) -> Problem:

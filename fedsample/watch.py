@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedsample.problem import Problem
     from fedsample.strategies import Sampler, State
 
-_GROWTH = 1.3  # R-hat and ESS are renewed when there are so many times more draws
+_GROWTH = 1.5  # R-hat and ESS are renewed when there are so many times more draws
 _PENDING = 4096  # draws that may wait for the thread that looks at them
 _BLOCK = 1 << 25  # entries of draws looked at together in the summary
 
@@ -69,10 +69,11 @@ class Watch:
         if "value" in aggregate.sums:
             potential = aggregate.sums["value"].cpu() + sampler.prior.potential(before.params).cpu()
             result["mcmc/log_posterior"] = -float(potential.mean())
-        move = (state.params - before.params).to(torch.float64)
-        noise = math.sqrt(2 * sampler.step_size * max(sampler.temperature, 1e-300) * move.shape[-1])
-        result["mcmc/move_to_noise"] = float(move.norm(dim=-1).mean()) / noise
-        result["mcmc/drift_to_noise"] = sampler.drift(before, state) / noise
+        if sampler.temperature > 0:
+            move = (state.params - before.params).to(torch.float64)
+            noise = math.sqrt(2 * sampler.step_size * sampler.temperature * move.shape[-1])
+            result["mcmc/move_to_noise"] = float(move.norm(dim=-1).mean()) / noise
+            result["mcmc/drift_to_noise"] = sampler.drift(before, state) / noise
         if aggregate.norms is not None:
             result |= quantiles("client/upload_norm", aggregate.norms)
         return result
@@ -96,7 +97,7 @@ class Watch:
             self._seen += len(draws)
             result = self._predictions(draws)
             count = len(self._functionals)
-            if count >= 8 and count >= _GROWTH * self._judged:
+            if count >= 8 and (count >= _GROWTH * self._judged or round == self._experiment.rounds):
                 self._judged = count
                 result |= _convergence(torch.stack(self._functionals, dim=1), "mcmc/rhat/max", "mcmc/ess/min")
             return result
@@ -171,8 +172,9 @@ def summarise(
 
 
 def _prediction(experiment: Experiment, value: float) -> float | None:
-    """Predictions are for full gradients at a positive temperature."""
-    if experiment.temperature == 0 or experiment.batch_size is not None or not math.isfinite(value):
+    """Predictions are for full gradients, a positive temperature, and absences that do not last."""
+    unforeseen = experiment.batch_size is not None or experiment.fleet.dropout > 0
+    if experiment.temperature == 0 or unforeseen or not math.isfinite(value):
         return None
     return value
 

@@ -50,7 +50,8 @@ class Worker:
         device = clients.device
         self._link = LinkKeys(seed, indices, chains, "uplink", device)
         chain = torch.arange(chains, device=device)
-        self._batches = key(seed, client=indices.unsqueeze(-1), chain=chain, purpose="batch", device=device)
+        batches = key(seed, client=indices.unsqueeze(-1), chain=chain, purpose="batch", device=device)
+        self._batches = batches.fold("round")
         self.clients = MetricClients(clients, Identity(torch.zeros(clients.d, dtype=clients.dtype, device=device)))
         self.memory: Memory = uplink.memory((clients.n, chains, clients.d), clients.dtype, device)
 

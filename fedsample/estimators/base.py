@@ -132,7 +132,7 @@ class Uplink(ABC):
             dense = self.compressor.decompress(upload.packet, d)
             if upload.dense is not None and sync is not None:
                 dense = torch.where(sync.unsqueeze(-1), upload.dense, dense)
-        return dense if active is None else dense * active.unsqueeze(-1)
+        return dense if active is None else torch.where(active.unsqueeze(-1), dense, 0.0)
 
     def bits(self, chains: int, syncing: int, d: int, dtype: torch.dtype) -> int:
         """Bits on the wire for one client, `syncing` of whose `chains` active chains send dense vectors."""
@@ -185,7 +185,7 @@ class Uplink(ABC):
 
 def masked(packet: Packet, active: Tensor | None) -> Packet:
     """The packet with the chains that are not active (..., C) set to zero."""
-    return packet if active is None else Packet(packet.values * active.unsqueeze(-1), packet.indices)
+    return packet if active is None else Packet(torch.where(active.unsqueeze(-1), packet.values, 0.0), packet.indices)
 
 
 def _chain(packet: Packet, chain: int) -> Packet:

@@ -62,10 +62,10 @@ class Diana(Uplink):
         shift, pending = memory["shift"], memory["pending"]
         current = memory["epoch"] == turn.epoch
         if not bool(current.all()):
-            shift.mul_(current[..., None, None])
+            shift = torch.where(current[..., None, None], shift, 0.0)
         applied = current & (memory["round"] == turn.applied)  # before round 1 both are 0, and the packet is empty
         if not bool(applied.all()):
-            pending = pending * applied[..., None, None]
+            pending = torch.where(applied[..., None, None], pending, 0.0)  # not a product: 0 x NaN is NaN
         self.compressor.add_to(shift, Packet(pending, memory["support"]), self.rate(shift.shape[-1]))
         return shift
 

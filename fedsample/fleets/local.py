@@ -54,6 +54,7 @@ class LocalFleet:
         )
         self.workers = [Worker(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
         self._present: Tensor | None = None
+        self._informed = torch.zeros(self.n, dtype=torch.int64)  # the last round whose points each client holds
         self._everyone = torch.ones(self.n, dtype=torch.bool)
 
     # --- the Fleet protocol --------------------------------------------------------------------------------------
@@ -76,6 +77,7 @@ class LocalFleet:
         sums, exact_traffic = self._exact(answers, request, int(asked.sum()))
         total, norms = self._decode(answers, request, asked, arrived)
         traffic = self._traffic(request, asked, attempts)
+        self._informed[self._everyone if exact_traffic.up else asked] = request.round
         return Aggregate(total, sums, arrived, arrival, traffic.plus(exact_traffic), norms)
 
     def blocks(self) -> list[Tensor]:
@@ -88,11 +90,13 @@ class LocalFleet:
             f"memory.{name}": torch.cat([worker.memory[name] for worker in self.workers])
             for name in self.workers[0].memory
         }
+        stacked["informed"] = self._informed.clone()
         return stacked if self._present is None else {**stacked, "present": self._present}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Back to a `state`, on this fleet's device."""
         self._present = state.get("present")
+        self._informed = state.get("informed", torch.zeros(self.n, dtype=torch.int64)).cpu().clone()
         for worker in self.workers:
             for name in worker.memory:
                 worker.memory[name] = state[f"memory.{name}"].to(self.device)[worker.indices].clone()
@@ -171,9 +175,12 @@ class LocalFleet:
         """Bits of the estimate: what each client that was reached receives and sends."""
         width = 8 * torch.empty((), dtype=self.dtype).element_size()
         reached, sends = int(asked.sum()), int(attempts.sum())
-        points = 2 if request.previous is not None and request.active is not None else 1
         coins = 0 if self.uplink.sync_probability(request.round, self.d) == 0 else self.chains
-        down = reached * (points * width * self.chains * self.d + coins)
+        points = reached
+        if request.previous is not None:  # always sent under sampling, else to who missed the round before
+            missed = asked if request.active is not None else asked & (self._informed != request.round - 1)
+            points += int(missed.sum())
+        down = points * width * self.chains * self.d + reached * coins
         syncing = 0 if request.sync is None else int(request.sync.sum())
         if request.active is None:
             up = sends * self.uplink.bits(self.chains, syncing, self.d, self.dtype)

@@ -88,9 +88,9 @@ class GeneralizedLinear(Clients):
         return self.matrix(torch.arange(self.d, device=self.device))
 
     def predict(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Outputs of other rows: theta (S, d), x (M, p) -> (S, M, k)."""
+        """Outputs of other rows: theta (S, d), x (M, p) -> (S, k, M)."""
         rows = torch.cat([x.flatten(1), x.new_ones(len(x), 1)], dim=1) if self.intercept else x.flatten(1)
-        return torch.matmul(rows, self.matrix(theta).transpose(-1, -2))
+        return torch.matmul(self.matrix(theta), rows.T)
 
     # --- likelihood: outputs (C, k, N) ---------------------------------------------------------------------------
 

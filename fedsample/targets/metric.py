@@ -106,7 +106,7 @@ class Diagonal(Metric):
     @classmethod
     def of_precision(cls, mean: Tensor, precision: Tensor) -> Diagonal:
         """From the diagonal (d,) of the Hessian of U."""
-        return cls(mean, precision.clamp(min=_floor(precision)).rsqrt().to(mean.dtype))
+        return cls(mean, precision.clamp(min=_floor(precision, precision.dtype)).rsqrt().to(mean.dtype))
 
     def scale(self, z: Tensor) -> Tensor:
         """S z, elementwise."""
@@ -190,8 +190,10 @@ class Kronecker(Metric):
             a, v_a = torch.linalg.eigh(inner.to(torch.float64))
             trace = inner.diagonal().sum(dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
             curvature = b.clamp(min=0)[:, None] * a.clamp(min=0)[None, :] / trace + precision
-            scales = curvature.clamp(min=_floor(curvature)).rsqrt()
-            parts.append((positions, v_b.to(mean.dtype), v_a.to(mean.dtype), scales.to(mean.dtype)))
+            scales = curvature.clamp(min=_floor(curvature, outer.dtype)).rsqrt()
+            # Stored row-major, as a restored metric has them: a product of the transposed layout rounds differently.
+            v_b, v_a = v_b.to(mean.dtype).contiguous(), v_a.to(mean.dtype).contiguous()
+            parts.append((positions, v_b, v_a, scales.to(mean.dtype)))
         return cls(mean, parts)
 
     def _apply(self, x: Tensor, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -248,22 +250,22 @@ def mirrored(matrix: Tensor) -> Tensor:
     return upper + torch.triu(matrix, 1).transpose(-1, -2)
 
 
-def _floor(curvature: Tensor) -> float:
-    """The smallest curvature that a metric inverts: below it a direction is numerically flat."""
+def _floor(curvature: Tensor, measured: torch.dtype) -> float:
+    """The smallest curvature that a metric inverts: below it a direction is flat, as far as was measured."""
     if not bool(torch.isfinite(curvature).all()):
         raise DivergenceError("the Hessian at the mode is not finite: is the data scaled, and the mode found?")
     top = float(curvature.max())
     if top <= 0:
         return 1.0  # no curvature at all gives no scale to work by
-    return max(top * 1e-12, torch.finfo(torch.float32).tiny)
+    return max(top * max(1e-12, 8 * torch.finfo(measured).eps), torch.finfo(torch.float32).tiny)
 
 
 def _eigen(precision: Tensor) -> tuple[Tensor, Tensor]:
-    precision = precision.to(torch.float64)
+    measured, precision = precision.dtype, precision.to(torch.float64)
     if not bool(torch.isfinite(precision).all()):
         raise DivergenceError("the Hessian at the mode is not finite: is the data scaled, and the mode found?")
     values, vectors = torch.linalg.eigh((precision + precision.T) / 2)
-    return values.clamp(min=_floor(values)), vectors
+    return values.clamp(min=_floor(values, measured)), vectors
 
 
 class MetricClients(Clients):

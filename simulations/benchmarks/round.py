@@ -56,7 +56,9 @@ def main() -> None:
             worker.clients.gradient(state.params)
 
     seconds(one_round, options.rounds)  # warm up: caches, and past marina's dense first round
-    pairs = [(seconds(one_round, options.rounds), seconds(one_gradient, options.rounds)) for _ in range(options.repeats)]
+    pairs = [
+        (seconds(one_round, options.rounds), seconds(one_gradient, options.rounds)) for _ in range(options.repeats)
+    ]
     round_ms, gradient_ms = (1e3 * min(each) for each in zip(*pairs, strict=True))
     result = {
         "preset": experiment.preset,

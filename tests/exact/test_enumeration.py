@@ -20,12 +20,11 @@ import torch
 from moment_maps import Array, Chain, block_pairs, independent_pairs, subset_pairs
 from torch import Tensor
 
-import fedsample.strategies.baoab
-import fedsample.strategies.langevin
 from fedsample.compression import Identity, PacketKeys, RandBlock, RandK
 from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Upload, build
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
+from fedsample.kernels import baoab_step, langevin_step
 from fedsample.strategies import Baoab, Cohort, Langevin, Sampler, Stability, State
 from fedsample.targets import GaussianPrior, Metric, Quadratic
 from fedsample.targets.metric import Dense as DenseMetric
@@ -149,7 +148,7 @@ class Case:
     def order(self) -> list[int]:
         return [int(j) for j in np.random.default_rng(1).permutation(self.d)]
 
-    def build(self) -> tuple[Sampler, LocalFleet, Callable[[int], LocalFleet]]:
+    def build(self) -> tuple[Callable[[int], Sampler], Callable[[int], LocalFleet]]:
         sparse = RandK(self.k) if self.compressor == "randk" else RandBlock(self.k)
         compressor = Identity() if self.uplink == "dense" else sparse
         uplink = build(self.uplink, compressor, SYNC if self.uplink == "marina" else None)
@@ -162,7 +161,7 @@ class Case:
             return made
 
         def sampler(chains: int) -> Sampler:
-            common = {
+            common: dict[str, Any] = {
                 "step_size": STEP,
                 "temperature": TEMPERATURE,
                 "seed": 0,
@@ -173,14 +172,14 @@ class Case:
                 return Baoab(uplink, GaussianPrior(PRIOR), metric, friction=FRICTION, **common)
             return Langevin(uplink, GaussianPrior(PRIOR), metric, **common)
 
-        return sampler, fleet  # type: ignore[return-value]
+        return sampler, fleet
 
     # --- the law ---
 
     def pairs(self, loss: bool = True) -> Array:
         """(n, n) probabilities that two clients' uploads both arrive."""
-        whole = isinstance(self.participation, int)
-        asked = (subset_pairs if whole else independent_pairs)(self.n, self.participation)  # type: ignore[operator]
+        size = self.participation
+        asked = subset_pairs(self.n, size) if isinstance(size, int) else independent_pairs(self.n, size)
         return asked * independent_pairs(self.n, 1 - self.loss if loss else 1.0)
 
     def chain(self, *, loss: bool = True, first: bool = False) -> Chain:
@@ -330,7 +329,8 @@ def enumerate_rounds(
     weights = np.array([math.prod(outcome.weight for outcome in path) for path in paths])
     rounds = [[path[at] for path in paths] for at in range(len(coins))]
     sampler_of, fleet_of = case.build()
-    before = after = None
+    before: Array = np.zeros(0)
+    after: Array = np.zeros(0)
     for chance, lost in case.losses(len(coins)):
         dice = Dice(rounds, case.masks(), case.order(), 1 if fresh else SEEN + 1, lost)
         with monkeypatch.context() as patch:
@@ -344,7 +344,7 @@ def enumerate_rounds(
                 begun = sampler.begin(state.params)
                 state = begun._replace(kernel=state.kernel)
             elif memory:
-                fleet.restore(memory)
+                fleet.restore({**fleet.state(), **memory})
             y = read(case, state, fleet)
             before = y[0][:, None] * y[0]
             for _ in coins:
@@ -352,7 +352,7 @@ def enumerate_rounds(
                 state = sampler.update(state, request, fleet.exchange(request))
             y = read(case, state, fleet)
         part = chance * (y.T * weights) @ y
-        after = part if after is None else after + part
+        after = after + part if after.size else part
     assert abs(weights.sum() - 1) < 1e-13
     return before, after
 
@@ -506,12 +506,12 @@ def prior_from_every_client(patch: Patch) -> None:
 
 
 def half_kick(patch: Patch) -> None:
-    step = fedsample.strategies.baoab.baoab_step
+    step = baoab_step
     patch.setattr("fedsample.strategies.baoab.baoab_step", lambda *given, first: step(*given, first=True))
 
 
 def no_square_root(patch: Patch) -> None:
-    step = fedsample.strategies.langevin.langevin_step
+    step = langevin_step
     patch.setattr(
         "fedsample.strategies.langevin.langevin_step", lambda x, g, xi, *rest: step(x, g, xi / math.sqrt(2), *rest)
     )

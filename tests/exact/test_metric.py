@@ -65,6 +65,11 @@ def matrix_of(metric: Metric) -> Tensor:
     return metric.scale(torch.eye(len(metric.mean), dtype=metric.mean.dtype)).T
 
 
+def row_major(tensor: Tensor) -> Tensor:
+    """A copy as a file or a message brings it."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 # --- S itself --------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +110,7 @@ def test_another_centre_leaves_s_and_the_first_metric_alone(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_are_all_that_a_metric_needs(name: str, dtype: torch.dtype) -> None:
     metric, _ = metric_of(name, dtype)
-    twin = restore(name, metric.mean, {key: tensor.clone() for key, tensor in metric.tensors().items()})
+    twin = restore(name, metric.mean, {key: row_major(tensor) for key, tensor in metric.tensors().items()})
     assert type(twin) is type(metric)
     z = normal(3, D).to(dtype)
     for act, same in ((metric.push, twin.push), (metric.pull, twin.pull), (metric.invert, twin.invert)):
@@ -113,6 +118,20 @@ def test_tensors_are_all_that_a_metric_needs(name: str, dtype: torch.dtype) -> N
         assert act(z).dtype == dtype
     assert twin.tensors().keys() == metric.tensors().keys()
     assert all(torch.equal(twin.tensors()[key], tensor) for key, tensor in metric.tensors().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", NAMES)
+def test_clients_act_to_the_bit_as_the_server_does(name: str, dtype: torch.dtype) -> None:
+    metric, _ = metric_of(name, dtype)
+    received = {key: row_major(tensor) for key, tensor in metric.wire().items()}
+    if isinstance(metric, Kronecker):  # clients know the blocks from their model
+        received |= {f"positions{b}": part[0] for b, part in enumerate(metric.parts)}
+    if isinstance(metric, Dense):  # one triangle travels
+        received["root"] = received["root"].triu() + received["root"].triu(1).T
+    client, z = restore(name, metric.mean, received), normal(3, D).to(dtype)
+    assert torch.equal(client.push(z), metric.push(z))
+    assert torch.equal(client.pull(z), metric.pull(z))
 
 
 @pytest.mark.parametrize(

@@ -428,6 +428,34 @@ def test_bernoulli_zero_never_and_one_always() -> None:
     assert keys.bernoulli(1.0).all()
 
 
+def key_whose_first_word_is(word: int) -> Key:
+    """Undo the finaliser, step by step, and the first increment."""
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        whole = word
+        for _ in range(64 // shift + 1):  # the high bits are right, and each pass mends the next ones
+            whole = word ^ (whole >> shift)
+        word = whole * pow(factor, -1, 1 << 64) % 2**64
+    return Key((word - 0x9E3779B97F4A7C15) % 2**64)
+
+
+@pytest.mark.parametrize("word", [0, 1, 2**64 - 1, 2**63, 2**63 - 1, 2**11 - 1, 2**64 - 2**11])
+def test_extreme_words_make_no_extreme_draws(word: int) -> None:
+    k = key_whose_first_word_is(word)
+    assert unsigned(k.integers64(1)).tolist() == [word]
+    uniform = float(k.uniform(1))
+    assert uniform == (word >> 11) / 2**53
+    assert 0 <= uniform < 1
+    assert not k.bernoulli(0.0)
+    assert k.bernoulli(1.0)
+    assert bool(k.bernoulli(2.0**-53)) == (word < 2**11)
+    assert bool(k.bernoulli(1 - 2.0**-53)) == (word < 2**64 - 2**11)
+    for high in (1, 2, 3, 10, 2**53):
+        assert int(k.integers(high, 1)) == min(int(uniform * high), high - 1)
+    radius = float(k.normal(2).norm())
+    assert radius == pytest.approx(math.sqrt(-2 * math.log(uniform + 2.0**-53)), rel=1e-14)
+    assert radius < 8.6
+
+
 def assert_uniform_subsets(subsets: NDArray[np.int64], n: int) -> None:
     """(N, k) subsets of n: each, and with it each element and each pair, equally likely; and their order."""
     count, k = subsets.shape

@@ -144,17 +144,19 @@ def glm(likelihood: Likelihood, intercept: bool = True, dtype: torch.dtype = F64
 
 def stack(kind: str, dtype: torch.dtype = F64) -> Clients:
     """One stack of each class of target."""
-    if kind == "glm":
-        return glm("categorical", dtype=dtype)
-    if kind == "module":
-        x, y, offsets = data("categorical")
-        return ModuleClients(Mlp((FEATURES,), [3], CLASSES), x.to(dtype), y, offsets, "categorical")
+    likelihood: Likelihood = "gaussian" if kind.endswith("gaussian") else "categorical"
+    if kind.startswith("glm"):
+        return glm(likelihood, dtype=dtype)
+    if kind.startswith("module"):
+        x, y, offsets = data(likelihood)
+        module = Mlp((FEATURES,), [3], outputs_of(likelihood))
+        return ModuleClients(module, x.to(dtype), y, offsets, likelihood, noise_scale=SIGMA)
     root = normal(4, 6, 6, seed=3)
     curvature = root @ root.transpose(-1, -2) if kind == "dense" else root[:, 0].square()
     return Quadratic(curvature.to(dtype), normal(4, 6, seed=4).to(dtype))
 
 
-STACKS = ("glm", "module", "dense", "diagonal")
+STACKS = ("glm", "glm-gaussian", "module", "module-gaussian", "dense", "diagonal")
 
 
 def everything(clients: Clients, theta: Tensor, vector: Tensor) -> dict[str, Tensor]:
