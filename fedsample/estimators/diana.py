@@ -34,12 +34,11 @@ class Diana(Uplink):
         return 1.0 / (1.0 + self.compressor.omega(d))
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
-        """Shift h_i = 0, the pending packet and its round (0: none), and the epoch of the memory."""
-        lead, k = shape[:-2], self.compressor.count(shape[-1])
+        """Shift h_i = 0, the pending packet (of zeros) and its round (0: none), and the epoch of the memory."""
+        lead = shape[:-2]
         return {
             "shift": torch.zeros(shape, dtype=dtype, device=device),
-            "pending": torch.zeros((*shape[:-1], k), dtype=dtype, device=device),
-            "support": torch.arange(k, device=device).expand(*shape[:-1], k).clone(),
+            **_stored(self.compressor.empty(shape, dtype, device)),
             "round": torch.zeros(lead, dtype=torch.int64, device=device),
             "epoch": torch.zeros(lead, dtype=torch.int64, device=device),
         }
@@ -48,25 +47,24 @@ class Diana(Uplink):
         """Commit or drop what is pending, then compress the difference to the memory."""
         shift = self._commit(memory, turn)
         packet = masked(self.compressor.compress(oracle.gradient(turn.point) - shift, turn.keys), turn.active)
-        support = memory["support"] if packet.indices is None else packet.indices
         return Upload(packet, None), {
             "shift": shift,
-            "pending": packet.values,
-            "support": support,
+            **_stored(packet),
             "round": torch.full_like(memory["round"], turn.round),
             "epoch": torch.full_like(memory["epoch"], turn.epoch),
         }
 
     def _commit(self, memory: Memory, turn: Turn) -> Tensor:
         """The shift after the last packet was acknowledged or dropped; zero in a new epoch."""
-        shift, pending = memory["shift"], memory["pending"]
+        shift = memory["shift"]
+        pending = Packet(memory["pending"], memory.get("support"), memory.get("side"), shift.shape[-1])
         current = memory["epoch"] == turn.epoch
         if not bool(current.all()):
             shift.mul_(current[..., None, None])
         applied = current & (memory["round"] == turn.applied)  # before round 1 both are 0, and the packet is empty
         if not bool(applied.all()):
-            pending = pending * applied[..., None, None]
-        self.compressor.add_to(shift, Packet(pending, memory["support"]), self.rate(shift.shape[-1]))
+            pending = masked(pending, applied.unsqueeze(-1))
+        self.compressor.add_to(shift, pending, self.rate(shift.shape[-1]))
         return shift
 
     def start(self, chains: int, d: int, device: torch.device) -> ServerState:
@@ -83,3 +81,9 @@ class Diana(Uplink):
         """Memories plus the scaled sum of differences; the memories move by the unscaled sum."""
         shift = state["shift"]
         return shift + total / inclusion, {"shift": shift + total.to(shift.dtype) * self.rate(shift.shape[-1])}
+
+
+def _stored(packet: Packet) -> Memory:
+    """The parts of a pending packet under their names in the memory."""
+    parts = {"pending": packet.values, "support": packet.indices, "side": packet.side}
+    return {name: part for name, part in parts.items() if part is not None}
