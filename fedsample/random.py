@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SERVER = -1  # the client index under which the server draws
@@ -33,6 +35,9 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _FOLD = 0xD1B54A32D192ED03  # an odd constant that keeps fold(value) apart from word(i)
 _MASK = (1 << 64) - 1
 _CPU = torch.device("cpu")
+_PIECE = 1 << 15  # words made at once on a CPU: they and their scratch stay in its cache
+_SORTED = 1 << 16  # from this many positions on, a subset is drawn position by position instead of by sorting all
+_local = threading.local()
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 
 # Minimax polynomials of log, sin and cos on their reduced ranges; coefficients published with FreeBSD's msun / fdlibm
@@ -71,15 +76,50 @@ def _signed(word: int) -> int:
 
 
 def _shift(words: Tensor, by: int) -> Tensor:
-    """Logical right shift; torch's `>>` on int64 drags the sign along."""
+    """Logical right shift; torch's `>>` on int64 drags the sign along, and on a CPU takes ten times numpy's time."""
+    if words.device.type == "cpu":
+        return torch.from_numpy(np.asarray(words.numpy().view(np.uint64) >> np.uint64(by)).view(np.int64))
     return (words >> by) & ((1 << (64 - by)) - 1)
 
 
 def _mix(words: Tensor) -> Tensor:
     """SplitMix64's finaliser, a bijection of the 64-bit words."""
+    if words.device.type == "cpu":
+        mixed = words.numpy().view(np.uint64).copy(order="C")
+        _mix_(mixed, np.empty_like(mixed))
+        return torch.from_numpy(mixed.view(np.int64))
     words = (words ^ _shift(words, 30)) * _signed(_MIX_1)
     words = (words ^ _shift(words, 27)) * _signed(_MIX_2)
     return words ^ _shift(words, 31)
+
+
+def _mix_(words: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> None:
+    """The same in place, by numpy, whose 64-bit shifts use the CPU's vectors."""
+    np.right_shift(words, np.uint64(30), out=scratch)
+    np.bitwise_xor(words, scratch, out=words)
+    np.multiply(words, np.uint64(_MIX_1), out=words)
+    np.right_shift(words, np.uint64(27), out=scratch)
+    np.bitwise_xor(words, scratch, out=words)
+    np.multiply(words, np.uint64(_MIX_2), out=words)
+    np.right_shift(words, np.uint64(31), out=scratch)
+    np.bitwise_xor(words, scratch, out=words)
+
+
+def _scratch(size: int) -> NDArray[np.uint64]:
+    """This thread's scratch, kept if small: asking the system for it anew costs more than the mixing itself."""
+    if size > _PIECE:
+        return np.empty(size, dtype=np.uint64)
+    if not hasattr(_local, "words"):
+        _local.words = np.empty(_PIECE, dtype=np.uint64)
+    words: NDArray[np.uint64] = _local.words
+    return words[:size]
+
+
+def _sort(words: Tensor) -> Tensor:
+    """Ascending along the last axis; equal entries are the same, so every sort gives the same."""
+    if words.device.type == "cpu":
+        return torch.from_numpy(np.sort(words.numpy(), axis=-1))
+    return torch.sort(words, dim=-1).values
 
 
 def _mix_int(word: int) -> int:
@@ -97,6 +137,24 @@ def _name_word(name: str) -> int:
 def _counters(n: int, device: torch.device) -> Tensor:
     """(n,) the increments (i + 1) * GAMMA of the stream."""
     return torch.arange(1, n + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
+
+
+def _stream(keys: NDArray[np.uint64], n: int, start: int) -> NDArray[np.uint64]:
+    """(..., n) words start, start + 1, ... of the streams of `keys` (...), made piece by piece in the cache."""
+    out = np.empty((*keys.shape, n), dtype=np.uint64)
+    length = min(n, max(1, _PIECE // max(1, keys.size)))
+    increments = _counters(length, _CPU).numpy().view(np.uint64)
+    scratch = _scratch(keys.size * length).reshape(*keys.shape, length)
+    work = out if length == n else np.empty_like(scratch)
+    for at in range(0, n, max(1, length)):
+        size = min(length, n - at)
+        origin = keys + np.uint64(((start + at) * _GAMMA) & _MASK)
+        block = work[..., :size]
+        np.add(origin[..., None], increments[:size], out=block)
+        _mix_(block, scratch[..., :size])
+        if work is not out:
+            out[..., at : at + size] = block
+    return out
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -182,17 +240,20 @@ class Key:
         parent = _mix(self.words) if isinstance(self.words, Tensor) else _signed(_mix_int(self.words))
         return Key(_mix(salt ^ parent if isinstance(salt, Tensor) else parent ^ salt), self.device)  # type: ignore[arg-type]
 
-    def integers64(self, n: int) -> Tensor:
-        """(..., n) int64: the first n words of the stream, all 64 bits uniform."""
-        return _mix(self.tensor().unsqueeze(-1) + _counters(n, self.device))
+    def integers64(self, n: int, start: int = 0) -> Tensor:
+        """(..., n) int64: n words of the stream from number `start` on, all 64 bits uniform."""
+        keys = self.tensor()
+        if keys.device.type == "cpu":
+            return torch.from_numpy(_stream(keys.numpy().view(np.uint64), n, start).view(np.int64))
+        return _mix((keys + _signed(start * _GAMMA)).unsqueeze(-1) + _counters(n, self.device))
 
-    def uniform(self, n: int) -> Tensor:
-        """(..., n) float64, uniform on the multiples of 2^-53 in [0, 1)."""
-        return _shift(self.integers64(n), 11).to(torch.float64) * 2.0**-53
+    def uniform(self, n: int, start: int = 0) -> Tensor:
+        """(..., n) float64, uniform on the multiples of 2^-53 in [0, 1); from words `start`, start + 1, ..."""
+        return _shift(self.integers64(n, start), 11).to(torch.float64) * 2.0**-53
 
-    def integers(self, high: int, n: int) -> Tensor:
-        """(..., n) int64, uniform on 0, ..., high - 1 to within high / 2^53."""
-        return (self.uniform(n) * high).to(torch.int64).clamp_(max=high - 1)
+    def integers(self, high: int, n: int, start: int = 0) -> Tensor:
+        """(..., n) int64, uniform on 0, ..., high - 1 to within high / 2^53; from words `start`, start + 1, ..."""
+        return (self.uniform(n, start) * high).to(torch.int64).clamp_(max=high - 1)
 
     def bernoulli(self, probability: float, n: int | None = None) -> Tensor:
         """(...) or (..., n) bool, True with the given probability, to within 2^-53."""
@@ -218,14 +279,59 @@ class Key:
         return (self.integers64(n) & ~mask) | torch.arange(n, dtype=torch.int64, device=self.device), mask
 
     def subset(self, n: int, k: int) -> Tensor:
-        """(..., k) int64: k of the positions 0, ..., n - 1 without replacement, every subset equally likely."""
+        """(..., k) int64: k of the positions 0, ..., n - 1 without replacement, every subset equally likely.
+
+        Their order means nothing. Below 65,536 positions these are the positions of the k smallest of n words. From
+        there on they are the first k distinct values of a sequence of independent uniform positions, ascending: by
+        symmetry again every subset is equally likely, to within the n / 2^53 of `integers`, for about k words
+        instead of n. Above n / 2 the complement is drawn.
+        """
+        if n >= _SORTED:
+            rows = [self._first_distinct(n, k, word) for word in self.tensor().flatten()]
+            return torch.stack(rows).view(*self.shape, k)
         words, mask = self._tagged(n)
+        if self.device.type == "cpu":
+            return _sort(words)[..., :k] & mask
         return torch.topk(words, k, dim=-1, largest=False, sorted=True).values & mask
+
+    def _first_distinct(self, n: int, k: int, word: Tensor) -> Tensor:
+        """(k,) ascending: the first k distinct of uniform positions drawn one after the other.
+
+        Each batch draws as many as are missing, so that it cannot pass the k-th; only distinct ones are kept.
+        """
+        single = Key(word, self.device)
+        if 2 * k > n:
+            left = torch.ones(n, dtype=torch.bool, device=self.device)
+            left[self._first_distinct(n, n - k, word)] = False
+            return left.nonzero().squeeze(-1)
+        kind = torch.int32 if n < 1 << 31 else torch.int64
+        kept = torch.empty(0, dtype=kind, device=self.device)  # ascending, from the first batch
+        late = kept  # ascending, the few from later batches
+        drawn = 0
+        while len(kept) + len(late) < k:
+            missing = k - len(kept) - len(late)
+            fresh = _distinct(_sort(single.integers(n, missing, start=drawn).to(kind)))
+            drawn += missing
+            if len(kept) == 0:
+                kept = fresh
+                continue
+            at = torch.searchsorted(kept, fresh).clamp_(max=len(kept) - 1)
+            late = _distinct(_sort(torch.cat([late, fresh[kept[at] != fresh]])))
+        return _sort(torch.cat([kept, late])).to(torch.int64)
 
     def permutation(self, n: int) -> Tensor:
         """(..., n) int64: a permutation of 0, ..., n - 1, every one equally likely."""
         words, mask = self._tagged(n)
-        return torch.sort(words, dim=-1).values & mask
+        return _sort(words) & mask
+
+
+def _distinct(ascending: Tensor) -> Tensor:
+    """Without repetitions."""
+    if len(ascending) < 2:
+        return ascending
+    new = torch.ones(len(ascending), dtype=torch.bool, device=ascending.device)
+    torch.ne(ascending[1:], ascending[:-1], out=new[1:])
+    return ascending[new]
 
 
 def key(

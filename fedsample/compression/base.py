@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from fedsample.errors import ConfigError, DataError
 from fedsample.random import Key, key
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
+Independence = Literal["deterministic", "independent", "shared-permutation", "partition"]
 _BLOCK = 16  # rounds whose keys are made at once
 
 
@@ -21,13 +22,17 @@ class Packet(NamedTuple):
     """One compressed vector, or a batch of them.
 
     Attributes:
-        values: (..., K), what travels.
-        indices: (..., K) int64 coordinates of the values, which the receiver rebuilds from the shared key; None when
-            the values are the whole vector.
+        values: (..., K), what travels: numbers, or integer codes of a compressor that quantises.
+        indices: (..., K) int64 coordinates of the values: rebuilt by the receiver from the shared key, or sent along;
+            None when the values are the whole vector.
+        side: (..., m) the few numbers beside them, such as a norm; None: none.
+        length: d, where the wire form depends on it and the values do not tell it.
     """
 
     values: Tensor
     indices: Tensor | None
+    side: Tensor | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,19 @@ class PacketKeys:
         own: (...) keys of this client, chain and round: independent between clients.
         common: one key for all clients, chains and rounds of the run.
         round: the round, from which `common` is refreshed where a compressor wants that.
+        client, chain: their indices, integers or int64 tensors that broadcast to the shape of `own`, for compressors
+            whose packets depend on each other across clients; None where a link does not say.
     """
 
     own: Key
     common: Key
     round: int
+    client: Tensor | int | None = None
+    chain: Tensor | int | None = None
+
+    def inner(self) -> PacketKeys:
+        """Keys for a second compressor behind a first one, independent of its draws."""
+        return replace(self, own=self.own.fold("inner"))
 
 
 class LinkKeys:
@@ -58,6 +71,7 @@ class LinkKeys:
     ) -> None:
         client = clients.unsqueeze(-1) if isinstance(clients, Tensor) else clients
         chain = torch.arange(chains, device=device)
+        self._client, self._chain = client, chain
         self._own = key(seed, client=client, chain=chain, purpose=purpose, device=device).fold("round")
         self._common = key(seed, purpose=f"{purpose}/common", device=device)
         self._block: tuple[int, Tensor] | None = None
@@ -65,7 +79,11 @@ class LinkKeys:
     def at(self, round: int, clients: Tensor | None = None) -> PacketKeys:
         """The keys of one round: own (n, C) or (C,); `clients` picks rows of a fleet's keys."""
         own = self._round_words(round)
-        return PacketKeys(Key(own if clients is None else own[clients], self._own.device), self._common, round)
+        client = self._client
+        if clients is not None:
+            own = own[clients]
+            client = client[clients] if isinstance(client, Tensor) else client
+        return PacketKeys(Key(own, self._own.device), self._common, round, client, self._chain)
 
     def _round_words(self, round: int) -> Tensor:
         """The folded keys of one round; those of `_BLOCK` rounds are made at once, for one launch of each operation."""
@@ -82,15 +100,38 @@ class Compressor(ABC):
 
     Unbiased with constant omega: E C(v) = v and E|C(v) - v|^2 <= omega |v|^2.
     Contractive with constant alpha: E|C(v) - v|^2 <= (1 - alpha) |v|^2.
+
+    Attributes:
+        name: as in a configuration. kind: which of the two holds. summary: what travels. constant, formula: omega or
+            alpha, and the idealised bits of a float32 vector, as printed. independence: what binds the packets of
+            different clients: "deterministic" draws nothing; "independent" draws for each client, chain and round;
+            "shared-permutation" is independent given a permutation that all share; "partition" splits the coordinates
+            among the clients, so that every one of them must be heard. everyone: whether all clients must be present.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Literal["unbiased", "contractive"]]
     summary: ClassVar[str]
+    constant: ClassVar[str]
+    formula: ClassVar[str]
+    independence: ClassVar[Independence]
+    everyone: ClassVar[bool] = False
 
     @abstractmethod
     def omega(self, d: int) -> float:
-        """The constant of unbiasedness for vectors of d entries."""
+        """The constant of unbiasedness for vectors of d entries.
+
+        Raises:
+            ConfigError: if the compressor is contractive, not unbiased; or if its settings do not fit d.
+        """
+
+    def alpha(self, d: int) -> float:
+        """The constant of contraction for vectors of d entries; of an unbiased compressor that of `Scaled` around it.
+
+        Raises:
+            ConfigError: if its settings do not fit d.
+        """
+        return 1.0 / (1.0 + self.omega(d))
 
     @abstractmethod
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
@@ -100,41 +141,83 @@ class Compressor(ABC):
     def decompress(self, packet: Packet, d: int) -> Tensor:
         """The vectors (..., d) that the receiver sees."""
 
-    @abstractmethod
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """Memory += scale * decompress(packet), in place, without making the dense vector."""
+        """Memory += scale * decompress(packet), in place; compressors that select make no dense vector for it."""
+        memory.add_(self.decompress(packet, memory.shape[-1]), alpha=scale)
 
     @abstractmethod
     def count(self, d: int) -> int:
         """How many values of a d-vector travel."""
 
-    @abstractmethod
     def support(self, keys: PacketKeys, d: int) -> Tensor | None:
-        """(..., K) the coordinates that travel, which both ends derive from the keys; None: all of them."""
+        """(..., K) the coordinates that travel, where both ends derive them from the keys; None otherwise."""
+        return None
 
     def inclusion(self, d: int) -> float:
-        """The probability that a given coordinate travels."""
-        return self.count(d) / d
+        """The probability q that a given coordinate travels or, of quantisers, the q with their constant: 1/q - 1."""
+        return self.alpha(d)
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
+        """The packets of zero vectors (..., d), with the shapes and dtypes of all others: what a memory begins with."""
+        values = torch.zeros((*shape[:-1], self.count(shape[-1])), dtype=dtype, device=device)
+        return Packet(values, None)
+
+    @abstractmethod
     def bits(self, d: int, dtype: torch.dtype) -> int:
-        """Exact bits on the wire of one compressed d-vector: 8 * len(to_bytes(...))."""
-        return 8 * _NUMPY[dtype].itemsize * self.count(d)
+        """Exact bits on the wire of one compressed d-vector, padding included: 8 * len(to_bytes(...))."""
 
+    def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
+        """The bits that papers count: no padding to bytes."""
+        return float(self.bits(d, dtype))
+
+    @abstractmethod
     def to_bytes(self, packet: Packet) -> bytes:
-        """The wire form of one packet: its values, little endian. Indices never travel.
+        """The wire form of one packet, little endian. Indices that follow from the keys never travel.
 
         Raises:
             DataError: if a value is NaN or infinite: nothing of the kind may enter another party's sum.
         """
-        return values_to_bytes(packet.values)
+
+    @abstractmethod
+    def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
+        """The packet that `to_bytes` wrote, without the indices that follow from keys.
+
+        Raises:
+            DataError: if the length is not that of a packet for d, a value is not finite, or a code or index is out of
+                range.
+        """
 
     def from_bytes(self, data: bytes, keys: PacketKeys, d: int, dtype: torch.dtype) -> Packet:
         """The packet that `to_bytes` wrote, its indices rebuilt from the keys (of one client and chain).
 
         Raises:
-            DataError: if the length is not that of a packet for d, or a value is not finite.
+            DataError: as `parse` does.
         """
-        return Packet(values_from_bytes(data, self.count(d), dtype), self.support(keys, d))
+        packet = self.parse(data, d, dtype)
+        return packet if packet.indices is not None else packet._replace(indices=self.support(keys, d))
+
+
+def float_bits(dtype: torch.dtype) -> int:
+    """Bits of one number of the dtype, 32 or 64."""
+    return 8 * _NUMPY[dtype].itemsize
+
+
+def contractive_only(name: str) -> ConfigError:
+    """What `omega` of a contractive compressor raises."""
+    return ConfigError(
+        f"compressor {name} is contractive, not unbiased: it has no omega; use it where alpha is asked for (ef21, "
+        "ef21-p), or choose an unbiased one such as randk, qsgd or natural"
+    )
+
+
+def require_length(data: bytes, want: int, what: str) -> None:
+    """Refuse a message of the wrong length.
+
+    Raises:
+        DataError: if it is not `want` bytes.
+    """
+    if len(data) != want:
+        raise DataError(f"a packet of {len(data)} bytes, expected {want} ({what}); both ends need the same settings")
 
 
 def values_to_bytes(values: Tensor) -> bytes:
@@ -162,7 +245,7 @@ def resolve_count(k: int | float, d: int, what: str) -> int:
     Raises:
         ConfigError: if k is outside 1..d or (0, 1].
     """
-    if isinstance(k, int):
+    if isinstance(k, int) and not isinstance(k, bool):
         if not 1 <= k <= d:
             raise ConfigError(f"{what}: k = {k} coordinates of {d} parameters; choose 1 <= k <= {d}, or a fraction")
         return k

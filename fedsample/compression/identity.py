@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from fedsample.compression.base import Compressor, Packet, PacketKeys
+from fedsample.compression.base import (
+    Compressor,
+    Independence,
+    Packet,
+    PacketKeys,
+    float_bits,
+    values_from_bytes,
+    values_to_bytes,
+)
 
 
 class Identity(Compressor):
@@ -15,6 +24,9 @@ class Identity(Compressor):
     name: ClassVar[str] = "identity"
     kind: ClassVar[Literal["unbiased", "contractive"]] = "unbiased"
     summary: ClassVar[str] = "all d values"
+    constant: ClassVar[str] = "omega = 0"
+    formula: ClassVar[str] = "32 d"
+    independence: ClassVar[Independence] = "deterministic"
 
     def omega(self, d: int) -> float:
         """Zero: nothing is lost."""
@@ -23,10 +35,6 @@ class Identity(Compressor):
     def count(self, d: int) -> int:
         """All d values travel."""
         return d
-
-    def support(self, keys: PacketKeys, d: int) -> None:
-        """All coordinates."""
-        return None
 
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """The vector itself."""
@@ -39,3 +47,15 @@ class Identity(Compressor):
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
         """Memory += scale * vector."""
         memory.add_(packet.values * scale)
+
+    def bits(self, d: int, dtype: torch.dtype) -> int:
+        """32 d or 64 d."""
+        return float_bits(dtype) * d
+
+    def to_bytes(self, packet: Packet) -> bytes:
+        """The values."""
+        return values_to_bytes(packet.values)
+
+    def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
+        """The values."""
+        return Packet(values_from_bytes(data, d, dtype), None)

@@ -16,22 +16,33 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedsample.compression.base import Compressor, Packet, PacketKeys, resolve_count
+from fedsample.compression.base import Independence, PacketKeys, resolve_count
+from fedsample.compression.select import Selector
 from fedsample.random import Key
+
+_ASCENDING = 1 << 16  # from this d on a block is sorted: memory is then read and written in order
 
 
 @dataclass(frozen=True)
-class _Sparsifier(Compressor):
+class _Sparsifier(Selector):
     k: int | float
 
     kind: ClassVar[Literal["unbiased", "contractive"]] = "unbiased"
+    constant: ClassVar[str] = "omega = d/K - 1"
+    formula: ClassVar[str] = "32 K"
 
     @abstractmethod
     def support(self, keys: PacketKeys, d: int) -> Tensor:
         """(..., K) coordinates in the order in which they travel."""
+
+    def select(self, vector: Tensor, keys: PacketKeys) -> Tensor:
+        """The support, whatever the vector."""
+        indices = self.support(keys, vector.shape[-1])
+        return indices.expand(*vector.shape[:-1], indices.shape[-1])
 
     def count(self, d: int) -> int:
         """K, at least one.
@@ -45,27 +56,9 @@ class _Sparsifier(Compressor):
         """The variance constant d / K - 1."""
         return d / self.count(d) - 1.0
 
-    def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
-        """The kept values, scaled by d / K, with their coordinates."""
-        d = vector.shape[-1]
-        indices = self.support(keys, d)
-        indices = indices.expand(*vector.shape[:-1], indices.shape[-1])
-        return Packet(vector.gather(-1, indices) * (d / self.count(d)), indices)
-
-    def decompress(self, packet: Packet, d: int) -> Tensor:
-        """The kept values in place, zero elsewhere."""
-        dense = packet.values.new_zeros((*packet.values.shape[:-1], d))
-        return dense.scatter_(-1, _indices(packet), packet.values)
-
-    def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """Touch the kept coordinates only."""
-        memory.scatter_add_(-1, _indices(packet), packet.values * scale)
-
-
-def _indices(packet: Packet) -> Tensor:
-    if packet.indices is None:
-        raise ValueError("a sparse packet without indices: rebuild them with support()")
-    return packet.indices
+    def scale(self, d: int) -> float:
+        """The factor d / K that makes it unbiased."""
+        return d / self.count(d)
 
 
 @dataclass(frozen=True)
@@ -78,6 +71,7 @@ class RandK(_Sparsifier):
 
     name: ClassVar[str] = "randk"
     summary: ClassVar[str] = "K values of a uniform subset; indices from the shared key"
+    independence: ClassVar[Independence] = "independent"
 
     def support(self, keys: PacketKeys, d: int) -> Tensor:
         """(..., K) coordinates in the order in which they travel."""
@@ -99,17 +93,29 @@ class RandBlock(_Sparsifier):
 
     name: ClassVar[str] = "randblock"
     summary: ClassVar[str] = "K values of a random block of a keyed permutation; indices from the shared key"
+    independence: ClassVar[Independence] = "shared-permutation"
 
     def support(self, keys: PacketKeys, d: int) -> Tensor:
-        """(..., K) coordinates in the order in which they travel."""
+        """(..., K) coordinates in the order in which they travel: ascending from 65,536 coordinates on."""
         k = self.count(d)
         order = _permutation(keys.common.fold(keys.round // self.refresh), d)
         start = keys.own.integers(d, 1)  # (..., 1)
-        return order[start + torch.arange(k, device=start.device)]
+        if d < _ASCENDING:
+            return order[start + torch.arange(k, device=start.device)]
+        rows = [order[at : at + k] for at in start.flatten().tolist()]
+        return _ascending(torch.stack(rows)).view(*start.shape[:-1], k).to(torch.int64)
 
 
 @lru_cache(maxsize=8)
 def _permutation(key: Key, d: int) -> Tensor:
-    """(2 d,) the permutation twice over, so that a block may run past the end."""
+    """(2 d,) the permutation twice over, so that a block may run past the end; narrow where it is long."""
     order = key.permutation(d)
+    if _ASCENDING <= d < 1 << 31:
+        order = order.to(torch.int32)
     return torch.cat([order, order])
+
+
+def _ascending(rows: Tensor) -> Tensor:
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.sort(rows.numpy(), axis=-1))
+    return torch.sort(rows, dim=-1).values

@@ -125,9 +125,9 @@ class Coordinate:
         if self.uplink == "marina":
             gradient[_X] = 1.0
         step = np.eye(6)
-        step[: _W] = 0.0
-        step[: _W, : _W] = moved
-        step[: _W] += np.outer(kick, gradient)
+        step[:_W] = 0.0
+        step[:_W, :_W] = moved
+        step[:_W] += np.outer(kick, gradient)
         after = step @ pairs @ step.T
         if self.uplink == "ef21":  # rows of single memories see the other positions through one client
             after[_A, _A], after[_A, _B], after[_B, _A] = m[_A, _A], m[_A, _B], m[_A, _B]

@@ -160,8 +160,7 @@ class Uplink(ABC):
         chains = turn.point.shape[0]
         width = torch.empty((), dtype=dtype).element_size()
         dense = torch.zeros(chains, d, dtype=dtype) if turn.sync is not None and bool(turn.sync.any()) else None
-        support = self.compressor.support(turn.keys, d)
-        values = torch.zeros(chains, self.compressor.count(d), dtype=dtype)
+        packet = self.compressor.empty((chains, d), dtype)
         at = 0
         for chain in range(chains):
             if turn.active is not None and not bool(turn.active[chain]):
@@ -173,10 +172,11 @@ class Uplink(ABC):
             if syncing:
                 _required(dense)[chain] = values_from_bytes(piece, d, dtype)
             else:
-                values[chain] = values_from_bytes(piece, values.shape[-1], dtype)
+                _fill(packet, chain, self.compressor.parse(piece, d, dtype))
         if at != len(data):
             raise DataError(f"an upload of {len(data)} bytes, expected {at} for {chains} chains of {d} parameters")
-        return Upload(Packet(values, support), dense)
+        support = self.compressor.support(turn.keys, d)  # of all chains at once, where the keys tell it
+        return Upload(packet if support is None else packet._replace(indices=support), dense)
 
     def describe(self) -> dict[str, Any]:
         """What `fedsample list estimators` prints of it."""
@@ -185,11 +185,23 @@ class Uplink(ABC):
 
 def masked(packet: Packet, active: Tensor | None) -> Packet:
     """The packet with the chains that are not active (..., C) set to zero."""
-    return packet if active is None else Packet(torch.where(active.unsqueeze(-1), packet.values, 0.0), packet.indices)
+    if active is None:
+        return packet
+    keep = active.unsqueeze(-1)
+    side = None if packet.side is None else torch.where(keep, packet.side, 0.0)
+    return packet._replace(values=torch.where(keep, packet.values, 0), side=side)
 
 
 def _chain(packet: Packet, chain: int) -> Packet:
-    return Packet(packet.values[chain], None if packet.indices is None else packet.indices[chain])
+    indices = None if packet.indices is None else packet.indices[chain]
+    side = None if packet.side is None else packet.side[chain]
+    return packet._replace(values=packet.values[chain], indices=indices, side=side)
+
+
+def _fill(packet: Packet, chain: int, one: Packet) -> None:
+    for stack, part in zip(packet[:3], one[:3], strict=True):
+        if isinstance(stack, Tensor) and isinstance(part, Tensor):
+            stack[chain] = part
 
 
 def _chains(upload: Upload) -> int:

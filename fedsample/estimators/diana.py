@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsample.compression import Packet
 from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
+from fedsample.estimators.shift import empty_shift, pend, settle
 
 
 class Diana(Uplink):
@@ -27,55 +27,25 @@ class Diana(Uplink):
 
     name: ClassVar[str] = "diana"
     reference: ClassVar[str] = "Mishchenko et al. 2019; Vono et al. 2022"
-    summary: ClassVar[str] = "K values a chain and round"
+    summary: ClassVar[str] = "one packet a chain and round"
 
     def rate(self, d: int) -> float:
         """The memory's learning rate alpha = 1 / (1 + omega)."""
         return 1.0 / (1.0 + self.compressor.omega(d))
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
-        """Shift h_i = 0, the pending packet and its round (0: none), and the epoch of the memory."""
-        lead, k = shape[:-2], self.compressor.count(shape[-1])
-        return {
-            "shift": torch.zeros(shape, dtype=dtype, device=device),
-            "pending": torch.zeros((*shape[:-1], k), dtype=dtype, device=device),
-            "support": torch.arange(k, device=device).expand(*shape[:-1], k).clone(),
-            "round": torch.zeros(lead, dtype=torch.int64, device=device),
-            "epoch": torch.zeros(lead, dtype=torch.int64, device=device),
-        }
+        """The shift h_i and the packet that waits to enter it."""
+        return empty_shift(self.compressor, shape, dtype, device)
 
     def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
         """Commit or drop what is pending, then compress the difference to the memory."""
-        shift = self._commit(memory, turn)
+        shift = settle(self.compressor, memory, turn, self.rate(memory["shift"].shape[-1]))
         packet = masked(self.compressor.compress(oracle.gradient(turn.point) - shift, turn.keys), turn.active)
-        support = memory["support"] if packet.indices is None else packet.indices
-        return Upload(packet, None), {
-            "shift": shift,
-            "pending": packet.values,
-            "support": support,
-            "round": torch.full_like(memory["round"], turn.round),
-            "epoch": torch.full_like(memory["epoch"], turn.epoch),
-        }
-
-    def _commit(self, memory: Memory, turn: Turn) -> Tensor:
-        """The shift after the last packet was acknowledged or dropped; zero in a new epoch."""
-        shift, pending = memory["shift"], memory["pending"]
-        current = memory["epoch"] == turn.epoch
-        if not bool(current.all()):
-            shift = torch.where(current[..., None, None], shift, 0.0)
-        applied = current & (memory["round"] == turn.applied)  # before round 1 both are 0, and the packet is empty
-        if not bool(applied.all()):
-            pending = torch.where(applied[..., None, None], pending, 0.0)  # not a product: 0 x NaN is NaN
-        self.compressor.add_to(shift, Packet(pending, memory["support"]), self.rate(shift.shape[-1]))
-        return shift
+        return Upload(packet, None), pend(shift, packet, memory, turn)
 
     def start(self, chains: int, d: int, device: torch.device) -> ServerState:
         """The sum of the clients' memories, zero."""
         return {"shift": torch.zeros(chains, d, dtype=torch.float64, device=device)}
-
-    def forget(self, state: ServerState) -> ServerState:
-        """The sum of memories is zero again."""
-        return {"shift": torch.zeros_like(state["shift"])}
 
     def decode(
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float

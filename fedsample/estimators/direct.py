@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsample.compression import Compressor
-from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Upload, Uplink, masked
+from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
 
 
 class Direct(Uplink):

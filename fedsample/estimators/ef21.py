@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Upload, Uplink, masked
+from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
 from fedsample.estimators.shift import empty_shift, pend, settle
 
 

@@ -26,8 +26,8 @@ class Marina(Uplink):
     """Langevin-MARINA's estimator.
 
     Args:
-        compressor: unbiased. p: probability of a dense round, 0 < p <= 1; None: K / d, for which dense and compressed
-            rounds cost the same on average.
+        compressor: unbiased. p: probability of a dense round, 0 < p <= 1; None: K / d, or in general compressed over
+            dense bits (of float32), for which dense and compressed rounds cost the same on average.
     """
 
     name: ClassVar[str] = "marina"
@@ -44,7 +44,9 @@ class Marina(Uplink):
 
     def probability(self, d: int) -> float:
         """The probability p of a dense round for vectors of d entries."""
-        return self.compressor.count(d) / d if self._p is None else self._p
+        if self._p is not None:
+            return self._p
+        return min(1.0, self.compressor.bits(d, torch.float32) / (32 * d))
 
     def sync_probability(self, round: int, d: int) -> float:
         """Round 1 is dense for every chain, then p."""

@@ -71,7 +71,7 @@ def step_rule(experiment: Experiment, uplink: Uplink, geometry: Geometry, partic
         mixing=float(geometry.mixing.mean()),
         share=geometry.share,
         friction=experiment.sampler.friction,
-        inclusion=uplink.compressor.count(d) / d,
+        inclusion=uplink.compressor.inclusion(d),
         participation=participation,
         sync=uplink.probability(d) if isinstance(uplink, Marina) else 0.0,
         force=geometry.force,

@@ -1,0 +1,156 @@
+r"""QSGD of fixed width: every entry becomes a random multiple of |v| / s.
+
+    C(v)_j = (|v| / s) floor(s v_j / |v| + u_j),   u_j uniform on [0, 1),  |v| the Euclidean norm
+    omega = min(d / s^2, sqrt(d) / s);  s = 1:  sqrt(d) - 1.
+
+Alistarh et al., NeurIPS 2017 (arXiv 1610.02132), Lemma 3.1; their sign and magnitude are the same law as the floor of
+the signed entry. A level takes 1 + ceil(log2(s + 1)) bits, the norm one float. Independent between clients, chains,
+rounds and coordinates.
+
+Levels are drawn in fixed point: s v_j / |v| is rounded to a multiple of 2^-f of a level, where f is 30 (float32) or 62
+(float64) less the bits of s, and the coin has f bits, so that a coordinate's mean is exact to |v| 2^-30 or 2^-62.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsample.compression import bits
+from fedsample.compression.base import (
+    Compressor,
+    Independence,
+    Packet,
+    PacketKeys,
+    float_bits,
+    require_length,
+    values_from_bytes,
+    values_to_bytes,
+)
+from fedsample.compression.coins import coins
+from fedsample.compression.pieces import empty, pieces, two_norm
+from fedsample.errors import ConfigError, DataError
+
+_MOST = (1 << 15) - 1
+
+
+@dataclass(frozen=True)
+class QSGD(Compressor):
+    """Random rounding to s levels of the norm.
+
+    Attributes:
+        levels: s in 1..32,767. 2^b - 1 levels fill their b + 1 bits: 1, 3, 7, 15, ..., 127.
+    """
+
+    levels: int
+
+    name: ClassVar[str] = "qsgd"
+    kind: ClassVar[Literal["unbiased", "contractive"]] = "unbiased"
+    summary: ClassVar[str] = "the norm and d signed levels of fixed width"
+    constant: ClassVar[str] = "omega = min(d/s^2, sqrt(d)/s)"
+    formula: ClassVar[str] = "32 + d (1 + ceil(log2(s + 1)))"
+    independence: ClassVar[Independence] = "independent"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 1 <= self.levels <= _MOST:
+            raise ConfigError(
+                f"compressor qsgd: levels = {self.levels!r}; choose an integer in 1..{_MOST}, such as 127 (8 bits an "
+                "entry) or 7 (4 bits)"
+            )
+
+    @property
+    def width(self) -> int:
+        """Bits of a level with its sign."""
+        return 1 + bits.width_of(self.levels + 1)
+
+    def count(self, d: int) -> int:
+        """All d levels travel."""
+        return d
+
+    def omega(self, d: int) -> float:
+        """The bound of the paper; for one level the exact worst case."""
+        s = self.levels
+        return math.sqrt(d) - 1.0 if s == 1 else min(d / s**2, math.sqrt(d) / s)
+
+    def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
+        """Levels in -s..s, and the norm."""
+        norm = two_norm(vector)
+        safe = torch.where(norm > 0, norm, 1.0).unsqueeze(-1)
+        whole, fraction = _fixed_point(vector.dtype, self.levels)
+        unit = 1 << fraction
+        levels = empty(tuple(vector.shape), self._dtype(), vector.device)
+        for start, end in pieces(vector.shape[-1], vector.device):
+            scaled = (vector[..., start:end] / safe).mul_(float(self.levels * unit)).round_()
+            fixed = scaled.to(whole).clamp_(-self.levels * unit, self.levels * unit)
+            fixed += coins(keys.own, start, end, fraction, whole)
+            levels[..., start:end] = fixed.bitwise_right_shift_(fraction)
+        return Packet(levels, None, norm.unsqueeze(-1))
+
+    def decompress(self, packet: Packet, d: int) -> Tensor:
+        """Levels times |v| / s."""
+        norm = _required(packet)
+        out = empty(tuple(packet.values.shape), norm.dtype, norm.device)
+        unit = norm / self.levels
+        for start, end in pieces(d, norm.device):
+            torch.mul(packet.values[..., start:end].to(norm.dtype), unit, out=out[..., start:end])
+        return out
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
+        """Level and norm zero."""
+        levels = torch.zeros(shape, dtype=self._dtype(), device=device)
+        return Packet(levels, None, torch.zeros((*shape[:-1], 1), dtype=dtype, device=device))
+
+    def bits(self, d: int, dtype: torch.dtype) -> int:
+        """The norm, and the packed levels padded to bytes."""
+        return float_bits(dtype) + 8 * bits.size_of(d, self.width)
+
+    def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
+        """The paper's count without padding."""
+        return float(float_bits(dtype) + d * self.width)
+
+    def to_bytes(self, packet: Packet) -> bytes:
+        """The norm, then levels + s, packed.
+
+        Raises:
+            DataError: if the norm is not finite: an entry was NaN or infinite, or the norm overflows.
+        """
+        levels = packet.values.detach().cpu().contiguous().numpy()
+        shifted = levels.view(f"u{levels.itemsize}") + levels.dtype.type(self.levels).view(f"u{levels.itemsize}")
+        return values_to_bytes(_required(packet)) + bits.pack(shifted, self.width)
+
+    def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
+        """Levels and norm.
+
+        Raises:
+            DataError: if the length is wrong, a level is above s, or the norm is not finite or negative.
+        """
+        require_length(data, self.bits(d, dtype) // 8, f"a norm and {d} levels of {self.width} bits")
+        size = float_bits(dtype) // 8
+        norm = values_from_bytes(data[:size], 1, dtype)
+        form = self._dtype().itemsize
+        codes = bits.unpack(data[size:], d, self.width, np.dtype(f"u{form}"))
+        if (d and int(codes.max()) > 2 * self.levels) or float(norm) < 0:
+            raise DataError(f"a qsgd packet with a level outside -{self.levels}..{self.levels} or a negative norm")
+        levels = (codes - codes.dtype.type(self.levels)).view(f"i{form}")
+        return Packet(torch.from_numpy(levels), None, norm)
+
+    def _dtype(self) -> torch.dtype:
+        return torch.int8 if self.levels < 128 else torch.int16
+
+
+def _fixed_point(dtype: torch.dtype, levels: int) -> tuple[torch.dtype, int]:
+    """The integer type of fixed-point levels and how many of its bits are fraction."""
+    if dtype == torch.float32:
+        return torch.int32, 30 - levels.bit_length()
+    return torch.int64, 62 - levels.bit_length()
+
+
+def _required(packet: Packet) -> Tensor:
+    if packet.side is None:
+        raise ValueError("a qsgd packet without its norm")
+    return packet.side

@@ -1,0 +1,206 @@
+r"""Random rounding to floats of a shorter mantissa: natural compression (no mantissa) and bfloat16 (7 bits).
+
+With a < |v| < b the neighbouring numbers of the short format,
+
+    C(v) = sign(v) b  with probability (|v| - a) / (b - a),  else sign(v) a,      omega = (b - a)^2 / (4 a b),
+
+which is 1/8 where b = 2 a (natural compression: Horvath et al. 2022, arXiv 1905.10988) and 2^-16 / (1 + 2^-7) where
+b = a (1 + 2^-7) (bfloat16). Rounding to nearest would be contractive with alpha = 1 - 2^-16; the random one is chosen
+because it is unbiased, so that marina, diana and direct may use it, at the same bits. Adding random bits below the kept
+mantissa and cutting them off draws exactly that coin: the probability is a multiple of the last bit of v.
+
+Below the least normal number of the format (2^-126; of natural compression in float64 2^-1022) the grid is even: still
+unbiased, but only |C(v) - v|^2 <= b^2 / 4 holds. A number beyond the largest of the format rounds to infinity, which
+no receiver accepts. Independent between clients, chains, rounds and coordinates.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsample.compression import bits
+from fedsample.compression.base import Compressor, Independence, Packet, PacketKeys, require_length
+from fedsample.compression.bits import Codes
+from fedsample.compression.coins import coins
+from fedsample.compression.pieces import empty, pieces
+from fedsample.errors import DataError
+
+_CODES = {torch.float32: torch.int16, torch.float64: torch.int32}  # so that a code's dtype tells the vector's
+_FLOATS = {code: dtype for dtype, code in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class _Rounding(Compressor):
+    kind: ClassVar[Literal["unbiased", "contractive"]] = "unbiased"
+    independence: ClassVar[Independence] = "independent"
+
+    @abstractmethod
+    def _width(self, dtype: torch.dtype) -> int:
+        """Bits of a code."""
+
+    @abstractmethod
+    def _exponent(self, dtype: torch.dtype) -> int:
+        """The bits of a code that are all ones where it is not finite."""
+
+    @abstractmethod
+    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
+        """Integer codes of the entries start..end."""
+
+    @abstractmethod
+    def _decode(self, codes: Tensor) -> Tensor:
+        """The floats of codes."""
+
+    def count(self, d: int) -> int:
+        """All d codes travel."""
+        return d
+
+    def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
+        """The code of each entry."""
+        codes = empty(tuple(vector.shape), _CODES[vector.dtype], vector.device)
+        for start, end in pieces(vector.shape[-1], vector.device):
+            codes[..., start:end] = self._encode(vector[..., start:end].contiguous(), keys, start, end)
+        return Packet(codes, None)
+
+    def decompress(self, packet: Packet, d: int) -> Tensor:
+        """The rounded entries."""
+        codes = packet.values
+        out = empty(tuple(codes.shape), _FLOATS[codes.dtype], codes.device)
+        for start, end in pieces(d, codes.device):
+            out[..., start:end] = self._decode(codes[..., start:end])
+        return out
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
+        """Codes of zero."""
+        return Packet(torch.zeros(shape, dtype=_CODES[dtype], device=device), None)
+
+    def bits(self, d: int, dtype: torch.dtype) -> int:
+        """Codes packed, padded to bytes."""
+        return 8 * bits.size_of(d, self._width(dtype))
+
+    def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
+        """Without padding."""
+        return float(d * self._width(dtype))
+
+    def to_bytes(self, packet: Packet) -> bytes:
+        """The codes, packed.
+
+        Raises:
+            DataError: if one of them is not finite: NaN, infinite, or too large for the format.
+        """
+        codes = packet.values.detach().cpu().contiguous().numpy()
+        dtype = _FLOATS[packet.values.dtype]
+        if self._broken(codes, dtype):
+            raise DataError(
+                "a packet holds NaN or infinite values; the gradient that made it is not finite, or is too large for "
+                f"the format of {self.name}"
+            )
+        return bits.pack(codes.view(f"u{codes.itemsize}"), self._width(dtype))
+
+    def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
+        """The codes.
+
+        Raises:
+            DataError: if the length is wrong or a code is not finite.
+        """
+        require_length(data, self.bits(d, dtype) // 8, f"{d} codes of {self._width(dtype)} bits")
+        form = _CODES[dtype].itemsize
+        codes = bits.unpack(data, d, self._width(dtype), np.dtype(f"u{form}")).view(f"i{form}")
+        if self._broken(codes, dtype):
+            raise DataError("a packet holds NaN or infinite values and is refused")
+        return Packet(torch.from_numpy(codes), None)
+
+    def _broken(self, codes: Codes, dtype: torch.dtype) -> bool:
+        exponent = codes.dtype.type(self._exponent(dtype))
+        return any(
+            bool(((codes[start:end] & exponent) == exponent).any())
+            for start, end in pieces(len(codes), torch.device("cpu"))
+        )
+
+
+@dataclass(frozen=True)
+class Natural(_Rounding):
+    """Random rounding to powers of two: sign and exponent travel, 9 bits of float32 and 12 of float64."""
+
+    name: ClassVar[str] = "natural"
+    summary: ClassVar[str] = "sign and exponent of each entry"
+    constant: ClassVar[str] = "omega = 1/8"
+    formula: ClassVar[str] = "9 d"
+
+    def omega(self, d: int) -> float:
+        """One eighth."""
+        return 0.125
+
+    def _width(self, dtype: torch.dtype) -> int:
+        return 9 if dtype == torch.float32 else 12
+
+    def _exponent(self, dtype: torch.dtype) -> int:
+        return 0xFF if dtype == torch.float32 else 0x7FF
+
+    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
+        if values.dtype == torch.float32:
+            return _cut(values, keys, start, end, 23).bitwise_and_(0x1FF)
+        return _cut(values, keys, start, end, 52).bitwise_and_(0xFFF)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        if codes.dtype == torch.int16:
+            return codes.to(torch.int32).bitwise_left_shift_(23).view(torch.float32)
+        return codes.to(torch.int64).bitwise_left_shift_(52).view(torch.float64)
+
+
+@dataclass(frozen=True)
+class Bfloat16(_Rounding):
+    """Random rounding to bfloat16: 16 bits an entry, of float64 too, whose range then shrinks to that of float32."""
+
+    name: ClassVar[str] = "bf16"
+    summary: ClassVar[str] = "each entry rounded at random to bfloat16"
+    constant: ClassVar[str] = "omega = 2^-16/(1 + 2^-7)"
+    formula: ClassVar[str] = "16 d"
+
+    def omega(self, d: int) -> float:
+        """(b - a)^2 / (4 a b) at b = a (1 + 2^-7)."""
+        return 2.0**-16 / (1 + 2.0**-7)
+
+    def _width(self, dtype: torch.dtype) -> int:
+        return 16
+
+    def _exponent(self, dtype: torch.dtype) -> int:
+        return 0x7F80
+
+    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
+        if values.dtype == torch.float32:
+            return _cut(values, keys, start, end, 16)
+        return _cut_double(values, keys, start, end)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        single = codes.to(torch.int32).bitwise_left_shift_(16).view(torch.float32)
+        return single if codes.dtype == torch.int16 else single.double()
+
+
+def _cut(values: Tensor, keys: PacketKeys, start: int, end: int, low: int) -> Tensor:
+    """Floats as integers whose `low` last bits are rounded away at random; NaN and infinity stay what they are."""
+    whole = torch.int32 if values.dtype == torch.float32 else torch.int64
+    patterns = values.view(whole)
+    infinite = 0x7F800000 if whole == torch.int32 else 0x7FF0000000000000
+    random = coins(keys.own, start, end, low, whole)
+    broken = (patterns & infinite) == infinite
+    return random.masked_fill_(broken, 0).add_(patterns).bitwise_right_shift_(low)
+
+
+def _cut_double(values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
+    """Bit patterns (int32) of bfloat16 from float64: |v| in units of the format's spacing, plus a coin of 45 bits.
+
+    The spacing is 2^-7 of the leading power of two and at least 2^-133; below 2^-178 the coin loses the last bits.
+    """
+    exponent = ((values.view(torch.int64) >> 52) & 0x7FF).clamp_(min=1023 - 126, max=1023 + 128)
+    spacing = ((exponent - 7) << 52).view(torch.float64)
+    fixed = (values.abs() / spacing * 2.0**45).nan_to_num(0.0, 0.0, 0.0).clamp_(max=2.0**53).to(torch.int64)
+    units = (fixed + coins(keys.own, start, end, 45, torch.int64)) >> 45  # 0..256
+    rounded = (units.double() * spacing).to(torch.float32).copysign(values.float())
+    rounded = torch.where(torch.isfinite(values), rounded, values.float())
+    return (rounded.view(torch.int32) >> 16) & 0xFFFF
