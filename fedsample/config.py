@@ -99,6 +99,16 @@ class ModelConfig(Section):
     intercept: bool = setting(True, "whether linear, logistic and softmax models have an intercept")
 
 
+class ScheduleConfig(Section):
+    """A step that changes from round to round."""
+
+    schedule: Literal["constant", "polynomial", "cyclical"] = setting("polynomial", "how the step changes")
+    initial: Positive | Literal["auto"] = setting("auto", "the step of round 1; auto: from the curvature")
+    power: Positive = setting(0.55, "polynomial: h (1 + (round - 1) / offset)^-power")
+    offset: Positive = setting(1000.0, "polynomial: rounds in which the step falls by 2^-power")
+    period: Count = setting(1000, "cyclical: rounds of a cosine cycle")
+
+
 class SamplerConfig(Section):
     """What the server does with a gradient estimate."""
 
@@ -117,20 +127,32 @@ class MetricConfig(Section):
 class UplinkConfig(Section):
     """How the sum of gradients reaches the server."""
 
-    name: Literal["dense", "marina", "diana"] = setting("diana", "gradient estimator, see `fedsample list estimators`")
-    compressor: Literal["randk", "randblock", "identity"] = setting(
-        "randblock", "what shrinks a packet, see `fedsample list compressors`"
+    name: Literal["dense", "direct", "marina", "diana", "ef21"] = setting(
+        "diana", "gradient estimator, see `fedsample list estimators`"
+    )
+    compressor: str = setting(
+        "randblock", "what shrinks a packet, see `fedsample list compressors`; randk+natural composes two"
     )
     k: Count | Share = setting(0.05, "coordinates sent: 32 is 32 of them, 0.05 is 5 %, 1 is one, 1.0 is all")
     p: Annotated[Share | None, BeforeValidator(Word("auto"))] = setting(
-        None, "probability of a full round (marina); auto: the fraction k of the coordinates"
+        None, "probability of a full round (marina); auto: compressed over full bits, the fraction k for randk"
     )
+    levels: Count = setting(127, "levels of qsgd")
+    rank: Count = setting(1, "rank of lowrank")
+    variance_reduction: Literal["none", "mode", "svrg"] = setting(
+        "none", "what a client subtracts: nothing, its gradient at the mode, or at a reference that moves (minibatches)"
+    )
+    refresh: Count = setting(100, "rounds after which the reference of svrg moves to the iterate")
 
 
 class DownlinkConfig(Section):
     """How the iterate comes back to the clients."""
 
-    name: Literal["dense"] = setting("dense", "the iterate is sent in full")
+    name: Literal["dense", "ef21-p"] = setting("dense", "the iterate in full, or compressed increments")
+    compressor: str = setting("identity", "what shrinks an increment: a contractive one, such as topk or scaled-randk")
+    k: Count | Share = setting(0.05, "coordinates sent, as for the uplink")
+    levels: Count = setting(127, "levels of qsgd")
+    rank: Count = setting(1, "rank of lowrank")
 
 
 class StartConfig(Section):
@@ -182,7 +204,9 @@ class Experiment(Section):
     chains: Count = setting(4, "independent chains, run side by side")
     temperature: NonNegative = setting(1.0, "T in exp(-U / T); 1 is the posterior, 0 gradient descent")
     dtype: Literal["float32", "float64"] = setting("float32", "precision of the chain")
-    step_size: Positive | Literal["auto"] = setting("auto", "step of the sampler; auto: from the curvature")
+    step_size: Positive | Literal["auto"] | ScheduleConfig = setting(
+        "auto", "step of the sampler, or a table with a schedule; auto: from the curvature"
+    )
     bias_tolerance: Positive = setting(0.1, "relative bias of the variance that an automatic step may predict")
     batch_size: Annotated[Count | None, BeforeValidator(Word("all"))] = setting(
         None, "rows that a client draws for each gradient"

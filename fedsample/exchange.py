@@ -28,6 +28,8 @@ class Request:
         epoch: the server's memory epoch.
         vector: (C, d), for products with the Hessian.
         observe: whether norms of single uploads are wanted, for monitoring.
+        reference, reference_round: (C, d) the point about which clients reduce the variance of their minibatches, and
+            the round whose points it was (0: the origin of the metric's coordinates); None: they do not.
     """
 
     round: int
@@ -40,6 +42,8 @@ class Request:
     epoch: int = 0
     vector: Tensor | None = None
     observe: bool = False
+    reference: Tensor | None = None
+    reference_round: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedsample.config import Experiment, dump_toml, load
 from fedsample.errors import ConfigError, RunDirectoryError
+from fedsample.links import build_downlink, build_uplink, links
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from fedsample.estimators import Uplink
     from fedsample.targets import Posterior
 
 Source = Experiment | Mapping[str, Any] | str | Path | None
@@ -120,22 +120,11 @@ def check(experiment: Experiment) -> None:
         UnsoundError: with the reason and the nearest sound choice.
     """
     build_uplink(experiment)
+    build_downlink(experiment)
     if experiment.fleet.name == "flower" and (experiment.fleet.loss or experiment.fleet.dropout):
         raise ConfigError(
             'fleet.loss and fleet.dropout simulate faults in fleet "local"; Flower\'s are real: set both to 0'
         )
-
-
-def build_uplink(experiment: Experiment) -> Uplink:
-    """The uplink estimator of an experiment.
-
-    Raises:
-        UnsoundError: if it does not fit its compressor.
-    """
-    from fedsample import compression, estimators
-
-    section = experiment.uplink
-    return estimators.build(section.name, compression.build(section.compressor, section.k), section.p)
 
 
 def build_target(source: Source = None, overrides: Sequence[str] = ()) -> Posterior:
@@ -147,16 +136,19 @@ def build_target(source: Source = None, overrides: Sequence[str] = ()) -> Poster
 
 def plan(source: Source = None, overrides: Sequence[str] = ()) -> dict[str, str]:
     """What a configuration would run, and what it would send, without sampling."""
+    import torch
+
     from fedsample.problem import DTYPES, build_problem
 
     experiment = load(source, overrides)
     check(experiment)
     problem = build_problem(experiment)
-    uplink = build_uplink(experiment)
+    uplink, downlink = links(experiment, problem)
     dtype, d, chains = DTYPES[experiment.dtype], problem.d, experiment.chains
     p = uplink.sync_probability(2, d)
     packet = (1 - p) * uplink.bits(chains, 0, d, dtype) + p * uplink.bits(chains, chains, d, dtype)
     dense = 8 * d * chains * (4 if experiment.dtype == "float32" else 8)
+    down = downlink.bits(torch.ones(1, dtype=torch.int64), chains, d, dtype)
     rows = problem.clients.rows.tolist()
     return {
         "target": f"{experiment.model.name} on {experiment.data.name or experiment.data.file}, {d} parameters",
@@ -167,7 +159,7 @@ def plan(source: Source = None, overrides: Sequence[str] = ()) -> dict[str, str]
         "step": str(experiment.step_size),
         "rounds": f"{experiment.rounds} ({experiment.warmup} of warm-up), {experiment.draws} draws a chain",
         "uplink a client and round": f"{packet / 8:,.0f} bytes (dense: {dense / 8:,.0f})",
-        "downlink a client and round": f"{dense / 8:,.0f} bytes",
+        "downlink a client and round": f"{down / 8:,.0f} bytes (dense: {dense / 8:,.0f})",
         "uplink a client in all": f"{packet / 8e6 * experiment.rounds:,.2f} MB, preparation not counted",
     }
 

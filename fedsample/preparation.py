@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsample.errors import ConfigError, RunDirectoryError
 from fedsample.exchange import Fleet, Traffic
+from fedsample.links import links
 from fedsample.random import SERVER, key
 from fedsample.strategies.prepare import Geometry, Survey, build_metric, find_mode, polish, survey_geometry
 from fedsample.strategies.step import step_rule
@@ -51,7 +52,13 @@ class Prepared:
         from fedsample.monitor.atomic import write_atomic
 
         metric = self.geometry.metric
-        tensors = {"mean": metric.mean, "mixing": self.geometry.mixing, "start": self.start, **metric.tensors()}
+        tensors = {
+            "mean": metric.mean,
+            "mixing": self.geometry.mixing,
+            "gradient": self.geometry.gradient,
+            "start": self.start,
+            **metric.tensors(),
+        }
         write_atomic(path / _TENSORS, save({name: each.cpu().contiguous() for name, each in tensors.items()}))
         numbers = {
             "metric": metric.name,
@@ -79,10 +86,11 @@ def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
         tensors = {name: each.to(device) for name, each in load((path / _TENSORS).read_bytes()).items()}
         n = json.loads((path / _NUMBERS).read_text())
         mean, mixing, start = tensors.pop("mean"), tensors.pop("mixing").cpu(), tensors.pop("start")
+        gradient = tensors.pop("gradient")
         metric = restore(n["metric"], mean, tensors)
         geometry = Geometry(
-            metric, n["curvature"], n["mean_curvature"], mixing, n["share"], n["force"], Traffic(*n["traffic"]),
-            n["exchanges"],
+            metric, n["curvature"], n["mean_curvature"], mixing, n["share"], n["force"], gradient,
+            Traffic(*n["traffic"]), n["exchanges"],
         )  # fmt: skip
         return Prepared(geometry, n["step_size"], n["bias"], n["worst"], n["limit"], start, n["radius"])
     except (OSError, KeyError, ValueError, SafetensorError) as error:
@@ -108,10 +116,8 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
     away = fleet_section.dropout * fleet_section.dropout_rounds
     asked = fleet_section.participation
     participation = (asked / fleet.n if isinstance(asked, int) else asked) * (1 - fleet_section.loss) / (1 + away)
-    from fedsample.experiment import build_uplink
-
-    rule = step_rule(experiment, build_uplink(experiment), geometry, participation)
-    step = experiment.step_size
+    rule = step_rule(experiment, *links(experiment, problem), geometry, participation, fleet.n)
+    step = experiment.step_size if isinstance(experiment.step_size, float | str) else experiment.step_size.initial
     if step == "auto":
         step = rule.choose(experiment.bias_tolerance, experiment.temperature)
     start = _start(experiment, metric, geometry, clients.dtype, clients.device)

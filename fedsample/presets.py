@@ -32,6 +32,19 @@ class Preset(NamedTuple):
 
 DEFAULT = "underdamped-diana"
 
+
+def _mcmc(uplink: dict[str, Any], sampler: str = "langevin", metric: str = "identity") -> dict[str, Any]:
+    """The settings that make a method, around its uplink."""
+    return {
+        "temperature": 1.0,
+        "step_size": "auto",
+        "sampler": {"name": sampler},
+        "metric": {"name": metric},
+        "uplink": uplink,
+        "downlink": {"name": "dense"},
+    }
+
+
 _ROWS = (
     Preset(
         name="underdamped-diana",
@@ -77,6 +90,87 @@ _ROWS = (
         summary="Langevin over compressed gradients with memory",
         guarantee="the posterior as the step goes to 0; compression adds a stationary bias of order 2 in the step, "
         "beyond Langevin's own of order 1; lost replies and absent clients allowed",
+    ),
+    Preset(
+        name="underdamped-marina",
+        overrides=_mcmc({"name": "marina", "compressor": "randblock", "k": 0.05}, "baoab", "hessian"),
+        reference="BAOAB: Leimkuhler & Matthews 2013, arXiv 1203.5428; MARINA: Gorbunov et al. 2021, arXiv 2102.07845",
+        summary="underdamped Langevin, whitened by the Hessian at the mode, over compressed gradient differences",
+        guarantee="the posterior as the step goes to 0; compression adds a stationary bias of order 2 in the step",
+    ),
+    Preset(
+        name="whitened-diana",
+        overrides=_mcmc({"name": "diana", "compressor": "randblock", "k": 0.05}, "langevin", "hessian"),
+        reference="QLSD with memory, Vono et al. 2022, arXiv 2106.00797, in whitened coordinates",
+        summary="Langevin, whitened by the Hessian at the mode, over compressed gradients with memory",
+        guarantee="the posterior as the step goes to 0; compression adds a stationary bias of order 2 in the step, "
+        "beyond Langevin's own of order 1",
+    ),
+    Preset(
+        name="qlsd",
+        overrides=_mcmc({"name": "direct", "compressor": "qsgd", "levels": 255}),
+        reference="Vono et al. 2022, arXiv 2106.00797",
+        summary="Langevin over directly quantised gradients",
+        guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step and grows with the clients' "
+        "disagreement",
+    ),
+    Preset(
+        name="qlsd-star",
+        overrides=_mcmc({"name": "direct", "compressor": "qsgd", "levels": 255, "variance_reduction": "mode"}),
+        reference="Vono et al. 2022, arXiv 2106.00797",
+        summary="Langevin over quantised differences to the gradients at the mode",
+        guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step, whatever the clients' "
+        "disagreement",
+    ),
+    Preset(
+        name="qlsd-plus-plus",
+        overrides={
+            **_mcmc({"name": "diana", "compressor": "qsgd", "levels": 255, "variance_reduction": "svrg"}),
+            "batch_size": 32,
+        },
+        reference="Vono et al. 2022, arXiv 2106.00797; SVRG: Johnson & Zhang 2013",
+        summary="Langevin over quantised minibatch gradients with SVRG references and memories",
+        guarantee="the posterior as the step goes to 0; compression adds a bias of order 2 in the step, minibatches "
+        "one of order 1 that shrinks with the distance to the reference",
+    ),
+    Preset(
+        name="d-elf",
+        overrides=_mcmc({"name": "ef21", "compressor": "topk", "k": 0.05}),
+        reference="Karagulyan & Richtarik 2023, arXiv 2303.04622",
+        summary="Langevin over error-fed-back gradients (uplink compressed)",
+        guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step",
+    ),
+    Preset(
+        name="p-elf",
+        overrides={
+            **_mcmc({"name": "dense", "compressor": "identity"}),
+            "downlink": {"name": "ef21-p", "compressor": "topk", "k": 0.05},
+        },
+        reference="Karagulyan & Richtarik 2023, arXiv 2303.04622",
+        summary="Langevin over gradients at error-fed-back iterates (downlink compressed)",
+        guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step",
+    ),
+    Preset(
+        name="b-elf",
+        overrides={
+            **_mcmc({"name": "ef21", "compressor": "topk", "k": 0.05}),
+            "downlink": {"name": "ef21-p", "compressor": "topk", "k": 0.05},
+        },
+        reference="Karagulyan & Richtarik 2023, arXiv 2303.04622",
+        summary="Langevin with error feedback both ways (both links compressed)",
+        guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step",
+    ),
+    Preset(
+        name="dsgld",
+        overrides={
+            **_mcmc({"name": "dense", "compressor": "identity"}),
+            "batch_size": 32,
+            "fleet": {"participation": 1},
+        },
+        reference="Ahn, Shahbaba & Welling, ICML 2014",
+        summary="Langevin over the minibatch gradient of one client a round, scaled up",
+        guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step and grows with the clients' "
+        "disagreement",
     ),
     Preset(
         name="federated-gd",

@@ -20,12 +20,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fedsample.config import Experiment, dump_toml
+from fedsample.config import Experiment, ScheduleConfig, dump_toml
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.exchange import Fleet, Request, Traffic
-from fedsample.experiment import Mode, build_uplink, digest, reread
+from fedsample.experiment import Mode, digest, reread
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
+from fedsample.links import links, refresh_of
 from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.monitor.directory import RunDirectory
 from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
@@ -34,6 +35,7 @@ from fedsample.monitor.tensorboard import Recorder
 from fedsample.preparation import Prepared, prepare, restore_prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
+from fedsample.strategies.schedule import Constant, Cyclical, Polynomial, Schedule
 from fedsample.watch import Watch, summarise
 
 SHARD_ROUNDS = 1000
@@ -192,7 +194,7 @@ class Session:
             return prepared
         prepared = prepare(self.experiment, problem, fleet, progress)
         prepared.save(self.path)
-        self.experiment = _with(self.experiment, step_size=prepared.step_size)
+        self.experiment = _with(self.experiment, step_size=_resolved(self.experiment.step_size, prepared.step_size))
         self.directory.write_config(dump_toml(self.experiment))
         self.directory.write_env()
         self.directory.write_json(
@@ -358,29 +360,35 @@ def build_fleet(experiment: Experiment, problem: Problem) -> LocalFleet:
     section = experiment.fleet
     clients = problem.clients
     faults = Faults(clients.n, experiment.seed, section.loss, section.dropout, section.dropout_rounds)
+    uplink, downlink = links(experiment, problem)
     return LocalFleet(
         clients,
-        build_uplink(experiment),
+        uplink,
         experiment.seed,
         experiment.chains,
         batch_size=experiment.batch_size,
         engine=section.engine,
         faults=faults,
+        downlink=downlink,
     )
 
 
 def build_sampler(experiment: Experiment, problem: Problem, prepared: Prepared, n: int) -> Sampler:
     """The server's half of an experiment, once its geometry is known."""
     extra = {"friction": experiment.sampler.friction} if experiment.sampler.name == "baoab" else {}
+    uplink, downlink = links(experiment, problem)
     return SAMPLERS[experiment.sampler.name](
-        build_uplink(experiment),
+        uplink,
         problem.prior,
         prepared.geometry.metric,
-        step_size=prepared.step_size,
+        step_size=_schedule(experiment, prepared.step_size),
         temperature=experiment.temperature,
         seed=experiment.seed,
         cohort=Cohort(n, experiment.chains, experiment.seed, experiment.fleet.participation),
         stability=Stability(prepared.geometry.curvature, prepared.limit, prepared.radius),
+        downlink=downlink,
+        refresh=refresh_of(experiment),
+        anchor=prepared.geometry.gradient,
         **extra,
     )
 
@@ -397,8 +405,26 @@ def check_size(experiment: Experiment, problem: Problem) -> None:
             f"metric.name = 'hessian' needs a matrix of {problem.d} x {problem.d} entries on every client; "
             "choose kronecker or diagonal above 5,000 parameters"
         )
-    build_uplink(experiment).compressor.count(problem.d)
+    uplink, downlink = links(experiment, problem)
+    dtype = DTYPES[experiment.dtype]
+    uplink.bits(1, 0, problem.d, dtype)  # refuses settings that do not fit d
+    downlink.bits(torch.ones(1, dtype=torch.int64), 1, problem.d, dtype)
     Cohort(problem.clients.n, experiment.chains, experiment.seed, experiment.fleet.participation)
+
+
+def _schedule(experiment: Experiment, initial: float) -> Schedule:
+    """The steps of a run that begins with `initial`."""
+    section = experiment.step_size
+    if isinstance(section, ScheduleConfig) and section.schedule == "polynomial":
+        return Polynomial(initial, section.power, section.offset)
+    if isinstance(section, ScheduleConfig) and section.schedule == "cyclical":
+        return Cyclical(initial, section.period)
+    return Constant(initial)
+
+
+def _resolved(section: float | str | ScheduleConfig, step: float) -> float | ScheduleConfig:
+    """The setting `step_size` with the step that was chosen."""
+    return section.model_copy(update={"initial": step}) if isinstance(section, ScheduleConfig) else step
 
 
 def _with(experiment: Experiment, **changes: Any) -> Experiment:

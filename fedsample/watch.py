@@ -65,13 +65,16 @@ class Watch:
         self, sampler: Sampler, before: State, state: State, aggregate: Aggregate, clients: int
     ) -> dict[str, float]:
         """What costs nothing: log posterior, step, drift against noise, quantiles over clients."""
-        result = {"mcmc/step_size": sampler.step_size, "fleet/arrived": float(aggregate.arrived.sum()) / clients}
+        result = {
+            "mcmc/step_size": sampler.step_at(state.round),
+            "fleet/arrived": float(aggregate.arrived.sum()) / clients,
+        }
         if "value" in aggregate.sums:
             potential = aggregate.sums["value"].cpu() + sampler.prior.potential(before.params).cpu()
             result["mcmc/log_posterior"] = -float(potential.mean())
         if sampler.temperature > 0:
             move = (state.params - before.params).to(torch.float64)
-            noise = math.sqrt(2 * sampler.step_size * sampler.temperature * move.shape[-1])
+            noise = math.sqrt(2 * sampler.step_at(state.round) * sampler.temperature * move.shape[-1])
             result["mcmc/move_to_noise"] = float(move.norm(dim=-1).mean()) / noise
             result["mcmc/drift_to_noise"] = sampler.drift(before, state) / noise
         if aggregate.norms is not None:

@@ -54,10 +54,12 @@ class Worker:
         self._batches = batches.fold("round")
         self.clients = MetricClients(clients, Identity(torch.zeros(clients.d, dtype=clients.dtype, device=device)))
         self.memory: Memory = uplink.memory((clients.n, chains, clients.d), clients.dtype, device)
+        self.about = Reference(clients.n)
 
     def set_metric(self, metric: Metric) -> None:
         """From now on points are in these coordinates."""
         self.clients = MetricClients(self.base, metric)
+        self.about = Reference(self.base.n)
 
     def answer(self, request: Request, who: Tensor | None = None) -> Answer:
         """Everything that the request asks for; the estimate of the clients at positions `who` (None: all)."""
@@ -84,7 +86,7 @@ class Worker:
 
     def _estimate(self, request: Request, who: Tensor | None) -> Upload:
         batches = self._batches if who is None else Key(self._batches.tensor()[who], self._batches.device)
-        oracle = _TurnOracle(self.clients, who, batches.fold(request.round), self.batch_size)
+        oracle = _TurnOracle(self.clients, who, batches.fold(request.round), self.batch_size, request, self.about)
         memory = self.memory if who is None else {name: tensor[who] for name, tensor in self.memory.items()}
         upload, memory = self.uplink.encode(oracle, memory, self.turn(request, who))
         if who is None:
@@ -95,20 +97,64 @@ class Worker:
         return upload
 
 
+class Reference:
+    """Full gradients of n clients at points that stay for many rounds, kept only to save computing them again.
+
+    Attributes:
+        round: (n,) int64, since which round each client's is kept (-1: none). gradient: (n, C, d), or None.
+        anchor: (n, 1, d) at the origin of the metric's coordinates, or None.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.round = torch.full((n,), -1, dtype=torch.int64)
+        self.gradient: Tensor | None = None
+        self.anchor: Tensor | None = None
+
+    def at(self, clients: MetricClients, who: Tensor | None, point: Tensor, since: int) -> Tensor:
+        """Gradients at `point` (C, d), which is the reference since that round -> (m, C, d)."""
+        mine = slice(None) if who is None else who
+        if self.gradient is None or bool((self.round[mine] != since).any()):
+            fresh = clients.gradient(point, clients=who)
+            if self.gradient is None:
+                self.gradient = fresh.new_zeros((clients.n, *fresh.shape[1:]))
+            self.gradient[mine] = fresh
+            self.round[mine] = since
+        return self.gradient[mine]
+
+    def at_origin(self, clients: MetricClients, who: Tensor | None) -> Tensor:
+        """Gradients at the origin -> (m, 1, d)."""
+        if self.anchor is None:
+            self.anchor = clients.gradient(torch.zeros(1, clients.d, dtype=clients.dtype, device=clients.device))
+        return self.anchor if who is None else self.anchor[who]
+
+
 @dataclass(frozen=True)
 class _TurnOracle:
-    """Gradients of some clients in one round, on one minibatch."""
+    """Gradients of some clients in one round, on one minibatch; about the reference of the request, if it has one."""
 
     clients: MetricClients
     who: Tensor | None
     keys: Key
     batch_size: int | None
+    request: Request
+    about: Reference
 
     @property
     def full(self) -> bool:
         return self.batch_size is None
 
     def gradient(self, point: Tensor, *, full: bool = False) -> Tensor:
-        return self.clients.gradient(
-            point, clients=self.who, keys=self.keys, batch_size=None if full else self.batch_size
-        )
+        if full or self.batch_size is None:
+            return self.clients.gradient(point, clients=self.who)
+        estimate = self._batch(point)
+        reference = self.request.reference
+        if reference is None:
+            return estimate
+        kept = self.about.at(self.clients, self.who, reference, self.request.reference_round)
+        return estimate - self._batch(reference) + kept  # SVRG: Johnson & Zhang 2013
+
+    def anchor(self) -> Tensor:
+        return self.about.at_origin(self.clients, self.who)
+
+    def _batch(self, point: Tensor) -> Tensor:
+        return self.clients.gradient(point, clients=self.who, keys=self.keys, batch_size=self.batch_size)

@@ -1,9 +1,9 @@
 r"""Predicted stationary variance of a compressed chain, and the largest stable step, from second moments.
 
 Along one coordinate let the target have curvature lambda = lambda_0 + lambda_c, of which the clients hold
-lambda_c = sum_i lambda_i, and let r = sum_i (H_i^2)_jj measure how the clients' curvature mixes coordinates. Clients see
-the iterate u as w, and compress with inclusion K / d (for other unbiased compressors 1 / (1 + omega)); pi is the
-probability that a client takes part, and s = (K / d) pi. Then the estimated gradient is lambda_0 u + lambda_c w + noise:
+lambda_c = sum_i lambda_i, and let r = sum_i (H_i^2)_jj measure how the clients' curvature mixes coordinates. Clients
+see the iterate u as w, and compress with inclusion K / d (other unbiased compressors: 1 / (1 + omega)); pi is the
+probability that a client takes part, and s = (K / d) pi. The estimated gradient is lambda_0 u + lambda_c w + noise:
 
     dense    noise of variance (1/pi - 1) (r E w^2 + zeta),   zeta = sum_i (grad U_i)^2 at the mode
     direct   the same with 1/s in place of 1/pi
@@ -11,10 +11,10 @@ probability that a client takes part, and s = (K / d) pi. Then the estimated gra
     marina   noise <- 0 with probability p, else noise + fresh of variance (1/s - 1) r E(w_k - w_{k-1})^2
     ef21     not noise but lag: lambda_0 u + sum_i lambda_i phi_i,   phi_i <- w where the mask of client i falls
 
-and with an `ef21-p` downlink w <- u where its mask falls, else w. The sampler is linear in (u, v), so the second moments
-of (u, v, w, phi, phi', noise) obey a linear recursion; its fixed point gives the stationary variance and its spectral
-radius the stability. It is exact for clients of equal curvature and diagonal Hessians, where it reduces to the closed
-forms of the literature; otherwise it is the mean-field value for the coordinate.
+and with an `ef21-p` downlink w <- u where its mask falls, else w. The sampler is linear in (u, v), so the second
+moments of (u, v, w, phi, phi', noise) obey a linear recursion; its fixed point gives the stationary variance and its
+spectral radius the stability. It is exact for clients of equal curvature and diagonal Hessians, where it reduces to the
+closed forms of the literature; otherwise it is the mean-field value for the coordinate.
 """
 
 from __future__ import annotations

@@ -40,6 +40,10 @@ class Oracle(Protocol):
         """
         ...
 
+    def anchor(self) -> Tensor:
+        """Gradient of U_i at the origin of the metric's coordinates, on all rows -> (..., 1, d)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Turn:

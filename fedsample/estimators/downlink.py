@@ -4,9 +4,9 @@ r"""How the iterate comes back to the clients.
     ef21-p    q = C( x_k - w_{k-1} ),   w_k = w_{k-1} + q    on both ends
 
 Gruntkowska, Tyurin & Richtarik, ICML 2023 (arXiv 2209.15218); under Langevin noise P-ELF and B-ELF: Karagulyan &
-Richtarik 2023 (arXiv 2303.04622). Clients differentiate at w, the server moves x: w lags, which widens the stationary law
-at first order in the step. A client that missed rounds gets the increments that it missed or the dense point, whichever
-is smaller.
+Richtarik 2023 (arXiv 2303.04622). Clients differentiate at w, the server moves x: w lags, which widens the stationary
+law at first order in the step. A client that missed rounds gets the increments that it missed or the dense point,
+whichever is smaller.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsample.clients.exact import exact_bits, point_bits
 from fedsample.clients.worker import Answer, Worker
-from fedsample.estimators import Uplink
+from fedsample.estimators import DenseDownlink, Downlink, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.fleets.faults import Faults
 from fedsample.sums import TreeSum, tree_sum
@@ -30,6 +30,7 @@ class LocalFleet:
     Args:
         clients: their potentials. uplink: the estimator. seed: the experiment's seed. chains: C.
         batch_size: rows of a gradient, or None for all. engine: how clients are computed. faults: what goes wrong.
+        downlink: what the points cost; None: they are sent as they are.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class LocalFleet:
         batch_size: int | None = None,
         engine: Engine = "batched",
         faults: Faults | None = None,
+        downlink: Downlink | None = None,
     ) -> None:
         self.n, self.d, self.dtype, self.device = clients.n, clients.d, clients.dtype, clients.device
-        self.uplink, self.chains = uplink, chains
+        self.uplink, self.chains, self.downlink = uplink, chains, downlink or DenseDownlink()
         self.faults = faults or Faults(self.n, seed)
         indices = torch.arange(self.n, device=self.device)
         stacks = (
@@ -91,6 +93,10 @@ class LocalFleet:
             for name in self.workers[0].memory
         }
         stacked["informed"] = self._informed.clone()
+        about = [worker.about for worker in self.workers]
+        if all(each.gradient is not None for each in about):
+            stacked["reference.gradient"] = torch.cat([each.gradient for each in about])  # type: ignore[misc]
+            stacked["reference.round"] = torch.cat([each.round for each in about])
         return stacked if self._present is None else {**stacked, "present": self._present}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -98,6 +104,10 @@ class LocalFleet:
         self._present = state.get("present")
         self._informed = state.get("informed", torch.zeros(self.n, dtype=torch.int64)).cpu().clone()
         for worker in self.workers:
+            if "reference.round" in state:
+                mine = worker.indices.cpu()
+                worker.about.gradient = state["reference.gradient"][mine].to(self.device)
+                worker.about.round = state["reference.round"][mine].clone()
             for name in worker.memory:
                 worker.memory[name] = state[f"memory.{name}"].to(self.device)[worker.indices].clone()
 
@@ -176,11 +186,15 @@ class LocalFleet:
         width = 8 * torch.empty((), dtype=self.dtype).element_size()
         reached, sends = int(asked.sum()), int(attempts.sum())
         coins = 0 if self.uplink.sync_probability(request.round, self.d) == 0 else self.chains
-        points = reached
+        missed_by = request.round - self._informed[asked]
+        down = self.downlink.bits(missed_by, self.chains, self.d, self.dtype) + reached * coins
+        more = 0  # further points, always dense
         if request.previous is not None:  # always sent under sampling, else to who missed the round before
             missed = asked if request.active is not None else asked & (self._informed != request.round - 1)
-            points += int(missed.sum())
-        down = points * width * self.chains * self.d + reached * coins
+            more += int(missed.sum())
+        if request.reference is not None and 0 < request.reference_round < request.round:
+            more += int((self._informed[asked] < request.reference_round).sum())  # who was away when it was the point
+        down += more * width * self.chains * self.d
         syncing = 0 if request.sync is None else int(request.sync.sum())
         if request.active is None:
             up = sends * self.uplink.bits(self.chains, syncing, self.d, self.dtype)

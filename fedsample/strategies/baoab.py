@@ -41,7 +41,7 @@ class Baoab(Sampler):
             state.kernel["momenta"],
             gradient,
             noise,
-            self.step_size,
+            self.step_at(state.round + 1),
             self.friction,
             self.temperature,
             first=state.round == 0,

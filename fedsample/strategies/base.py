@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import DivergenceError
-from fedsample.estimators import ServerState, Uplink
+from fedsample.estimators import DenseDownlink, Direct, Downlink, ServerState, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request
 from fedsample.random import SERVER, key
 from fedsample.strategies.cohort import Cohort
 from fedsample.strategies.flower import FlowerStrategy
+from fedsample.strategies.schedule import Constant, Schedule
 from fedsample.targets import GaussianPrior, Metric, MetricPrior
 
 _NOISE_BLOCK = 16  # rounds of noise made at once; each round's is the same however many are
@@ -36,6 +37,8 @@ class State(NamedTuple):
         round: rounds done. params: (C, d) positions z in the metric's coordinates. previous: (C, d) the positions at
             the last request. kernel: the sampler's own variables, such as momenta. uplink: the estimator's server half.
         applied: (n,) int64, the last round in which each client's upload was applied. epoch: of the clients' memories.
+        seen: (C, d) what clients see of the positions, which a compressed downlink lets lag.
+        reference: (C, d) where clients reduce the variance of their minibatches, if they do.
     """
 
     round: int
@@ -45,12 +48,16 @@ class State(NamedTuple):
     uplink: ServerState
     applied: Tensor
     epoch: int
+    seen: Tensor
+    reference: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as flat tensors, for a checkpoint."""
         return {
             "params": self.params,
             "previous": self.previous,
+            "seen": self.seen,
+            "reference": self.reference,
             "applied": self.applied,
             "counters": torch.tensor([self.round, self.epoch]),
             **{f"kernel.{name}": tensor for name, tensor in self.kernel.items()},
@@ -74,6 +81,8 @@ class State(NamedTuple):
             part["uplink."],
             here["applied"],
             counters[1],
+            here["seen"],
+            here["reference"],
         )
 
 
@@ -96,7 +105,11 @@ class Sampler(FlowerStrategy):
 
     Args:
         uplink: the gradient estimator. prior: U_0 in the model's parameters. metric: the chain's coordinates.
-        step_size: h > 0. temperature: T >= 0. seed: the experiment's. cohort: who is asked. stability: see there.
+        step_size: h > 0, or a schedule. temperature: T >= 0. seed: the experiment's. cohort: who is asked.
+        stability: see there. downlink: what clients see; None: the iterate as it is.
+        refresh: rounds after which the reference of variance reduction moves to the iterate; 0: it stays at the origin;
+            None: there is none.
+        anchor: (d,) summed gradient at the origin, for uplinks that are anchored there.
     """
 
     name: ClassVar[str]
@@ -109,15 +122,20 @@ class Sampler(FlowerStrategy):
         prior: GaussianPrior,
         metric: Metric,
         *,
-        step_size: float,
+        step_size: float | Schedule,
         temperature: float,
         seed: int,
         cohort: Cohort,
         stability: Stability,
+        downlink: Downlink | None = None,
+        refresh: int | None = None,
+        anchor: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.downlink, self.refresh, self.anchor = downlink or DenseDownlink(), refresh, anchor
         self.uplink, self.metric, self.prior = uplink, metric, MetricPrior(prior, metric)
-        self.step_size, self.temperature, self.seed = step_size, temperature, seed
+        self.schedule = step_size if isinstance(step_size, Schedule) else Constant(step_size)
+        self.step_size, self.temperature, self.seed = self.schedule.initial, temperature, seed
         self.cohort, self.stability = cohort, stability
         self._noise: tuple[int, Tensor] | None = None
 
@@ -134,7 +152,10 @@ class Sampler(FlowerStrategy):
         chains, d = params.shape
         uplink = self.uplink.start(chains, d, params.device)
         applied = torch.zeros(self.cohort.n, dtype=torch.int64, device=params.device)
-        return State(0, params, params, self.kernel_start(params), uplink, applied, 0)
+        if isinstance(self.uplink, Direct) and self.anchor is not None:
+            uplink = self.uplink.anchor(uplink, self.anchor)
+        origin = torch.zeros_like(params)
+        return State(0, params, params, self.kernel_start(params), uplink, applied, 0, params, origin)
 
     def request(self, state: State, *, observe: bool = False) -> Request:
         """What to ask in the next round; with `observe`, also the potentials and the uploads' norms."""
@@ -142,9 +163,10 @@ class Sampler(FlowerStrategy):
         chains, d = state.params.shape
         sync = self._sync(round, chains, d, state.params.device)
         active = self.cohort.active(round, sync, self.uplink.needs_everyone_to_sync)
+        reference, since = self._reference(state, round)
         return Request(
             round=round,
-            points=state.params,
+            points=state.seen,
             outputs=frozenset((ESTIMATE, "value") if observe else (ESTIMATE,)),
             previous=state.previous if self.uplink.needs_previous and round > 1 else None,
             sync=sync,
@@ -152,7 +174,22 @@ class Sampler(FlowerStrategy):
             applied=state.applied,
             epoch=state.epoch,
             observe=observe,
+            reference=reference,
+            reference_round=since,
         )
+
+    def _reference(self, state: State, round: int) -> tuple[Tensor | None, int]:
+        """Where clients reduce variance in a round, and since which round."""
+        if self.refresh is None:
+            return None, 0
+        if self.refresh == 0:
+            return state.reference, 0
+        since = (round - 1) // self.refresh * self.refresh + 1
+        return (state.seen if since == round else state.reference), since
+
+    def step_at(self, round: int) -> float:
+        """The step h of a round."""
+        return self.schedule.at(round)
 
     def update(self, state: State, request: Request, aggregate: Aggregate) -> State:
         """The state after a round.
@@ -168,7 +205,9 @@ class Sampler(FlowerStrategy):
         applied = torch.where(aggregate.arrived.to(state.applied.device), request.round, state.applied)
         if request.round % _CHECK_EVERY == 0 or request.round == 1:
             self.check(params, request.round)
-        return State(request.round, params, state.params, kernel, uplink, applied, state.epoch)
+        seen = self.downlink.see(state.seen, params, request.round + 1)
+        reference = state.reference if request.reference is None else request.reference
+        return State(request.round, params, request.points, kernel, uplink, applied, state.epoch, seen, reference)
 
     def gradient(self, state: State, request: Request, aggregate: Aggregate) -> tuple[Tensor, ServerState]:
         """The estimated gradient of U at the state's positions (C, d), and the estimator's new server half."""
@@ -199,7 +238,7 @@ class Sampler(FlowerStrategy):
         if bool(bad.any()):
             chain = int(bad.nonzero()[0])
             raise DivergenceError(
-                f"chain {chain} diverged in round {round}: the step {self.step_size:.4g} is too large for the "
+                f"chain {chain} diverged in round {round}: the step {self.step_at(round):.4g} is too large for the "
                 f"curvature {self.stability.curvature:.4g} (the largest seen, in the metric's coordinates), where the "
                 f"largest stable step is {self.stability.limit:.4g}. Set step_size well below it, or to 'auto'"
             )

@@ -23,4 +23,4 @@ class Langevin(Sampler):
 
     def kernel_step(self, state: State, gradient: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One Euler-Maruyama step."""
-        return langevin_step(state.params, gradient, noise, self.step_size, self.temperature), {}
+        return langevin_step(state.params, gradient, noise, self.step_at(state.round + 1), self.temperature), {}

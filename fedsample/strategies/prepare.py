@@ -72,6 +72,7 @@ class Geometry:
     Attributes:
         metric: m and S. curvature: largest eigenvalue of the Hessian of U seen. mixing: (d,) r_j. share: mean curvature
             that one client contributes to a coordinate. force: mean over coordinates of sum_i (grad U_i)^2 at the mode.
+        gradient: (d,) summed over clients at the mode, prior not included.
         traffic: bits that it cost, all clients together. exchanges: round trips.
     """
 
@@ -81,6 +82,7 @@ class Geometry:
     mixing: Tensor
     share: float
     force: float
+    gradient: Tensor
     traffic: Traffic
     exchanges: int
 
@@ -174,14 +176,15 @@ def survey_geometry(survey: Survey, metric: Metric, seed: int) -> Geometry:
         crosses.append((products["hvp"] * signs).to(torch.float64).mean(0))
     clients = torch.stack(crosses).mean(0)
     scaled_prior = survey.prior.precision * metric.scale(metric.scale(signs)) * signs
-    force = survey.ask(points[0].unsqueeze(0), "squared_gradient")["squared_gradient"]
+    at_mode = survey.ask(points[0].unsqueeze(0), "gradient", "squared_gradient")
     return Geometry(
         metric=metric,
         curvature=max(curvatures),
         mean_curvature=float(crosses[0].mean() + scaled_prior.to(torch.float64).mean()),
         mixing=torch.stack(squares).mean(0).cpu(),
         share=float(clients.mean()) / survey.fleet.n,
-        force=float(force.to(torch.float64).mean()),
+        force=float(at_mode["squared_gradient"].to(torch.float64).mean()),
+        gradient=at_mode["gradient"][0],
         traffic=survey.traffic,
         exchanges=survey.exchanges,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedsample.diagnostics.moments import Coordinate
-from fedsample.estimators import Marina, Uplink
+from fedsample.estimators import Direct, Downlink, Ef21P, Marina, Uplink
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -35,13 +35,12 @@ class StepRule:
 
     def bias(self, step_size: float) -> float:
         """Predicted relative excess of the stationary variance; infinite where the chain is unstable."""
-        calm = replace(self.typical, uplink="dense", participation=1.0)
-        return self.stiff.bias(step_size) + self.typical.bias(step_size) - calm.bias(step_size)
+        return self.stiff.bias(step_size) + self.typical.bias(step_size) - _calm(self.typical).bias(step_size)
 
     def worst_heating(self, step_size: float) -> float:
         """The heating of the coordinate that the clients' curvature mixes most."""
         hot = replace(self.typical, mixing=self.worst.mixing)
-        return hot.bias(step_size) - replace(hot, uplink="dense", participation=1.0).bias(step_size)
+        return hot.bias(step_size) - _calm(hot).bias(step_size)
 
     def limit(self) -> float:
         """The largest stable step."""
@@ -61,7 +60,21 @@ class StepRule:
         return low
 
 
-def step_rule(experiment: Experiment, uplink: Uplink, geometry: Geometry, participation: float) -> StepRule:
+def _calm(coordinate: Coordinate) -> Coordinate:
+    """The same without the estimator's noise; what lags behind the iterate still lags."""
+    if coordinate.uplink == "ef21":
+        return coordinate
+    return replace(coordinate, uplink="dense", participation=1.0)
+
+
+def step_rule(
+    experiment: Experiment,
+    uplink: Uplink,
+    downlink: Downlink,
+    geometry: Geometry,
+    participation: float,
+    clients: int,
+) -> StepRule:
     """What the moments say of this experiment on this target; `participation` includes lost replies."""
     d = len(geometry.mixing)
     typical = Coordinate(
@@ -70,12 +83,18 @@ def step_rule(experiment: Experiment, uplink: Uplink, geometry: Geometry, partic
         curvature=max(geometry.mean_curvature, 1e-12 * geometry.curvature),
         mixing=float(geometry.mixing.mean()),
         share=geometry.share,
+        clients=clients,
+        downlink=downlink.compressor.alpha(d) if isinstance(downlink, Ef21P) else 1.0,
         friction=experiment.sampler.friction,
         inclusion=uplink.compressor.inclusion(d),
         participation=participation,
         sync=uplink.probability(d) if isinstance(uplink, Marina) else 0.0,
-        force=geometry.force,
+        force=0.0 if isinstance(uplink, Direct) and uplink.anchored else geometry.force,
     )
-    stiff = replace(typical, curvature=geometry.curvature, uplink="dense", participation=1.0)
-    worst = replace(typical, curvature=geometry.curvature, mixing=float(torch.quantile(geometry.mixing, 0.9)))
+    prior = max(0.0, typical.curvature - clients * geometry.share)
+    steep = max(0.0, geometry.curvature - prior) / clients
+    stiff = _calm(replace(typical, curvature=geometry.curvature, share=steep))
+    worst = replace(
+        typical, curvature=geometry.curvature, share=steep, mixing=float(torch.quantile(geometry.mixing, 0.9))
+    )
     return StepRule(typical, stiff, worst)

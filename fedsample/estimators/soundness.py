@@ -1,0 +1,178 @@
+"""Which estimator goes with which compressor and which participation: data, and one function that judges by it.
+
+What stands outside the table samples another law, or nothing, and is refused with the reason and the nearest sound
+choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedsample.compression import Compressor
+from fedsample.errors import ConfigError, UnsoundError
+from fedsample.estimators.base import Uplink
+from fedsample.estimators.dense import Dense
+from fedsample.estimators.diana import Diana
+from fedsample.estimators.direct import Direct
+from fedsample.estimators.downlink import DenseDownlink, Downlink, Ef21P
+from fedsample.estimators.ef21 import Ef21
+from fedsample.estimators.marina import Marina
+
+Need = Literal["identity", "unbiased", "contractive"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: what a link is sound with.
+
+    Attributes:
+        link: the class. needs: the kind of compressor. why: what happens otherwise. instead: the nearest sound choice.
+        participation: what it asks of the clients. bias: order in the step of what compression adds to the variance.
+    """
+
+    link: type[Uplink] | type[Downlink]
+    needs: Need
+    why: str
+    instead: str
+    participation: str
+    bias: str
+
+
+RULES: dict[str, Rule] = {
+    "dense": Rule(
+        Dense,
+        "identity",
+        "it sends the gradient as it is, and a compressor without a memory heats the chain in proportion to the "
+        "clients' disagreement",
+        "use uplink diana with this compressor (direct, if that heating is wanted), or compressor identity",
+        "any of known probability; sampling adds noise of order 1",
+        "none",
+    ),
+    "direct": Rule(
+        Direct,
+        "unbiased",
+        "the mean of the estimate would be another gradient, and the chain would sample another posterior",
+        "use randk or qsgd, or uplink ef21 with this compressor",
+        "any of known probability; of unknown probability it targets another posterior",
+        "1, growing with the clients' disagreement (without it where variance_reduction is 'mode')",
+    ),
+    "marina": Rule(
+        Marina,
+        "unbiased",
+        "its error would never contract between dense rounds",
+        "use randk or randblock, or uplink ef21 with this compressor",
+        "any of known probability; dense rounds wait for everyone",
+        "2",
+    ),
+    "diana": Rule(
+        Diana,
+        "unbiased",
+        "the memories would follow another gradient",
+        "use randk or randblock, or uplink ef21 with this compressor",
+        "any of known probability; absences that last heat more",
+        "2",
+    ),
+    "ef21": Rule(
+        Ef21,
+        "contractive",
+        "error feedback around an unbiased compressor of large omega diverges",
+        "use topk, or the contractive version of this one: scaled-{name}",
+        "any: absent clients keep their memories; round 1 waits for everyone",
+        "1",
+    ),
+    "ef21-p": Rule(
+        Ef21P,
+        "contractive",
+        "what clients see would drift away from the iterate",
+        "use topk, or the contractive version of this one: scaled-{name}",
+        "any: who comes back gets what was missed",
+        "1",
+    ),
+}
+UPLINKS = ("dense", "direct", "marina", "diana", "ef21")
+
+
+def check(name: str, compressor: Compressor, *, everyone: bool = True) -> None:
+    """Refuse a link around a compressor, or under a participation, with which it is unsound.
+
+    Args:
+        name: of `RULES`. compressor: what it wraps. everyone: whether all clients take part in every round.
+
+    Raises:
+        UnsoundError: with the reason and the nearest sound choice.
+    """
+    rule = RULES[name]
+    side = "downlink" if issubclass(rule.link, Downlink) else "uplink"
+    exact = compressor.name == "identity"
+    fits = exact or (rule.needs != "identity" and compressor.kind == rule.needs)
+    if not fits:
+        raise UnsoundError(
+            f"{side} {name} around {compressor.name} ({compressor.kind}): {rule.why}; "
+            f"{rule.instead.format(name=compressor.name)}"
+        )
+    if compressor.everyone and (side == "downlink" or not everyone):
+        raise UnsoundError(
+            f"{side} {name} around {compressor.name}: its packets are shares of one whole, so every client must be heard "
+            "in every round; use fleet.participation = 1.0 without loss and drop-outs on an uplink, or compressor randk"
+        )
+
+
+def build(
+    name: str, compressor: Compressor, p: float | None = None, *, anchored: bool = False, everyone: bool = True
+) -> Uplink:
+    """The uplink of a configuration.
+
+    Args:
+        name: of the table. compressor: what it wraps. p: marina's synchronisation probability. anchored: whether direct
+            subtracts the gradient at the mode. everyone: whether all clients take part in every round.
+
+    Raises:
+        ConfigError: if the name is not known, or `p` is given to an uplink that tosses no coin.
+        UnsoundError: if the compressor or the participation does not fit the uplink.
+    """
+    if name not in UPLINKS:
+        raise ConfigError(f"uplink {name!r} is not known; choose one of {', '.join(UPLINKS)}")
+    check(name, compressor, everyone=everyone)
+    if name == "marina":
+        return Marina(compressor, p)
+    if p is not None:
+        raise ConfigError(f"uplink.p = {p} is marina's synchronisation probability; {name} has none: leave it out")
+    if name == "direct":
+        return Direct(compressor, anchored)
+    plain: dict[str, type[Uplink]] = {"dense": Dense, "diana": Diana, "ef21": Ef21}
+    return plain[name](compressor)
+
+
+def build_downlink(
+    name: str, compressor: Compressor, seed: int, chains: int, device: torch.device | str = "cpu"
+) -> Downlink:
+    """The downlink of a configuration.
+
+    Raises:
+        ConfigError: if the name is not known. UnsoundError: if the compressor does not fit.
+    """
+    if name == "dense":
+        return DenseDownlink()
+    if name != "ef21-p":
+        raise ConfigError(f"downlink {name!r} is not known; choose dense or ef21-p")
+    check(name, compressor)
+    return Ef21P(compressor, seed, chains, device)
+
+
+def table() -> list[dict[str, str]]:
+    """The rows of `fedsample list estimators`: what each sends, and what it is sound with."""
+    return [
+        {
+            "name": name,
+            "link": "downlink" if issubclass(rule.link, Downlink) else "uplink",
+            "compressor": rule.needs,
+            "participation": rule.participation,
+            "order of its bias": rule.bias,
+            "wire": rule.link.summary,
+            "reference": rule.link.reference,
+        }
+        for name, rule in RULES.items()
+    ]

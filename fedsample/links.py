@@ -1,0 +1,82 @@
+"""The links of an experiment: uplink and downlink, each around its compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedsample import compression, estimators
+from fedsample.compression import Compressor
+from fedsample.estimators import Downlink, Uplink
+
+if TYPE_CHECKING:
+    from fedsample.config import DownlinkConfig, Experiment, UplinkConfig
+    from fedsample.problem import Problem
+
+
+def links(experiment: Experiment, problem: Problem) -> tuple[Uplink, Downlink]:
+    """Both links, once the clients and the model's parameter matrices are known.
+
+    Raises:
+        UnsoundError: if one does not fit its compressor or the participation.
+        ConfigError: if a setting is out of range.
+    """
+    clients = problem.clients
+    blocks = clients.blocks() if "lowrank" in experiment.uplink.compressor + experiment.downlink.compressor else None
+    return (
+        build_uplink(experiment, clients.n, blocks),
+        build_downlink(experiment, clients.n, blocks, clients.device),
+    )
+
+
+def build_uplink(experiment: Experiment, clients: int | None = None, blocks: Sequence[Tensor] | None = None) -> Uplink:
+    """The uplink; before the data are read, `clients` and `blocks` may be left out and only soundness is judged.
+
+    Raises:
+        UnsoundError: if it does not fit its compressor or the participation.
+    """
+    section, fleet = experiment.uplink, experiment.fleet
+    present = fleet.participation == 1.0 and isinstance(fleet.participation, float)
+    if isinstance(fleet.participation, int) and clients is not None:
+        present = fleet.participation == clients
+    return estimators.build(
+        section.name,
+        _compressor(section, clients or experiment.data.clients, blocks),
+        section.p,
+        anchored=section.variance_reduction != "none",
+        everyone=present and fleet.loss == 0 and fleet.dropout == 0,
+    )
+
+
+def build_downlink(
+    experiment: Experiment,
+    clients: int | None = None,
+    blocks: Sequence[Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> Downlink:
+    """The downlink; arguments as for `build_uplink`.
+
+    Raises:
+        UnsoundError: if it does not fit its compressor.
+    """
+    section = experiment.downlink
+    inner = _compressor(section, clients or experiment.data.clients, blocks)
+    return estimators.build_downlink(section.name, inner, experiment.seed, experiment.chains, device)
+
+
+def refresh_of(experiment: Experiment) -> int | None:
+    """Rounds after which the reference of variance reduction moves; 0: never, None: there is none."""
+    section = experiment.uplink
+    if experiment.batch_size is None or section.variance_reduction == "none":
+        return None
+    return section.refresh if section.variance_reduction == "svrg" else 0
+
+
+def _compressor(section: UplinkConfig | DownlinkConfig, clients: int, blocks: Sequence[Tensor] | None) -> Compressor:
+    matrices = [torch.arange(1).unsqueeze(0)] if blocks is None else list(blocks)
+    return compression.build(
+        section.compressor, section.k, levels=section.levels, rank=section.rank, clients=clients, blocks=matrices
+    )
