@@ -84,7 +84,7 @@ def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
     device = torch.device(experiment.fleet.device)
     try:
         data, n = (path / _TENSORS).read_bytes(), json.loads((path / _NUMBERS).read_bytes())
-        if n.pop("sha256") != _checksum(n, data):
+        if n.pop("sha256", None) != _checksum(n, data):
             raise ValueError("the checksum does not match")
         tensors = {name: each.to(device) for name, each in load(data).items()}
         mean, mixing, start = tensors.pop("mean"), tensors.pop("mixing").cpu(), tensors.pop("start")
