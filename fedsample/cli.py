@@ -16,8 +16,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -310,14 +311,26 @@ def _account(error: BaseException) -> tuple[str, int]:
     return f"unexpected {type(error).__name__}: {first} (a defect of fedsample; --debug shows where)", 1
 
 
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM counts as Ctrl-C, from the first import on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """Run the command line; the process exits with the documented code, and a traceback only with --debug."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from the first import on
     try:
-        app()
+        with _termination():
+            app()
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in sys.argv[1:]:
             traceback.print_exc()

@@ -292,6 +292,10 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other) and type(one) is type(other)
 
 
+# What other settings decide where nothing is said; of a complete experiment it is said, even where it is a default.
+_IMPLIED = {"data.name", "data.partition", "model.name", "model.prior_scale"}
+
+
 def _imply(values: dict[str, Any]) -> dict[str, Any]:
     """Add what the kind of data implies where the user said nothing, and make the path of the data absolute."""
     data = values.get("data")
@@ -579,8 +583,9 @@ def _from_source(source: Source) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Experiment):
         base = dict(_flatten(Experiment(preset=source.preset).model_dump()))
         layer: dict[str, Any] = {"preset": source.preset}
+        implied = _IMPLIED | ({"uplink.compressor"} if source.uplink.name != base["uplink.name"] else set())
         for path, value in _flatten(source.model_dump()):
-            if not _same(value, base[path]):
+            if not _same(value, base[path]) or path in implied:
                 layer = _merge(layer, _nest(path, value))
         return "the experiment", layer
     if isinstance(source, Mapping):

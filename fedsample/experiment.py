@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Source = Experiment | Mapping[str, Any] | str | Path | None
 Mode = Literal["auto", "plain", "quiet"]
+
+_FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}  # read once, when flwr is imported
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def run(
     Raises:
         FedSampleError: whatever went wrong, in words; see `fedsample.errors`.
     """
+    for name, value in _FLOWER.items():
+        os.environ.setdefault(name, value)
     from fedsample.session import Session
 
     if resume:
@@ -204,4 +209,6 @@ def reread(text: str) -> Experiment:
     try:
         return Experiment(**tomllib.loads(text))
     except (tomllib.TOMLDecodeError, ConfigError) as error:
-        raise RunDirectoryError(f"config.toml of the run cannot be used: {error}") from error
+        raise RunDirectoryError(
+            f"config.toml of the run cannot be used: {error}; restore it, or start a new run in another directory"
+        ) from error

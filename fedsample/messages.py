@@ -61,27 +61,33 @@ class Outgoing:
 
     Args:
         request: what is asked. metric: tag of the metric in whose coordinates, see `metric_tag`; empty: in the model's
-            own parameters. coins: whether this round tosses coins, so that clients are told how they fell. previous:
-            whether clients are told the points of the round before, or remember them.
+            own parameters. coins: whether this round tosses coins, so that clients are told how they fell.
     """
 
-    def __init__(self, request: Request, metric: str, *, coins: bool, previous: bool) -> None:
+    def __init__(self, request: Request, metric: str, *, coins: bool) -> None:
         """Make the arrays."""
         self._request, self._metric = request, metric
         arrays = {"points": dense(request.points)}
         if request.vector is not None:
             arrays["vector"] = dense(request.vector)
         self._exact = ArrayRecord(dict(arrays))
-        if previous and request.previous is not None:
-            arrays["previous"] = dense(request.previous)
         if coins:
             none = torch.zeros(len(request.points), dtype=torch.bool)
             arrays["sync"] = bits(none if request.sync is None else request.sync)
+        self._estimate = ArrayRecord(dict(arrays))
+        if request.previous is not None:
+            arrays["previous"] = dense(request.previous)
         self._whole = ArrayRecord(arrays)
 
-    def records(self, client: int, *, estimate: bool) -> RecordDict:
-        """The message for one client, which is asked for everything, or for the exact outputs only."""
+    def records(self, client: int, *, estimate: bool = True, previous: bool = True) -> RecordDict:
+        """The message for one client.
+
+        Args:
+            client: which. estimate: whether it is asked for everything, or for the exact outputs only. previous:
+                whether it is told the points of the round before, where there are any, or remembers them.
+        """
         request = self._request
+        arrays = (self._whole if previous else self._estimate) if estimate else self._exact
         fields = header(
             round=request.round,
             metric=self._metric,
@@ -90,7 +96,7 @@ class Outgoing:
             applied=0 if request.applied is None else int(request.applied[client]),
             active=request.active[client].tolist() if estimate and request.active is not None else None,
         )
-        return RecordDict({HEADER: fields, ARRAYS: self._whole if estimate else self._exact})
+        return RecordDict({HEADER: fields, ARRAYS: arrays})
 
 
 def unpack_request(records: RecordDict, clients: int, chains: int, like: Tensor) -> Request:

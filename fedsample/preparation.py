@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,9 @@ class Prepared:
             "start": self.start,
             **metric.tensors(),
         }
-        write_atomic(path / _TENSORS, save({name: each.cpu().contiguous() for name, each in tensors.items()}))
-        numbers = {
+        data = save({name: each.cpu().contiguous() for name, each in tensors.items()})
+        write_atomic(path / _TENSORS, data)
+        numbers: dict[str, Any] = {
             "metric": metric.name,
             **{name: getattr(self, name) for name in ("step_size", "bias", "worst", "limit", "radius")},
             **{
@@ -69,7 +71,12 @@ class Prepared:
             },
             "traffic": list(self.geometry.traffic),
         }
+        numbers["sha256"] = _checksum(numbers, data)
         write_atomic(path / _NUMBERS, json.dumps(numbers, indent=1).encode())
+
+
+def _checksum(numbers: dict[str, Any], tensors: bytes) -> str:
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode() + tensors).hexdigest()
 
 
 def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
@@ -83,8 +90,10 @@ def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
 
     device = torch.device(experiment.fleet.device)
     try:
-        tensors = {name: each.to(device) for name, each in load((path / _TENSORS).read_bytes()).items()}
-        n = json.loads((path / _NUMBERS).read_text())
+        data, n = (path / _TENSORS).read_bytes(), json.loads((path / _NUMBERS).read_bytes())
+        if n.pop("sha256", None) != _checksum(n, data):
+            raise ValueError("the checksum does not match")
+        tensors = {name: each.to(device) for name, each in load(data).items()}
         mean, mixing, start = tensors.pop("mean"), tensors.pop("mixing").cpu(), tensors.pop("start")
         gradient = tensors.pop("gradient")
         metric = restore(n["metric"], mean, tensors)
@@ -93,7 +102,7 @@ def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
             Traffic(*n["traffic"]), n["exchanges"],
         )  # fmt: skip
         return Prepared(geometry, n["step_size"], n["bias"], n["worst"], n["limit"], start, n["radius"])
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise RunDirectoryError(
             f"{path}: the run's geometry ({_TENSORS}, {_NUMBERS}) is missing or damaged, and it cannot be resumed: "
             f"{error}. Start a new run in another directory"

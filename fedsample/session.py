@@ -6,11 +6,12 @@ from its last checkpoint and gives the same draws, bit for bit.
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class Session:
                     f"the data are not those that the run in {self.path} began with: restore them, or start a new run "
                     "in another directory with --out"
                 )
-            fleet = build_fleet(self.experiment, problem)
+            fleet = self._fleet(problem, progress)
             prepared = self._prepare(problem, fleet, progress, checkpoint)
             store.digest = digest(self.experiment)
             sampler = build_sampler(self.experiment, problem, prepared, fleet.n)
@@ -153,13 +154,14 @@ class Session:
             if checkpoint is None:
                 self._save(store, state, fleet, traffic, clock)
             watch = Watch(problem, self.experiment)
-            if first < self.experiment.rounds:
+            rows = [] if checkpoint is None or self._summed_up(first) else checkpoint.meta["rows"]
+            if rows or first < self.experiment.rounds:
                 self._recall(watch, first)
-            recorder = Recorder(
-                self.path, None if checkpoint is None else first + 1, self.experiment.monitor.tensorboard
-            )
-            with recorder:
+            again = None if checkpoint is None else min([first + 1, *(round for round, _, _ in rows)])
+            with Recorder(self.path, again, self.experiment.monitor.tensorboard) as recorder:
                 recorder.describe(dump_toml(self.experiment), _flat(self.experiment), watch.headline)
+                for round, sent, scalars in rows:
+                    recorder.submit(round, sent, scalars, lazy=watch.job(round) if round == rows[-1][0] else None)
                 chain = Chain(self, sampler, fleet, store, store_draws, recorder, watch, progress, prepared)
                 state, traffic, clock = chain.run(state, traffic, clock)
                 recorder.close(finished=True)
@@ -170,8 +172,22 @@ class Session:
         self.directory.write_json("summary.json", summary)
         return summary
 
+    def _fleet(self, problem: Problem, progress: Progress) -> Fleet:
+        """The clients, in this process or in Flower's simulation runtime, which lasts as long as the session."""
+        if self.experiment.fleet.name == "local":
+            return build_fleet(self.experiment, problem)
+        from fedsample.fleets.simulation import simulated_fleet
+
+        with progress.stage(f"starting {problem.clients.n} Flower nodes"):
+            return self._stack.enter_context(simulated_fleet(self.experiment, problem))
+
     def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
         checkpoint = store.latest(digest(self.experiment))
+        if checkpoint is None and len(load_rounds(self.path)):
+            raise RunDirectoryError(
+                f"{self.directory.checkpoint} holds no checkpoint, but there are draws: it was emptied, and going on "
+                "would begin again; restore a checkpoint, or start a new run in another directory with --out"
+            )
         if checkpoint is not None and checkpoint.round > self.experiment.rounds:
             raise RunDirectoryError(
                 f"the run has done {checkpoint.round} rounds, but its config.toml says "
@@ -221,6 +237,13 @@ class Session:
         kept = max(0, (round - self.experiment.warmup) // self.experiment.thin)
         draws.resume(round, kept)
 
+    def _summed_up(self, round: int) -> bool:
+        """Whether the run once ended with this round: then its log is complete."""
+        try:
+            return bool(json.loads((self.path / "summary.json").read_bytes())["rounds"] == round)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def _recall(self, watch: Watch, round: int) -> None:
         """Show the draws so far to a watch: curves go on where they were."""
         rounds = load_rounds(self.path).tolist() if round > 0 else []
@@ -230,14 +253,23 @@ class Session:
 
     # --- stopping and saving ----------------------------------------------------------------------------------------
 
-    def _save(self, store: CheckpointStore, state: State, fleet: Fleet, traffic: Traffic, clock: Clock) -> None:
+    def _save(
+        self,
+        store: CheckpointStore,
+        state: State,
+        fleet: Fleet,
+        traffic: Traffic,
+        clock: Clock,
+        rows: Sequence[tuple[int, int, dict[str, float]]] = (),
+    ) -> None:
         tensors = {f"state.{name}": tensor for name, tensor in state.tensors().items()}
         tensors |= {f"fleet.{name}": tensor for name, tensor in fleet.state().items()}
-        store.save(state.round, tensors, {"traffic": list(traffic), "seconds": clock.total, "data": self._data})
+        meta = {"traffic": list(traffic), "seconds": clock.total, "data": self._data, "rows": list(rows)}
+        store.save(state.round, tensors, meta)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current round, with a checkpoint; between rounds or twice, at once."""
+        """Ctrl-C and SIGTERM end the run after the round with a checkpoint; outside the rounds, or twice, at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -248,7 +280,7 @@ class Session:
             for each, handler in before.items():
                 signal.signal(each, handler)
             if self._phase != "in":
-                when = "before the first round" if self._phase == "before" else "after the last round"
+                when = "while it was being prepared" if self._phase == "before" else "after the last round"
                 raise Interrupted(f"stopped by {self._stop} {when}; everything is kept. {self.advice}")
 
         for number in before:
@@ -333,7 +365,7 @@ class Chain:
         """Draws and logs first, then the checkpoint that counts on them."""
         self.draws.flush()
         self.session.directory.sync()
-        self.session._save(self.checkpoints, state, self.fleet, traffic, clock)
+        self.session._save(self.checkpoints, state, self.fleet, traffic, clock, self.recorder.unwritten())
 
     def _log(
         self, before: State, state: State, request: Request, aggregate: Any, traffic: Traffic, clock: Clock

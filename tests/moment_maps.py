@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +82,7 @@ class Chain:
 
     @property
     def d(self) -> int:
-        return self.centers.shape[1]
+        return int(self.centers.shape[1])
 
     @cached_property
     def _prior(self) -> tuple[Array, Array]:
@@ -275,14 +276,14 @@ def coordinate(
     keep: float = 1.0,
     arrive: float = 1.0,
     cohort: int | None = None,
-    **rest: float | bool,
+    **rest: Any,
 ) -> Chain:
     """One coordinate of diagonal clients: `keep` = K / d, `arrive` the chance that an upload arrives, or a cohort."""
     lam, a = np.asarray(curvatures, dtype=float), np.asarray(centers, dtype=float)
     n = len(lam)
     clients = independent_pairs(n, arrive) if cohort is None else subset_pairs(n, cohort)
     masks = np.array([[keep]])
-    return Chain(lam[:, None, None], a[:, None], sampler, uplink, step, masks=masks, clients=clients, **rest)  # type: ignore[arg-type]
+    return Chain(lam[:, None, None], a[:, None], sampler, uplink, step, masks=masks, clients=clients, **rest)
 
 
 R4 = ([0.5, 1.0, 1.5, 2.0], [-1.0, 0.5, 2.0, -0.5])  # the reference clients: mean 0.4, variance 0.2

@@ -70,7 +70,7 @@ def targets(table: Table, task: Task | None) -> Targets:
         every = every.astype(np.int64)
     labels, codes = np.unique(every, return_inverse=True)
     if len(labels) < 2:
-        raise DataError(f"every row of {table.name} has the label {labels[0]!r}: expected at least two classes")
+        raise DataError(f"every row of {table.name} has the label {labels[0].item()!r}: expected at least two classes")
     codes = codes.astype(np.int64)
     return Targets(
         codes[: len(y)],

@@ -11,8 +11,7 @@ caller states the probability; then who does not answer counts as absent, where 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,19 +22,21 @@ from torch import Tensor
 from fedsample import messages
 from fedsample.clients.exact import exact_bits
 from fedsample.compression import LinkKeys
-from fedsample.errors import ClientError, ConfigError, DivergenceError, QuorumError
+from fedsample.errors import ConfigError, DivergenceError
 from fedsample.estimators import Turn, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.fleets.roster import Roster
 from fedsample.sums import TreeSum
 from fedsample.targets import Metric
-from fedsample.wire import ARRAYS, HEADER, Header, arrays_of, header, pack_tensors, unpack_tensors, wire_bits
+from fedsample.wire import ARRAYS, HEADER, arrays_of, header, pack_tensors, unpack_tensors, wire_bits
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
+    from fedsample.config import Experiment
+    from fedsample.problem import Problem
+
 TIMEOUT = 3600.0
-_PAUSE = 0.2  # seconds between two looks for nodes
-_ABSENT = (3, 4, 5)  # Flower's codes for a message, a reply or a node that is not to be had: nobody failed
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,14 @@ class FlowerFleet:
         """Remember; nobody is asked yet."""
         if arrival is not None and not 0 < arrival <= 1:
             raise ConfigError(f"arrival = {arrival}: the probability with which a reply comes must lie in (0, 1]")
-        self.grid, self.n, self.uplink, self.seed, self.chains, self.like = grid, n, uplink, seed, chains, like
+        self.grid, self.n, self.uplink, self.chains, self.like = grid, n, uplink, chains, like
         self.timeout, self.arrival = timeout, arrival
+        self.roster = Roster(grid, n, messages.terms(uplink, seed, n, chains, len(like), like.dtype), timeout)
         self.fresh = False  # whether clients hold a metric and no memory yet
         self._blocks = blocks
         self._keys = LinkKeys(seed, torch.arange(n), chains, "uplink")
-        self._nodes: list[int] = []
-        self._tags: list[str] = []
         self._tag = ""
-        self._told = 0  # the last round whose points all clients have
+        self._informed = [0] * n  # the last round whose points each client holds
 
     # --- the Fleet protocol --------------------------------------------------------------------------------------
 
@@ -103,9 +103,16 @@ class FlowerFleet:
     def set_metric(self, metric: Metric) -> Traffic:
         """Send m and S to every client, which forgets what it remembered in other coordinates."""
         records = messages.pack_metric(metric)
-        self._broadcast(messages.METRIC, [records] * self.n)
-        self._tag, self.fresh, self._told = messages.metric_tag(records), True, 0
+        self.roster.broadcast(messages.METRIC, [records] * self.n)
+        self._tag, self.fresh, self._informed = messages.metric_tag(records), True, [0] * self.n
         return Traffic(down=self.n * wire_bits(records))
+
+    def holds(self, metric: Metric) -> bool:
+        """Whether all clients hold this metric, from this fleet or an earlier one in the same run."""
+        tag = messages.metric_tag(messages.pack_metric(metric))
+        if not self._tag and set(self.roster.tags) == {tag}:
+            self._tag = tag
+        return self._tag == tag
 
     def blocks(self) -> list[Tensor]:
         """Flat positions of the model's parameter matrices."""
@@ -120,7 +127,7 @@ class FlowerFleet:
         like = self._memory()
         if not like:
             return {}
-        replies = self._broadcast(messages.SAVE, [RecordDict({HEADER: header()})] * self.n)
+        replies = self.roster.broadcast(messages.SAVE, [RecordDict({HEADER: header()})] * self.n)
         stacks = [unpack_tensors(arrays_of(r, f"client {i}"), like, f"client {i}") for i, r in enumerate(replies)]
         return {f"memory.{name}": torch.cat([stack[name] for stack in stacks]) for name in like}
 
@@ -130,7 +137,7 @@ class FlowerFleet:
         if like:
             rows = [{name: state[f"memory.{name}"][i : i + 1] for name in like} for i in range(self.n)]
             contents = [RecordDict({HEADER: header(), ARRAYS: pack_tensors(row)}) for row in rows]
-            self._broadcast(messages.RESTORE, contents)
+            self.roster.broadcast(messages.RESTORE, contents)
         self.fresh = False
 
     def _memory(self) -> dict[str, Tensor]:
@@ -146,20 +153,20 @@ class FlowerFleet:
         """
         if not bool(torch.isfinite(request.points).all()):
             raise DivergenceError(
-                f"the points of round {request.round} hold NaN or infinite values: a chain diverged; lower step_size, or "
-                "set it to 'auto'"
+                f"the points of round {request.round} hold NaN or infinite values: a chain diverged; lower step_size, "
+                "or set it to 'auto'"
             )
         estimate, anyone = self._who(request)
-        d = len(self.like)
-        coins = ESTIMATE in request.outputs and self.uplink.sync_probability(request.round, d) > 0
-        remembered = request.active is None and self._told == request.round - 1
-        outgoing = messages.Outgoing(request, self._tag, coins=coins, previous=not remembered)
-        contents = {i: outgoing.records(i, estimate=bool(estimate[i])) for i in _indices(anyone)}
+        coins = ESTIMATE in request.outputs and self.uplink.sync_probability(request.round, len(self.like)) > 0
+        outgoing = messages.Outgoing(request, self._tag, coins=coins)
+        contents = {}
+        for i in _indices(anyone):  # the round before is told under sampling, and to who missed it
+            previous = request.active is not None or self._informed[i] != request.round - 1
+            contents[i] = outgoing.records(i, estimate=bool(estimate[i]), previous=previous)
         if ESTIMATE in request.outputs:
             self.fresh = False
         kind = kind or (messages.TRAIN if ESTIMATE in request.outputs else messages.EXACT_QUERY)
-        group, nodes = str(request.round), self.nodes
-        sent = [Message(content, nodes[i], kind, group_id=group) for i, content in contents.items()]
+        sent = self.roster.send(contents, kind, str(request.round))
         return sent, Dispatch(request, estimate, anyone, sum(wire_bits(content) for content in contents.values()))
 
     def collect(self, dispatch: Dispatch, replies: Iterable[Message]) -> Aggregate:
@@ -170,20 +177,20 @@ class FlowerFleet:
                 another form than what was asked for.
         """
         request, round = dispatch.request, dispatch.request.round
-        answers = self._sort(replies, round)
+        answers = self.roster.sort(replies, round)
         missing = [i for i in _indices(dispatch.anyone) if i not in answers]
         if missing:
             self._bear(missing, request)
         arrived = dispatch.estimate & torch.tensor([i in answers for i in range(self.n)])
-        if bool(arrived.all()):
-            self._told = round
+        for i in _indices(arrived):
+            self._informed[i] = round
         forms = messages.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
         total, exact = TreeSum(), {name: TreeSum() for name in ([] if missing else forms)}
         norms = torch.full((self.n,), float("nan"), dtype=torch.float64) if request.observe else None
         traffic = Traffic(down=dispatch.down)
-        for i in sorted(answers):
+        for i, content in answers.items():
             turn = self._turn(request, i) if bool(dispatch.estimate[i]) else None
-            upload, outputs = messages.unpack_answer(answers[i], i, turn, round, forms, self.uplink)
+            upload, outputs = messages.unpack_answer(content, i, turn, round, forms, self.uplink)
             for name, sum_ in exact.items():
                 sum_.add(outputs[name])
             full = sum(exact_bits(name, tensor) for name, tensor in outputs.items())
@@ -193,7 +200,7 @@ class FlowerFleet:
                 full += 8 * self.like.dtype.itemsize * len(self.like) * _active(turn, self.chains)
                 if norms is not None:
                     norms[i] = part.to(torch.float64).square().sum(-1).mean().sqrt()
-            traffic = traffic.plus(Traffic(up=wire_bits(answers[i]), up_dense=full))
+            traffic = traffic.plus(Traffic(up=wire_bits(content), up_dense=full))
         device = self.like.device
         sums = {name: sum_.total().to(device) for name, sum_ in exact.items()}
         if ESTIMATE not in request.outputs:
@@ -225,97 +232,6 @@ class FlowerFleet:
             keys=self._keys.at(request.round, torch.tensor(client)),
         )
 
-    # --- who is there --------------------------------------------------------------------------------------------
-
-    @property
-    def nodes(self) -> list[int]:
-        """The node of each client; asked for once.
-
-        Raises:
-            QuorumError: if fewer nodes than clients are there in time. ConfigError: if they run something else.
-        """
-        if not self._nodes:
-            self._meet()
-        return self._nodes
-
-    def holds(self, metric: Metric) -> bool:
-        """Whether all clients hold this metric, from this fleet or an earlier one in the same run."""
-        tag = messages.metric_tag(messages.pack_metric(metric))
-        if self._tag == tag:
-            return True
-        if self._tag or set(self._greeted()) != {tag}:
-            return False
-        self._tag = tag
-        return True
-
-    def _greeted(self) -> list[str]:
-        return self._tags if self.nodes else []
-
-    def _meet(self) -> None:
-        """Ask every node which partition it has and what it computes."""
-        deadline = time.monotonic() + self.timeout
-        while len(found := sorted(self.grid.get_node_ids())) < self.n:
-            if time.monotonic() > deadline:
-                raise QuorumError(
-                    f"{len(found)} of {self.n} clients connected within {self.timeout:g} s: start the other SuperNodes (in "
-                    f"a simulation --federation-config 'num-supernodes={self.n}')"
-                )
-            time.sleep(_PAUSE)
-        hello = [Message(RecordDict({HEADER: header()}), node, messages.HELLO) for node in found]
-        partitions: dict[int, tuple[int, str]] = {}
-        agreed = messages.terms(self.uplink, self.seed, self.n, self.chains, len(self.like), self.like.dtype)
-        silent = set(found)
-        for reply in self.grid.send_and_receive(hello, timeout=self.timeout):
-            node = reply.metadata.src_node_id
-            silent.discard(node)
-            if reply.has_error():
-                raise _failed(reply, -1, 0)
-            said = Header(reply.content, f"the greeting of node {node}")
-            client = said.integer("client")
-            _agree(client, {name: said.value(name) for name in agreed}, agreed)
-            if client in partitions:
-                raise ConfigError(
-                    f"nodes {partitions[client][0]} and {node} both have partition-id {client}: give each SuperNode one "
-                    f"of its own, 0 to {self.n - 1}"
-                )
-            partitions[client] = node, said.text("metric")
-        missing = sorted(set(range(self.n)) - set(partitions))
-        if missing or silent:
-            raise QuorumError(
-                f"{_listed(missing)} of {self.n} did not answer the greeting within {self.timeout:g} s ({len(found)} "
-                "nodes are connected): see the SuperNodes' logs"
-            )
-        self._nodes = [partitions[i][0] for i in range(self.n)]
-        self._tags = [partitions[i][1] for i in range(self.n)]
-
-    def _broadcast(self, kind: str, contents: Sequence[RecordDict]) -> list[RecordDict]:
-        """One message to each client -> their replies, in client order."""
-        sent = [Message(content, node, kind) for content, node in zip(contents, self.nodes, strict=True)]
-        answers = self._sort(self.grid.send_and_receive(sent, timeout=self.timeout), 0)
-        missing = [i for i in range(self.n) if i not in answers]
-        if missing:
-            raise self._quorum(missing, f"{kind} message")
-        return [answers[i] for i in range(self.n)]
-
-    def _sort(self, replies: Iterable[Message], round: int) -> dict[int, RecordDict]:
-        """Replies by client.
-
-        Raises:
-            ClientError: the first, in client order, of those that failed.
-        """
-        client_of = {node: client for client, node in enumerate(self.nodes)}
-        answers, failed = {}, {}
-        for reply in replies:
-            client = client_of[reply.metadata.src_node_id]
-            if reply.has_content():
-                answers[client] = reply.content
-            elif reply.error.code not in _ABSENT:
-                failed[client] = reply
-        if failed:
-            client = min(failed)
-            raise _failed(failed[client], client, round)
-        return answers
-
     def _bear(self, missing: list[int], request: Request) -> None:
         """Go on without some answers, where that is sound.
 
@@ -323,17 +239,21 @@ class FlowerFleet:
             QuorumError: where it is not.
         """
         if self.arrival is None or ESTIMATE not in request.outputs or self._whole(request):
-            raise self._quorum(missing, f"round {request.round}" if request.round else "preparation")
+            raise self.roster.quorum(missing, f"round {request.round}" if request.round else "preparation")
 
     def _whole(self, request: Request) -> bool:
         """Whether the estimate of this round needs everyone."""
         return self.uplink.needs_everyone_to_sync and request.sync is not None
 
-    def _quorum(self, missing: list[int], what: str) -> QuorumError:
-        return QuorumError(
-            f"{what}: {_listed(missing)} of {self.n} did not answer within {self.timeout:g} s, and without knowing how "
-            "likely that is a round cannot do without them; see that they run, then resume, or allow more time"
-        )
+
+def fleet_on(grid: Grid, experiment: Experiment, problem: Problem) -> FlowerFleet:
+    """The clients of an experiment, on the grid of a running ServerApp."""
+    from fedsample.experiment import build_uplink
+
+    clients = problem.clients
+    like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
+    uplink = build_uplink(experiment)
+    return FlowerFleet(grid, clients.n, uplink, experiment.seed, experiment.chains, like, blocks=clients.blocks)
 
 
 def _indices(mask: Tensor) -> list[int]:
@@ -342,19 +262,3 @@ def _indices(mask: Tensor) -> list[int]:
 
 def _active(turn: Turn, chains: int) -> int:
     return chains if turn.active is None else int(turn.active.sum())
-
-
-def _failed(reply: Message, client: int, round: int) -> ClientError:
-    failure = messages.Failure.of_reason(reply.error.reason, client, round)
-    return ClientError(failure.client, failure.round, failure.stage, failure.detail)
-
-
-def _agree(client: int, said: dict[str, object], agreed: dict[str, int | str]) -> None:
-    differing = [f"{name} = {said[name]!r}, expected {want!r}" for name, want in agreed.items() if said[name] != want]
-    if differing:
-        raise ConfigError(f"client {client} runs another configuration: {'; '.join(differing)}")
-
-
-def _listed(clients: list[int]) -> str:
-    shown = ", ".join(map(str, clients[:20])) + (", ..." if len(clients) > 20 else "")
-    return f"client{'s' * (len(clients) != 1)} {shown or 'none'}"

@@ -167,7 +167,7 @@ def _read(path: Path) -> tuple[str, Checkpoint]:
     from safetensors.torch import load
 
     content = json.loads((path / "meta.json").read_bytes())
-    if content.pop("sha256") != _checksum(content):
+    if content.pop("sha256", None) != _checksum(content):
         raise ValueError("the checksum of meta.json does not match")
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']}, expected {FORMAT}")

@@ -2,12 +2,14 @@
 
 Shard s holds the draws of rounds `start + s R < round <= start + (s + 1) R`: tensor `params` (draws, C, d), and
 `rounds` (draws,) int64, the round of each. Where a run was killed thus changes no file that it leaves in the end. A
-complete shard is never written again; the last, partial one is rewritten whole, atomically, with each `flush`.
+complete shard is never written again; the last, partial one is rewritten whole, atomically, with each `flush`. The
+header carries a checksum of both tensors, which `load_draws` compares.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -151,7 +153,8 @@ class DrawStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(self.folder, params.nbytes, error) from error
-        write_atomic(self._path(shard), save({"params": params, "rounds": rounds}))
+        data = save({"params": params, "rounds": rounds}, {"sha256": _checksum(params, rounds)})
+        write_atomic(self._path(shard), data)
 
 
 def load_draws(path: Path) -> Tensor:
@@ -166,6 +169,7 @@ def load_draws(path: Path) -> Tensor:
         RunDirectoryError: no draws there, or a damaged shard.
     """
     import torch
+    from safetensors import SafetensorError
 
     files = _shards(path)
     if not files:
@@ -178,8 +182,18 @@ def load_draws(path: Path) -> Tensor:
     draws = torch.empty(like.shape[1], sum(counts), like.shape[2], dtype=like.dtype)
     for file, count, end in zip(files, counts, accumulate(counts), strict=True):
         with _open(file) as shard:
-            draws[:, end - count : end] = shard.get_tensor("params").transpose(0, 1)
+            params, rounds = shard.get_tensor("params"), shard.get_tensor("rounds")
+            if (shard.metadata() or {}).get("sha256") != _checksum(params, rounds):
+                raise SafetensorError("the checksum does not match")
+            draws[:, end - count : end] = params.transpose(0, 1)
     return draws
+
+
+def _checksum(*tensors: Tensor) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.numpy().data)
+    return found.hexdigest()
 
 
 def load_rounds(path: Path) -> Tensor:

@@ -14,7 +14,10 @@ Scalars = Mapping[str, float]
 
 @dataclass(slots=True)
 class Row:
-    """What is logged of a round; `late` is set by `lazy` in another thread, before `done`."""
+    """What is logged of a round; `late` is set by `lazy` in another thread, before `done`.
+
+    `written` and `drawn`: whether the log and the curves have it, or never will.
+    """
 
     round: int
     bytes_sent: int
@@ -24,6 +27,8 @@ class Row:
     born: float = field(default_factory=time.monotonic)
     late: dict[str, float] = field(default_factory=dict)
     done: threading.Event | None = None
+    written: bool = False
+    drawn: bool = False
 
 
 @dataclass(slots=True)

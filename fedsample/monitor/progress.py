@@ -67,9 +67,9 @@ class Progress:
         if self._begun and self._drawn != self._round:
             self._draw()
         inline = self._bar is None
-        if inline:
-            self._print(f"{name} ... ", end="")
         try:
+            if inline:
+                self._print(f"{name} ... ", end="")
             yield
         except BaseException as error:
             end = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"

@@ -12,10 +12,11 @@ Curves against rounds lie in the run directory itself, the same against uplink b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -66,6 +67,8 @@ class Recorder:
         if purge_step is not None:
             truncate_jsonl(metrics, purge_step - 1)
             self._purge_bytes = 1 + max((int(row.get("bytes", -1)) for row in read_jsonl(metrics)), default=-1)
+            if self._purge_bytes == 0:  # no row was kept: what may be there of the description is said again
+                self._purge_step = 0
         self._enabled = enabled
         self._finished = False
         self._deadline: float | None = None
@@ -73,6 +76,7 @@ class Recorder:
         self._lazy_sent = self._lazy_done = self._lazy_lost = self._lazy_refused = 0
         self._lazy_limit = lazy_queue
         self._warned: set[str] = set()
+        self._submitted: list[Row] = []
         self._lines = JsonLines(metrics)
         self._rows, self._events = LossyQueue(queue), LossyQueue(queue)
         self._threads = [
@@ -134,10 +138,16 @@ class Recorder:
         if lazy is not None:
             row.done = threading.Event()
             self._lazy_sent += 1
+        if scalars:
+            self._submitted.append(row)
         lost = self._rows.put(row)
-        if isinstance(lost, Row) and lost.lazy is not None:
-            self._lazy_sent -= 1
-            self._lazy_refused += 1
+        if isinstance(lost, Row):
+            lost.written = lost.drawn = True
+            if lost.lazy is not None:
+                self._lazy_sent -= 1
+                self._lazy_refused += 1
+        if len(self._submitted) > QUEUE:
+            self.unwritten()
 
     def submit_lazy(self, round: int, bytes_sent: int, fn: Callable[[], Scalars]) -> None:
         """Log values of a round that are still to be computed, in a thread; dropped where that is behind.
@@ -145,6 +155,11 @@ class Recorder:
         They form an object of their own in `metrics.jsonl`; pass `lazy` to `submit` to have one object for the round.
         """
         self.submit(round, bytes_sent, {}, lazy=fn)
+
+    def unwritten(self) -> list[tuple[int, int, dict[str, float]]]:
+        """Round, bytes and scalars of the rows that the log or the curves still lack: a checkpoint must hold them."""
+        self._submitted = [row for row in self._submitted if not (row.written and row.drawn)]
+        return [(r.round, r.bytes_sent, {tag: float(v) for tag, v in r.scalars.items()}) for r in self._submitted]
 
     def close(self, finished: bool = False, timeout: float = 30.0) -> None:
         """Write what is pending, and say what was lost; harmless a second time.
@@ -186,9 +201,11 @@ class Recorder:
             item = self._rows.get(0.1 if waiting else None)
             if item is not None:
                 lost = self._events.put(item)
-                if isinstance(lost, Row) and lost.done is not None:
-                    self._lazy_lost += 1
-                    lost.done.set()
+                if isinstance(lost, Row):
+                    lost.drawn = True
+                    if lost.done is not None:
+                        self._lazy_lost += 1
+                        lost.done.set()
             if isinstance(item, Row):
                 if item.done is None or item.done.wait(max(0.0, self._hold(item) - time.monotonic())):
                     self._append(item, item.scalars | item.late)
@@ -222,11 +239,13 @@ class Recorder:
         try:
             values = {tag: float(value) for tag, value in scalars.items()}
             self._lines.append({"round": row.round, "bytes": row.bytes_sent, **values})
+            row.written = True
             self.error = None
         except RunDirectoryError as error:
             self.error = error
             self._warn("metrics", "%s; the run goes on, and the rows are tried again", error)
         except Exception as error:
+            row.written = True
             self._warn("row", "the metrics of round %d are no numbers and were left out: %s", row.round, error)
 
     def _write_events(self) -> None:
@@ -236,18 +255,18 @@ class Recorder:
             if isinstance(item, Row) and item.lazy is not None:
                 self._evaluate(item)
             if item is not None and self._enabled:
-                try:
-                    writers = writers or self._open()
+                with self._curves():
+                    for folder, purge in self._places()[len(writers) :]:
+                        writers.append(EventWriter(folder, purge))
                     self._emit(writers, item)
-                except Exception as error:
-                    self._stop_curves(error)
-        try:
-            if writers and self._enabled and self._finished:
+            if isinstance(item, Row):
+                item.drawn = True
+        if writers and self._enabled and self._finished:
+            with self._curves():
                 writers[0].finished()
-            for writer in writers:
+        for writer in writers:
+            with self._curves():
                 writer.close()
-        except Exception as error:
-            self._stop_curves(error)
 
     def _evaluate(self, row: Row) -> None:
         try:
@@ -258,12 +277,10 @@ class Recorder:
         if row.done is not None:
             row.done.set()
 
-    def _open(self) -> list[EventWriter]:
-        resumed = self._purge_step is not None
-        return [
-            EventWriter(self.path, self._purge_step),
-            EventWriter(self.path / "bytes", self._purge_bytes if resumed else None),
-        ]
+    def _places(self) -> list[tuple[Path, int | None]]:
+        """The folders of the two runs that TensorBoard sees, and from where on each replaces what it holds."""
+        again = self._purge_step is not None
+        return [(self.path, self._purge_step), (self.path / "bytes", self._purge_bytes if again else None)]
 
     def _emit(self, writers: list[EventWriter], item: Row | Description) -> None:
         by_round, by_bytes = writers
@@ -280,12 +297,16 @@ class Recorder:
         for writer in writers:
             writer.flush()
 
-    def _stop_curves(self, error: Exception) -> None:
-        self._enabled = False
-        advice = "install it with: pip install tensorboard" if isinstance(error, ImportError) else "check the disk"
-        self._warn(
-            "curves", "TensorBoard curves end here (%s): %s. The run goes on; metrics.jsonl has all rows", error, advice
-        )
+    @contextlib.contextmanager
+    def _curves(self) -> Iterator[None]:
+        """An error ends the curves, and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            self._enabled = False
+            advice = "install it with: pip install tensorboard" if isinstance(error, ImportError) else "check the disk"
+            message = "TensorBoard curves end here (%s): %s. The run goes on; metrics.jsonl has all rows"
+            self._warn("curves", message, error, advice)
 
     def _warn(self, topic: str, message: str, *values: object) -> None:
         """Log a kind of trouble once."""

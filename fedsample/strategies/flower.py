@@ -4,8 +4,8 @@
     aggregate_train   replies -> sums over clients -> update(state, ...) -> arrays
 
 The arrays that Flower carries from round to round are the whole state of the chains, beside `params`, their positions
-in the model's own parameters (C, d). So `Result.arrays` of one `start` are the `initial_arrays` of the next, and a chain
-goes on where it stood, whatever number Flower gives the round.
+in the model's own parameters (C, d). So `Result.arrays` of one `start` are the `initial_arrays` of the next, and chains
+go on where they stood, whatever number Flower gives the round.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PARAMS = "params"
 EVALUATE = "evaluate"  # Flower's message type
 _STATE = "state."
+_OBSERVE = 100
 
 
 class _Pending(NamedTuple):
@@ -47,8 +48,9 @@ class _Pending(NamedTuple):
 class FlowerStrategy(Strategy):
     """What Flower asks of a strategy, in terms of what a sampler is.
 
-    In `start`, `train_config` may hold `observe-every` and `evaluate_config` may hold `every`: in how many rounds the
-    log posterior is asked for along with the estimates, where a round begins, or in a message of its own, where it ends.
+    In `start`, `train_config` may hold `observe-every`: in how many rounds metrics are returned, with the log posterior
+    where the round began, asked for along with the estimates; 100 by default. `evaluate_config` may hold `every`: in
+    how many rounds the log posterior is asked for where the round ended, in a message of its own; by default in none.
 
     Attributes:
         traffic: bits on the wire so far, arrays only, preparation not included.
@@ -137,7 +139,7 @@ class FlowerStrategy(Strategy):
         if not fleet.fresh and (state.round == 0 or not fleet.holds(self.metric)):
             self.traffic = self.traffic.plus(fleet.set_metric(self.metric))
             state = self._forgotten(state)
-        request = self.request(state, observe=_due(config, "observe-every", state.round + 1))
+        request = self.request(state, observe=_due(config, "observe-every", _OBSERVE, state.round + 1))
         content, dispatch = fleet.dispatch(request)
         self._pending = _Pending(state, dispatch)
         return content
@@ -157,17 +159,7 @@ class FlowerStrategy(Strategy):
         self.traffic = self.traffic.plus(aggregate.traffic)
         after = self.update(state, dispatch.request, aggregate)
         self.check(after.params, after.round)
-        metrics = MetricRecord(
-            {
-                "round": after.round,
-                "arrived": int(aggregate.arrived.sum()),
-                "uplink-bytes": self.traffic.up / 8,
-                "downlink-bytes": self.traffic.down / 8,
-            }
-        )
-        if "value" in aggregate.sums:
-            metrics["log-posterior"] = self._log_posterior(dispatch.request, aggregate)
-        return self.arrays(after), metrics
+        return self.arrays(after), self._metrics(dispatch.request, aggregate) if dispatch.request.observe else None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -175,7 +167,7 @@ class FlowerStrategy(Strategy):
         """A question for the potential at the chains' positions, in every so many rounds; by default never."""
         state = self.state_of(arrays)
         self._asked = None
-        if not _due(config, "every", state.round):
+        if not _due(config, "every", 0, state.round):
             return []
         question = Request(state.round, state.params, frozenset({"value"}))
         content, self._asked = self._fleet_on(grid).dispatch(question, EVALUATE)
@@ -217,12 +209,25 @@ class FlowerStrategy(Strategy):
             return state
         return state._replace(uplink=self.uplink.forget(state.uplink), epoch=state.epoch + 1)
 
+    def _metrics(self, request: Request, aggregate: Aggregate) -> MetricRecord:
+        metrics = MetricRecord(
+            {
+                "round": request.round,
+                "arrived": int(aggregate.arrived.sum()),
+                "uplink-bytes": self.traffic.up // 8,
+                "downlink-bytes": self.traffic.down // 8,
+            }
+        )
+        if "value" in aggregate.sums:
+            metrics["log-posterior"] = self._log_posterior(request, aggregate)
+        return metrics
+
     def _log_posterior(self, request: Request, aggregate: Aggregate) -> float:
         return -float((aggregate.sums["value"].cpu() + self.prior.potential(request.points).cpu()).mean())
 
 
-def _due(config: ConfigRecord, name: str, round: int) -> bool:
-    every = config.get(name, 0)
+def _due(config: ConfigRecord, name: str, default: int, round: int) -> bool:
+    every = config.get(name, default)
     if not isinstance(every, int) or isinstance(every, bool) or every < 0:
         raise ConfigError(f"{name} = {every!r} in the strategy's configuration; expected a number of rounds, 0: never")
     return every > 0 and round % every == 0

@@ -44,7 +44,7 @@ def main() -> None:
     fleet = build_fleet(experiment, problem)
     prepared = prepare(experiment, problem, fleet, Progress(1, 0, "quiet"))
     sampler = build_sampler(experiment, problem, prepared, fleet.n)
-    state = sampler.start(prepared.start)
+    state = sampler.begin(prepared.start)
 
     def one_round() -> None:
         nonlocal state

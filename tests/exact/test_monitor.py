@@ -275,8 +275,8 @@ def test_texts_layout_and_histograms_can_be_read(tmp_path: Path) -> None:
     accumulator = curves(tmp_path)
     assert b"seed = 3" in accumulator.Tensors("config")[0].tensor_proto.string_val[0]
     layout = layout_pb2.Layout.FromString(accumulator.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    band = {chart.title: chart for category in layout.category for chart in category.chart}["gradient norm"].margin
-    assert (band.series[0].lower, band.series[0].value) == ("client/upload_norm/p05", "client/grad_norm/p50")
+    band = {chart.title: chart for category in layout.category for chart in category.chart}["upload norm"].margin
+    assert (band.series[0].lower, band.series[0].value) == ("client/upload_norm/p05", "client/upload_norm/p50")
     assert accumulator.Tags()["histograms"] == ["client/drift"]
     histogram = accumulator.Histograms("client/drift")[0].histogram_value
     assert histogram.num == 200

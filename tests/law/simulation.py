@@ -81,8 +81,8 @@ class Setup:
         """The chain's exact law, of one coordinate where they are alike."""
         hessians, centers = self.clients
         n, d = centers.shape
-        whole = isinstance(self.participation, int)
-        asked = (subset_pairs if whole else independent_pairs)(n, self.participation)  # type: ignore[operator]
+        size = self.participation
+        asked = subset_pairs(n, size) if isinstance(size, int) else independent_pairs(n, size)
         masks = subset_pairs(d, self.k)
         if self.hessians is None:
             hessians, centers, masks = hessians[:, :1, :1], centers[:, :1], masks[:1, :1]

@@ -2,7 +2,8 @@
 
 A server process imports torch and the rest once and forks; each fork runs `fedsample.cli.main` with its own arguments,
 folder, environment and output files, and can be killed like any other process. Where to die can also be said exactly:
-`die_at` kills the process with SIGKILL at its k-th call of a function, between two system calls if need be.
+`die_at` kills the process with SIGKILL at its k-th call of a function, between two system calls if need be, and
+`wait_at` makes it wait there.
 """
 
 from __future__ import annotations
@@ -94,14 +95,18 @@ def start(
     *arguments: str | Path,
     environment: Mapping[str, str] | None = None,
     die_at: tuple[Sequence[str], int] | None = None,
+    wait_at: str = "",
     file_limit: int | None = None,
+    constants: Mapping[str, object] | None = None,
 ) -> Command:
     """Start `fedsample ARGUMENTS` in a folder.
 
     Args:
         folder: where it runs. arguments: of the command. environment: variables beside the usual ones.
         die_at: dotted functions and k >= 1; the process kills itself at the k-th call of any of them.
+        wait_at: a dotted function, and `:k` for its k-th call, in which it waits for a signal.
         file_limit: bytes that a file may have (RLIMIT_FSIZE), as on a disk that is full there.
+        constants: values for dotted names, set before it starts.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -110,7 +115,12 @@ def start(
     for file in out, err:
         file.write_text("")
     words = [str(argument) for argument in arguments]
-    process = context.Process(target=_run, args=(folder, words, out, err, dict(environment or {}), die_at, file_limit))
+    traps = [(die_at[0], die_at[1], _die)] if die_at else []
+    if wait_at:
+        name, _, k = wait_at.partition(":")
+        traps.append(([name], int(k or 1), _wait))
+    changes = dict(environment or {}), dict(constants or {})
+    process = context.Process(target=_run, args=(folder, words, out, err, *changes, traps, file_limit))
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         process.start()
@@ -128,7 +138,8 @@ def _run(
     out: Path,
     err: Path,
     environment: dict[str, str],
-    die_at: tuple[Sequence[str], int] | None,
+    constants: dict[str, object],
+    traps: list[tuple[Sequence[str], int, Callable[[], None]]],
     file_limit: int | None,
 ) -> None:
     os.chdir(folder)
@@ -140,8 +151,11 @@ def _run(
         del os.environ[name]
     os.environ.update({"COLUMNS": "120", "NO_COLOR": "1", **environment})
     warnings.simplefilter("error")
-    if die_at is not None:
-        _arm(*die_at)
+    for name, value in constants.items():
+        owner, last = _owner(name)
+        setattr(owner, last, value)
+    for names, k, act in traps:
+        _arm(names, k, act)
     if file_limit is not None:
         import resource
 
@@ -153,8 +167,17 @@ def _run(
     main()
 
 
-def _arm(names: Sequence[str], k: int) -> None:
-    """Kill this process at the k-th call of the named functions."""
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wait() -> None:
+    while True:  # a handler that returns ends one pause
+        signal.pause()
+
+
+def _arm(names: Sequence[str], k: int, act: Callable[[], None]) -> None:
+    """Do something before the k-th call of the named functions."""
     count = 0
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,19 +185,24 @@ def _arm(names: Sequence[str], k: int) -> None:
             nonlocal count
             count += 1
             if count == k:
-                os.kill(os.getpid(), signal.SIGKILL)
+                act()
             return function(*args, **options)
 
         return counted
 
     for name in names:
-        place, _, last = name.rpartition(".")
-        try:
-            owner: Any = importlib.import_module(place)
-        except ModuleNotFoundError:
-            module, _, kind = place.rpartition(".")
-            owner = getattr(importlib.import_module(module), kind)
+        owner, last = _owner(name)
         setattr(owner, last, wrap(getattr(owner, last)))
+
+
+def _owner(name: str) -> tuple[Any, str]:
+    """The module or class that a dotted name lies in, and its last part."""
+    place, _, last = name.rpartition(".")
+    try:
+        return importlib.import_module(place), last
+    except ModuleNotFoundError:
+        module, _, kind = place.rpartition(".")
+        return getattr(importlib.import_module(module), kind), last
 
 
 def sets(**values: object) -> list[str]:

@@ -30,9 +30,9 @@ class LoopbackGrid(Grid):
     """One node a client.
 
     Attributes:
-        app: what every node runs. clients: how many nodes. run_config: of the run. fresh: called before each message, as
-            if a new process handled it. deaf: node numbers that never answer. sent, received: bits of all arrays of
-            messages of a chain's rounds; log: (type, bits down, bits up) of every message.
+        app: what every node runs. clients: how many nodes. run_config: of the run. fresh: called before each message,
+            so that it can be handled as by a new process. deaf: which messages, to which client, get no answer.
+            log: type, bits down and bits up of every message that was answered.
     """
 
     app: ClientApp

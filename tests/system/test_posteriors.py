@@ -52,7 +52,7 @@ class TestMainJob:
 
     def test_bytes_add_up(self, main_job: Run) -> None:
         packets = main_job.experiment.rounds * 4 * 32 * 4  # chains x coordinates x bytes
-        logged = (main_job.experiment.rounds // main_job.experiment.monitor.every) * 4 * 8  # potentials in logged rounds
+        logged = main_job.experiment.rounds // main_job.experiment.monitor.every * 4 * 8  # potentials
         preparation = main_job.summary["preparation_uplink_bytes_per_client"]
         assert main_job.summary["uplink_bytes_per_client"] == packets + logged + preparation
 

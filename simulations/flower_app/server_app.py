@@ -1,0 +1,51 @@
+"""The server: finds the mode and the metric over Flower messages, then samples with `strategy.start`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from fedsample.config import dump_toml
+from fedsample.experiment import check, of_run_config
+from fedsample.fleets.flower import fleet_on
+from fedsample.monitor.draws import DrawStore
+from fedsample.monitor.progress import Progress
+from fedsample.preparation import prepare
+from fedsample.problem import build_problem
+from fedsample.session import SHARD_ROUNDS, build_sampler
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Prepare, sample, and keep the draws."""
+    experiment = of_run_config(context.run_config)
+    check(experiment)
+    out = Path(str(context.run_config["app.out"])).resolve()
+    draws = DrawStore(out / "draws", SHARD_ROUNDS, start=experiment.warmup)
+
+    problem = build_problem(experiment)  # for its prior and its number of parameters: the rows stay with the clients
+    fleet = fleet_on(grid, experiment, problem)
+    prepared = prepare(experiment, problem, fleet, Progress(experiment.rounds, mode="plain"))
+    strategy = build_sampler(experiment, problem, prepared, fleet.n)
+    strategy.use(fleet)
+
+    def keep(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        kept = server_round - experiment.warmup
+        if kept > 0 and kept % experiment.thin == 0:
+            draws.append(server_round, strategy.draw(strategy.state_of(arrays)))
+        return None
+
+    strategy.start(
+        grid,
+        strategy.arrays(strategy.begin(prepared.start)),
+        num_rounds=experiment.rounds,
+        train_config=ConfigRecord({"observe-every": experiment.monitor.every}),
+        evaluate_fn=keep,
+    )
+    draws.flush()
+    (out / "config.toml").write_text(dump_toml(experiment), encoding="utf-8")
+    print(f"{experiment.draws} draws of {experiment.chains} chains lie in {out}")
