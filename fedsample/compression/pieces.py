@@ -39,7 +39,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum of term(vector) (..., d) over its last axis -> (...), in an order that depends on d and the device type only.
+    """Float64 sum of term(vector) (..., d) over its last axis -> (...), in an order that d and the device type fix.
 
     Pieces are added onto the first one, which is then folded in halves: additions of whole slices, so that one vector
     alone and the same one within a batch give the same bits.
@@ -49,7 +49,7 @@ def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
     for start, end in pieces(d, vector.device):
         terms = term(vector[..., start:end])
         if sums is None:
-            sums = terms
+            sums = terms.double()
         else:
             sums[..., : end - start] += terms
     if sums is None:
@@ -64,7 +64,7 @@ def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
 
 def one_norm(vector: Tensor) -> Tensor:
     """sum_j |v_j| of (..., d) -> (...) float64."""
-    return total(vector, lambda piece: piece.double().abs())
+    return total(vector, torch.abs)
 
 
 def two_norm(vector: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ no receiver accepts. Independent between clients, chains, rounds and coordinates
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -53,8 +54,8 @@ class _Rounding(Compressor):
         """Integer codes of the entries start..end."""
 
     @abstractmethod
-    def _decode(self, codes: Tensor) -> Tensor:
-        """The floats of codes."""
+    def _decode(self, codes: Tensor, out: Tensor) -> None:
+        """Write the floats of codes."""
 
     def count(self, d: int) -> int:
         """All d codes travel."""
@@ -72,7 +73,7 @@ class _Rounding(Compressor):
         codes = packet.values
         out = empty(tuple(codes.shape), _FLOATS[codes.dtype], codes.device)
         for start, end in pieces(d, codes.device):
-            out[..., start:end] = self._decode(codes[..., start:end])
+            self._decode(codes[..., start:end], out[..., start:end])
         return out
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
@@ -147,10 +148,11 @@ class Natural(_Rounding):
             return _cut(values, keys, start, end, 23).bitwise_and_(0x1FF)
         return _cut(values, keys, start, end, 52).bitwise_and_(0xFFF)
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        if codes.dtype == torch.int16:
-            return codes.to(torch.int32).bitwise_left_shift_(23).view(torch.float32)
-        return codes.to(torch.int64).bitwise_left_shift_(52).view(torch.float64)
+    def _decode(self, codes: Tensor, out: Tensor) -> None:
+        if out.dtype == torch.float32:
+            torch.bitwise_left_shift(codes.to(torch.int32), 23, out=out.view(torch.int32))
+        else:
+            torch.bitwise_left_shift(codes.to(torch.int64), 52, out=out.view(torch.int64))
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,11 @@ class Bfloat16(_Rounding):
             return _cut(values, keys, start, end, 16)
         return _cut_double(values, keys, start, end)
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        single = codes.to(torch.int32).bitwise_left_shift_(16).view(torch.float32)
-        return single if codes.dtype == torch.int16 else single.double()
+    def _decode(self, codes: Tensor, out: Tensor) -> None:
+        if out.dtype == torch.float32:
+            torch.bitwise_left_shift(codes.to(torch.int32), 16, out=out.view(torch.int32))
+        else:
+            out.copy_((codes << 16).view(torch.float32))
 
 
 def _cut(values: Tensor, keys: PacketKeys, start: int, end: int, low: int) -> Tensor:
@@ -188,8 +192,9 @@ def _cut(values: Tensor, keys: PacketKeys, start: int, end: int, low: int) -> Te
     patterns = values.view(whole)
     infinite = 0x7F800000 if whole == torch.int32 else 0x7FF0000000000000
     random = coins(keys.own, start, end, low, whole)
-    broken = (patterns & infinite) == infinite
-    return random.masked_fill_(broken, 0).add_(patterns).bitwise_right_shift_(low)
+    if values.device.type != "cpu" or not math.isfinite(float(values.sum())):  # an infinite sum may be of finite values
+        random.masked_fill_((patterns & infinite) == infinite, 0)
+    return random.add_(patterns).bitwise_right_shift_(low)
 
 
 def _cut_double(values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
