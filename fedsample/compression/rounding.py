@@ -28,9 +28,10 @@ from torch import Tensor
 from fedsample.compression import bits
 from fedsample.compression.base import Compressor, Independence, Packet, PacketKeys, require_length
 from fedsample.compression.bits import Codes
-from fedsample.compression.coins import coins
+from fedsample.compression.coins import Coins
 from fedsample.compression.pieces import empty, pieces
 from fedsample.errors import DataError
+from fedsample.random import Key
 
 _CODES = {torch.float32: torch.int16, torch.float64: torch.int32}  # so that a code's dtype tells the vector's
 _FLOATS = {code: dtype for dtype, code in _CODES.items()}
@@ -50,8 +51,12 @@ class _Rounding(Compressor):
         """The bits of a code that are all ones where it is not finite."""
 
     @abstractmethod
-    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
-        """Integer codes of the entries start..end."""
+    def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
+        """What the entries are rounded by."""
+
+    @abstractmethod
+    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
+        """Integer codes of some entries and their coins."""
 
     @abstractmethod
     def _decode(self, codes: Tensor, out: Tensor) -> None:
@@ -64,8 +69,9 @@ class _Rounding(Compressor):
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """The code of each entry."""
         codes = empty(tuple(vector.shape), _CODES[vector.dtype], vector.device)
+        coins = self._coins(keys.own, vector.shape[-1], vector.dtype)
         for start, end in pieces(vector.shape[-1], vector.device):
-            codes[..., start:end] = self._encode(vector[..., start:end].contiguous(), keys, start, end)
+            codes[..., start:end] = self._encode(vector[..., start:end].contiguous(), coins.take(start, end))
         return Packet(codes, None)
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
@@ -143,10 +149,13 @@ class Natural(_Rounding):
     def _exponent(self, dtype: torch.dtype) -> int:
         return 0xFF if dtype == torch.float32 else 0x7FF
 
-    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
+    def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
+        return Coins(key, d, 23, torch.int32) if dtype == torch.float32 else Coins(key, d, 52, torch.int64)
+
+    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
         if values.dtype == torch.float32:
-            return _cut(values, keys, start, end, 23).bitwise_and_(0x1FF)
-        return _cut(values, keys, start, end, 52).bitwise_and_(0xFFF)
+            return _cut(values, random, 23).bitwise_and_(0x1FF)
+        return _cut(values, random, 52).bitwise_and_(0xFFF)
 
     def _decode(self, codes: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
@@ -174,10 +183,11 @@ class Bfloat16(_Rounding):
     def _exponent(self, dtype: torch.dtype) -> int:
         return 0x7F80
 
-    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
-        if values.dtype == torch.float32:
-            return _cut(values, keys, start, end, 16)
-        return _cut_double(values, keys, start, end)
+    def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
+        return Coins(key, d, 16, torch.int32) if dtype == torch.float32 else Coins(key, d, 45, torch.int64)
+
+    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
+        return _cut(values, random, 16) if values.dtype == torch.float32 else _cut_double(values, random)
 
     def _decode(self, codes: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
@@ -186,18 +196,17 @@ class Bfloat16(_Rounding):
             out.copy_((codes << 16).view(torch.float32))
 
 
-def _cut(values: Tensor, keys: PacketKeys, start: int, end: int, low: int) -> Tensor:
+def _cut(values: Tensor, random: Tensor, low: int) -> Tensor:
     """Floats as integers whose `low` last bits are rounded away at random; NaN and infinity stay what they are."""
     whole = torch.int32 if values.dtype == torch.float32 else torch.int64
     patterns = values.view(whole)
     infinite = 0x7F800000 if whole == torch.int32 else 0x7FF0000000000000
-    random = coins(keys.own, start, end, low, whole)
     if values.device.type != "cpu" or not math.isfinite(float(values.sum())):  # an infinite sum may be of finite values
         random.masked_fill_((patterns & infinite) == infinite, 0)
     return random.add_(patterns).bitwise_right_shift_(low)
 
 
-def _cut_double(values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
+def _cut_double(values: Tensor, random: Tensor) -> Tensor:
     """Bit patterns (int32) of bfloat16 from float64: |v| in units of the format's spacing, plus a coin of 45 bits.
 
     The spacing is 2^-7 of the leading power of two and at least 2^-133; below 2^-178 the coin loses the last bits.
@@ -205,7 +214,7 @@ def _cut_double(values: Tensor, keys: PacketKeys, start: int, end: int) -> Tenso
     exponent = ((values.view(torch.int64) >> 52) & 0x7FF).clamp_(min=1023 - 126, max=1023 + 128)
     spacing = ((exponent - 7) << 52).view(torch.float64)
     fixed = (values.abs() / spacing * 2.0**45).nan_to_num(0.0, 0.0, 0.0).clamp_(max=2.0**53).to(torch.int64)
-    units = (fixed + coins(keys.own, start, end, 45, torch.int64)) >> 45  # 0..256
+    units = (fixed + random) >> 45  # 0..256
     rounded = (units.double() * spacing).to(torch.float32).copysign(values.float())
     rounded = torch.where(torch.isfinite(values), rounded, values.float())
     return (rounded.view(torch.int32) >> 16) & 0xFFFF

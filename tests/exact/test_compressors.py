@@ -261,7 +261,7 @@ class EveryCoin(Key):
 
     low = 23
 
-    def integers64(self, n: int, start: int = 0) -> Tensor:
+    def integers64(self, n: int, start: int = 0, out: Tensor | None = None) -> Tensor:
         half = torch.arange(256) << (self.low - 8)
         return ((half << 32) | half).unsqueeze(-1).expand(256, n).contiguous()
 
