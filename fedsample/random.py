@@ -142,6 +142,11 @@ def _counters(n: int, device: torch.device) -> Tensor:
 def _stream(keys: NDArray[np.uint64], start: int, out: NDArray[np.uint64]) -> None:
     """Fill (..., n) with words start, start + 1, ... of the streams of `keys` (...), piece by piece in the cache."""
     n = out.shape[-1]
+    if out.size <= _PIECE:
+        first = keys if start == 0 else keys + np.uint64((start * _GAMMA) & _MASK)
+        np.add(first[..., None], _counters(n, _CPU).numpy().view(np.uint64), out=out)
+        _mix_(out, _scratch(out.size).reshape(out.shape))
+        return
     length = min(n, max(1, _PIECE // max(1, keys.size)))
     increments = _counters(length, _CPU).numpy().view(np.uint64)
     scratch = _scratch(keys.size * length).reshape(*keys.shape, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -24,17 +25,15 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
     Numpy asks the system for huge pages. Without them the first touch of 40 MB takes four times the time of a copy.
     """
-    example = torch.empty((), dtype=dtype)
-    size = example.element_size()
-    for length in shape:
-        size *= length
-    if device.type != "cpu" or size < _LARGE:
+    if device.type != "cpu" or math.prod(shape) * dtype.itemsize < _LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(shape, dtype=example.numpy().dtype))
+    return torch.from_numpy(np.empty(shape, dtype=torch.empty((), dtype=dtype).numpy().dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.zeros`, allocated as `empty` does."""
+    if device.type != "cpu" or math.prod(shape) * dtype.itemsize < _LARGE:
+        return torch.zeros(shape, dtype=dtype, device=device)
     return empty(shape, dtype, device).zero_()
 
 
