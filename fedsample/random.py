@@ -139,9 +139,14 @@ def _counters(n: int, device: torch.device) -> Tensor:
     return torch.arange(1, n + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
 
 
-def _stream(keys: NDArray[np.uint64], n: int, start: int) -> NDArray[np.uint64]:
-    """(..., n) words start, start + 1, ... of the streams of `keys` (...), made piece by piece in the cache."""
-    out = np.empty((*keys.shape, n), dtype=np.uint64)
+def _stream(keys: NDArray[np.uint64], start: int, out: NDArray[np.uint64]) -> None:
+    """Fill (..., n) with words start, start + 1, ... of the streams of `keys` (...), piece by piece in the cache."""
+    n = out.shape[-1]
+    if out.size <= _PIECE:
+        first = keys if start == 0 else keys + np.uint64((start * _GAMMA) & _MASK)
+        np.add(first[..., None], _counters(n, _CPU).numpy().view(np.uint64), out=out)
+        _mix_(out, _scratch(out.size).reshape(out.shape))
+        return
     length = min(n, max(1, _PIECE // max(1, keys.size)))
     increments = _counters(length, _CPU).numpy().view(np.uint64)
     scratch = _scratch(keys.size * length).reshape(*keys.shape, length)
@@ -154,7 +159,6 @@ def _stream(keys: NDArray[np.uint64], n: int, start: int) -> NDArray[np.uint64]:
         _mix_(block, scratch[..., :size])
         if work is not out:
             out[..., at : at + size] = block
-    return out
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -240,11 +244,13 @@ class Key:
         parent = _mix(self.words) if isinstance(self.words, Tensor) else _signed(_mix_int(self.words))
         return Key(_mix(salt ^ parent if isinstance(salt, Tensor) else parent ^ salt), self.device)  # type: ignore[arg-type]
 
-    def integers64(self, n: int, start: int = 0) -> Tensor:
-        """(..., n) int64: n words of the stream from number `start` on, all 64 bits uniform."""
+    def integers64(self, n: int, start: int = 0, out: Tensor | None = None) -> Tensor:
+        """(..., n) int64: n words of the stream from number `start` on, all 64 bits uniform; on a CPU into `out`."""
         keys = self.tensor()
         if keys.device.type == "cpu":
-            return torch.from_numpy(_stream(keys.numpy().view(np.uint64), n, start).view(np.int64))
+            words = torch.empty((*keys.shape, n), dtype=torch.int64) if out is None else out
+            _stream(keys.numpy().view(np.uint64), start, words.numpy().view(np.uint64))
+            return words
         return _mix((keys + _signed(start * _GAMMA)).unsqueeze(-1) + _counters(n, self.device))
 
     def uniform(self, n: int, start: int = 0) -> Tensor:
@@ -329,6 +335,9 @@ def _distinct(ascending: Tensor) -> Tensor:
     """Without repetitions."""
     if len(ascending) < 2:
         return ascending
+    if ascending.device.type == "cpu":
+        values = ascending.numpy()
+        return torch.from_numpy(values[np.concatenate([[True], values[1:] != values[:-1]])])
     new = torch.ones(len(ascending), dtype=torch.bool, device=ascending.device)
     torch.ne(ascending[1:], ascending[:-1], out=new[1:])
     return ascending[new]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -220,9 +221,14 @@ def require_length(data: bytes, want: int, what: str) -> None:
         raise DataError(f"a packet of {len(data)} bytes, expected {want} ({what}); both ends need the same settings")
 
 
+def finite(values: Tensor) -> bool:
+    """Whether all values are; by their sum first, which is finite only if they are."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+
+
 def values_to_bytes(values: Tensor) -> bytes:
     """Little-endian bytes of a float32 or float64 tensor; refuses values that are not finite."""
-    if not bool(torch.isfinite(values).all()):
+    if not finite(values):
         raise DataError("a packet holds NaN or infinite values; the gradient that made it is not finite")
     plain: bytes = values.detach().cpu().contiguous().numpy().astype(_NUMPY[values.dtype], copy=False).tobytes()
     return plain
@@ -234,7 +240,7 @@ def values_from_bytes(data: bytes, count: int, dtype: torch.dtype) -> Tensor:
     if len(data) != count * form.itemsize:
         raise DataError(f"a packet of {len(data)} bytes, expected {count * form.itemsize} ({count} values of {form})")
     values = torch.from_numpy(np.frombuffer(data, dtype=form).astype(form.newbyteorder("="), copy=True))
-    if not bool(torch.isfinite(values).all()):
+    if not finite(values):
         raise DataError("a packet holds NaN or infinite values and is refused")
     return values
 
@@ -249,6 +255,6 @@ def resolve_count(k: int | float, d: int, what: str) -> int:
         if not 1 <= k <= d:
             raise ConfigError(f"{what}: k = {k} coordinates of {d} parameters; choose 1 <= k <= {d}, or a fraction")
         return k
-    if not 0 < k <= 1:
+    if isinstance(k, bool) or not 0 < k <= 1:
         raise ConfigError(f"{what}: k = {k} is read as a fraction and must lie in (0, 1]; a count is an integer")
     return max(1, round(k * d))

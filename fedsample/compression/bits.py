@@ -41,9 +41,13 @@ def pack(codes: Codes, width: int) -> bytes:
         if (width - shift) & bits:
             plane = _low_bytes(main, shift).reshape(8 // bits, -1)
             low = (1 << bits) - 1
-            shared = plane[0] & low
-            for row in range(1, len(plane)):
-                shared |= (plane[row] & low) << (bits * row)
+            shared = np.empty(plane.shape[1], dtype=np.uint8)
+            for at in range(0, len(shared), _CHUNK):
+                columns = plane[:, at : at + _CHUNK]
+                byte = columns[0] & low
+                for row in range(1, len(columns)):
+                    byte |= (columns[row] & low) << (bits * row)
+                shared[at : at + _CHUNK] = byte
             parts.append(shared)
             shift += bits
     if len(tail) and width:
@@ -95,7 +99,7 @@ def _low_bytes(codes: Codes, shift: int) -> NDArray[np.uint8]:
     out = np.empty(len(codes), dtype=np.uint8)
     for at in range(0, len(codes), _CHUNK):
         piece = codes[at : at + _CHUNK]
-        out[at : at + _CHUNK] = (piece >> shift if shift else piece).astype(np.uint8)
+        np.copyto(out[at : at + _CHUNK], piece >> shift if shift else piece, casting="unsafe")
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -24,22 +25,20 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
     Numpy asks the system for huge pages. Without them the first touch of 40 MB takes four times the time of a copy.
     """
-    example = torch.empty((), dtype=dtype)
-    size = example.element_size()
-    for length in shape:
-        size *= length
-    if device.type != "cpu" or size < _LARGE:
+    if device.type != "cpu" or math.prod(shape) * dtype.itemsize < _LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(shape, dtype=example.numpy().dtype))
+    return torch.from_numpy(np.empty(shape, dtype=torch.empty((), dtype=dtype).numpy().dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.zeros`, allocated as `empty` does."""
+    if device.type != "cpu" or math.prod(shape) * dtype.itemsize < _LARGE:
+        return torch.zeros(shape, dtype=dtype, device=device)
     return empty(shape, dtype, device).zero_()
 
 
 def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum of term(vector) (..., d) over its last axis -> (...), in an order that depends on d and the device type only.
+    """Float64 sum of term(vector) (..., d) over its last axis -> (...), in an order that d and the device type fix.
 
     Pieces are added onto the first one, which is then folded in halves: additions of whole slices, so that one vector
     alone and the same one within a batch give the same bits.
@@ -49,7 +48,7 @@ def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
     for start, end in pieces(d, vector.device):
         terms = term(vector[..., start:end])
         if sums is None:
-            sums = terms
+            sums = terms.double()
         else:
             sums[..., : end - start] += terms
     if sums is None:
@@ -64,7 +63,7 @@ def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
 
 def one_norm(vector: Tensor) -> Tensor:
     """sum_j |v_j| of (..., d) -> (...) float64."""
-    return total(vector, lambda piece: piece.double().abs())
+    return total(vector, torch.abs)
 
 
 def two_norm(vector: Tensor) -> Tensor:

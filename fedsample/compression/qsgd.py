@@ -32,7 +32,7 @@ from fedsample.compression.base import (
     values_from_bytes,
     values_to_bytes,
 )
-from fedsample.compression.coins import coins
+from fedsample.compression.coins import Coins
 from fedsample.compression.pieces import empty, pieces, two_norm
 from fedsample.errors import ConfigError, DataError
 
@@ -84,10 +84,11 @@ class QSGD(Compressor):
         whole, fraction = _fixed_point(vector.dtype, self.levels)
         unit = 1 << fraction
         levels = empty(tuple(vector.shape), self._dtype(), vector.device)
+        coins = Coins(keys.own, vector.shape[-1], fraction, whole)
+        top = self.levels * unit
         for start, end in pieces(vector.shape[-1], vector.device):
-            scaled = (vector[..., start:end] / safe).mul_(float(self.levels * unit)).round_()
-            fixed = scaled.to(whole).clamp_(-self.levels * unit, self.levels * unit)
-            fixed += coins(keys.own, start, end, fraction, whole)
+            scaled = (vector[..., start:end] / safe).mul_(float(top)).round_()
+            fixed = coins.take(start, end).add_(scaled.to(whole).clamp_(-top, top))
             levels[..., start:end] = fixed.bitwise_right_shift_(fraction)
         return Packet(levels, None, norm.unsqueeze(-1))
 

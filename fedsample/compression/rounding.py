@@ -16,6 +16,7 @@ no receiver accepts. Independent between clients, chains, rounds and coordinates
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -27,9 +28,10 @@ from torch import Tensor
 from fedsample.compression import bits
 from fedsample.compression.base import Compressor, Independence, Packet, PacketKeys, require_length
 from fedsample.compression.bits import Codes
-from fedsample.compression.coins import coins
+from fedsample.compression.coins import Coins
 from fedsample.compression.pieces import empty, pieces
 from fedsample.errors import DataError
+from fedsample.random import Key
 
 _CODES = {torch.float32: torch.int16, torch.float64: torch.int32}  # so that a code's dtype tells the vector's
 _FLOATS = {code: dtype for dtype, code in _CODES.items()}
@@ -49,12 +51,16 @@ class _Rounding(Compressor):
         """The bits of a code that are all ones where it is not finite."""
 
     @abstractmethod
-    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
-        """Integer codes of the entries start..end."""
+    def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
+        """What the entries are rounded by."""
 
     @abstractmethod
-    def _decode(self, codes: Tensor) -> Tensor:
-        """The floats of codes."""
+    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
+        """Integer codes of some entries and their coins."""
+
+    @abstractmethod
+    def _decode(self, codes: Tensor, out: Tensor) -> None:
+        """Write the floats of codes."""
 
     def count(self, d: int) -> int:
         """All d codes travel."""
@@ -63,8 +69,9 @@ class _Rounding(Compressor):
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """The code of each entry."""
         codes = empty(tuple(vector.shape), _CODES[vector.dtype], vector.device)
+        coins = self._coins(keys.own, vector.shape[-1], vector.dtype)
         for start, end in pieces(vector.shape[-1], vector.device):
-            codes[..., start:end] = self._encode(vector[..., start:end].contiguous(), keys, start, end)
+            codes[..., start:end] = self._encode(vector[..., start:end].contiguous(), coins.take(start, end))
         return Packet(codes, None)
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
@@ -72,7 +79,7 @@ class _Rounding(Compressor):
         codes = packet.values
         out = empty(tuple(codes.shape), _FLOATS[codes.dtype], codes.device)
         for start, end in pieces(d, codes.device):
-            out[..., start:end] = self._decode(codes[..., start:end])
+            self._decode(codes[..., start:end], out[..., start:end])
         return out
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
@@ -142,15 +149,19 @@ class Natural(_Rounding):
     def _exponent(self, dtype: torch.dtype) -> int:
         return 0xFF if dtype == torch.float32 else 0x7FF
 
-    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
-        if values.dtype == torch.float32:
-            return _cut(values, keys, start, end, 23).bitwise_and_(0x1FF)
-        return _cut(values, keys, start, end, 52).bitwise_and_(0xFFF)
+    def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
+        return Coins(key, d, 23, torch.int32) if dtype == torch.float32 else Coins(key, d, 52, torch.int64)
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        if codes.dtype == torch.int16:
-            return codes.to(torch.int32).bitwise_left_shift_(23).view(torch.float32)
-        return codes.to(torch.int64).bitwise_left_shift_(52).view(torch.float64)
+    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
+        if values.dtype == torch.float32:
+            return _cut(values, random, 23).bitwise_and_(0x1FF)
+        return _cut(values, random, 52).bitwise_and_(0xFFF)
+
+    def _decode(self, codes: Tensor, out: Tensor) -> None:
+        if out.dtype == torch.float32:
+            torch.bitwise_left_shift(codes.to(torch.int32), 23, out=out.view(torch.int32))
+        else:
+            torch.bitwise_left_shift(codes.to(torch.int64), 52, out=out.view(torch.int64))
 
 
 @dataclass(frozen=True)
@@ -172,27 +183,30 @@ class Bfloat16(_Rounding):
     def _exponent(self, dtype: torch.dtype) -> int:
         return 0x7F80
 
-    def _encode(self, values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
-        if values.dtype == torch.float32:
-            return _cut(values, keys, start, end, 16)
-        return _cut_double(values, keys, start, end)
+    def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
+        return Coins(key, d, 16, torch.int32) if dtype == torch.float32 else Coins(key, d, 45, torch.int64)
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        single = codes.to(torch.int32).bitwise_left_shift_(16).view(torch.float32)
-        return single if codes.dtype == torch.int16 else single.double()
+    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
+        return _cut(values, random, 16) if values.dtype == torch.float32 else _cut_double(values, random)
+
+    def _decode(self, codes: Tensor, out: Tensor) -> None:
+        if out.dtype == torch.float32:
+            torch.bitwise_left_shift(codes.to(torch.int32), 16, out=out.view(torch.int32))
+        else:
+            out.copy_((codes << 16).view(torch.float32))
 
 
-def _cut(values: Tensor, keys: PacketKeys, start: int, end: int, low: int) -> Tensor:
+def _cut(values: Tensor, random: Tensor, low: int) -> Tensor:
     """Floats as integers whose `low` last bits are rounded away at random; NaN and infinity stay what they are."""
     whole = torch.int32 if values.dtype == torch.float32 else torch.int64
     patterns = values.view(whole)
     infinite = 0x7F800000 if whole == torch.int32 else 0x7FF0000000000000
-    random = coins(keys.own, start, end, low, whole)
-    broken = (patterns & infinite) == infinite
-    return random.masked_fill_(broken, 0).add_(patterns).bitwise_right_shift_(low)
+    if values.device.type != "cpu" or not math.isfinite(float(values.sum())):  # an infinite sum may be of finite values
+        random.masked_fill_((patterns & infinite) == infinite, 0)
+    return random.add_(patterns).bitwise_right_shift_(low)
 
 
-def _cut_double(values: Tensor, keys: PacketKeys, start: int, end: int) -> Tensor:
+def _cut_double(values: Tensor, random: Tensor) -> Tensor:
     """Bit patterns (int32) of bfloat16 from float64: |v| in units of the format's spacing, plus a coin of 45 bits.
 
     The spacing is 2^-7 of the leading power of two and at least 2^-133; below 2^-178 the coin loses the last bits.
@@ -200,7 +214,7 @@ def _cut_double(values: Tensor, keys: PacketKeys, start: int, end: int) -> Tenso
     exponent = ((values.view(torch.int64) >> 52) & 0x7FF).clamp_(min=1023 - 126, max=1023 + 128)
     spacing = ((exponent - 7) << 52).view(torch.float64)
     fixed = (values.abs() / spacing * 2.0**45).nan_to_num(0.0, 0.0, 0.0).clamp_(max=2.0**53).to(torch.int64)
-    units = (fixed + coins(keys.own, start, end, 45, torch.int64)) >> 45  # 0..256
+    units = (fixed + random) >> 45  # 0..256
     rounded = (units.double() * spacing).to(torch.float32).copysign(values.float())
     rounded = torch.where(torch.isfinite(values), rounded, values.float())
     return (rounded.view(torch.int32) >> 16) & 0xFFFF

@@ -2,8 +2,8 @@ r"""Scaled sign: one bit an entry, and the mean magnitude.
 
     C(v) = (|v|_1 / d) sgn(v),     |C(v) - v|^2 = (1 - alpha(v)) |v|^2,   alpha(v) = |v|_1^2 / (d |v|_2^2) >= 1 / d
 
-Karimireddy et al., ICML 2019 (arXiv 1901.09847), Lemma 8. Deterministic and biased. A zero entry counts as positive,
-which leaves the identity as it is. The constant is the worst case 1 / d, of a vector with one entry; for Gaussian
+Karimireddy et al., ICML 2019 (arXiv 1901.09847), Lemma 8. Deterministic and biased. A zero entry counts by its sign
+bit, which leaves the identity as it is. The constant is the worst case 1 / d, of a vector with one entry; for Gaussian
 entries alpha is near 2 / pi.
 """
 
@@ -30,6 +30,8 @@ from fedsample.compression.base import (
 )
 from fedsample.compression.pieces import empty, one_norm, pieces
 from fedsample.errors import DataError
+
+_WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,13 @@ class ScaledSign(Compressor):
         return torch.where(square > 0, ratio, 1.0)
 
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
-        """+1 or -1 for each entry, and |v|_1 / d."""
+        """+1 or -1 for each entry by its sign bit, and |v|_1 / d."""
         d = vector.shape[-1]
         signs = empty(tuple(vector.shape), torch.int8, vector.device)
         for start, end in pieces(d, vector.device):
-            negative = (vector[..., start:end] < 0).view(torch.int8)
-            signs[..., start:end] = negative.mul_(-2).add_(1)
+            piece = vector[..., start:end].contiguous()
+            signs[..., start:end] = piece.view(_WHOLE[vector.dtype]) >> 8 * vector.dtype.itemsize - 1  # 0, or -1
+            signs[..., start:end].bitwise_or_(1)
         return Packet(signs, None, (one_norm(vector) / d).to(vector.dtype).unsqueeze(-1))
 
     def decompress(self, packet: Packet, d: int) -> Tensor:

@@ -101,7 +101,7 @@ class RandBlock(_Sparsifier):
         order = _permutation(keys.common.fold(keys.round // self.refresh), d)
         start = keys.own.integers(d, 1)  # (..., 1)
         if d < _ASCENDING:
-            return order[start + torch.arange(k, device=start.device)]
+            return order[start + _offsets(k, start.device)]
         rows = [order[at : at + k] for at in start.flatten().tolist()]
         return _ascending(torch.stack(rows)).view(*start.shape[:-1], k).to(torch.int64)
 
@@ -113,6 +113,11 @@ def _permutation(key: Key, d: int) -> Tensor:
     if _ASCENDING <= d < 1 << 31:
         order = order.to(torch.int32)
     return torch.cat([order, order])
+
+
+@lru_cache(maxsize=8)
+def _offsets(k: int, device: torch.device) -> Tensor:
+    return torch.arange(k, device=device)
 
 
 def _ascending(rows: Tensor) -> Tensor:

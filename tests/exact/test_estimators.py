@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsample.clients.worker import Worker
-from fedsample.compression import Compressor, Identity, LinkKeys, RandBlock, RandK
+from fedsample.compression import QSGD, Composed, Compressor, Identity, LinkKeys, Natural, RandBlock, RandK
 from fedsample.errors import ConfigError, DataError, UnsoundError
 from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Uplink, Upload, build, check, table
 from fedsample.exchange import ESTIMATE, Request
@@ -234,7 +234,9 @@ def drift(uplink: Diana, loss: float, rounds: int = 50, epochs: tuple[int, ...] 
     return differences
 
 
-@pytest.mark.parametrize("compressor", [RandK(3), RandBlock(2), Identity(), RandK(1)])
+@pytest.mark.parametrize(
+    "compressor", [RandK(3), RandBlock(2), Identity(), RandK(1), QSGD(3), Natural(), Composed(RandK(3), Natural())]
+)
 @pytest.mark.parametrize("loss", [0.0, 0.01, 0.3])
 def test_the_two_sums_of_memories_never_part(compressor: Compressor, loss: float) -> None:
     assert max(drift(Diana(compressor), loss)) < 1e-12
@@ -348,7 +350,7 @@ def some_coins(round: int) -> list[bool]:
     return key(8, round, chain=torch.arange(C), purpose="coins").bernoulli(0.3).tolist()
 
 
-@pytest.mark.parametrize("compressor", [RandK(3), RandBlock(2), Identity()])
+@pytest.mark.parametrize("compressor", [RandK(3), RandBlock(2), Identity(), QSGD(3), Composed(RandK(3), Natural())])
 def test_marinas_kept_gradient_equals_recomputation_to_the_bit(compressor: Compressor) -> None:
     kept = run_marina(Marina(compressor, None), 12, some_coins)
     recomputed = run_marina(Marina(compressor, None), 12, some_coins, forget=True)
