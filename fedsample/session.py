@@ -34,7 +34,7 @@ from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
 from fedsample.monitor.progress import Progress
 from fedsample.monitor.tensorboard import Recorder
 from fedsample.preparation import Prepared, prepare, restore_prepared
-from fedsample.problem import Problem, build_problem
+from fedsample.problem import DTYPES, Problem, build_problem
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
 from fedsample.strategies.schedule import Constant, Cyclical, Polynomial, Schedule
 from fedsample.watch import Watch, summarise

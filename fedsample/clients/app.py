@@ -23,7 +23,8 @@ from fedsample.clients.worker import Worker
 from fedsample.config import Experiment, dump_toml
 from fedsample.errors import ConfigError, DataError
 from fedsample.exchange import ESTIMATE, Request
-from fedsample.experiment import build_uplink, of_run_config, reread
+from fedsample.experiment import of_run_config, reread
+from fedsample.links import links, refresh_of
 from fedsample.problem import Problem, build_problem
 from fedsample.targets import Metric
 from fedsample.targets.metric import Identity
@@ -101,7 +102,7 @@ def _device(text: str, index: int, partitions: int) -> Device:
     indices = torch.tensor([index], device=problem.clients.device)
     worker = Worker(
         problem.clients.client(index),
-        build_uplink(experiment),
+        links(experiment, problem)[0],
         experiment.seed,
         experiment.chains,
         indices,
@@ -208,6 +209,8 @@ def _answer(device: Device, content: RecordDict, state: RecordDict, trace: Trace
         trace.stage = "memory"
         worker.memory = _memory(device, state)
         request = _with_previous(device, request, state)
+        if refresh_of(device.experiment) == 0:  # variance is reduced about the mode, which needs no message
+            request = replace(request, reference=torch.zeros_like(request.points))
     trace.stage = "estimate" if estimate else ", ".join(sorted(request.outputs))
     answer = worker.answer(request)
     trace.stage = "answer"

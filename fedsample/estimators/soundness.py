@@ -115,8 +115,8 @@ def check(name: str, compressor: Compressor, *, everyone: bool = True) -> None:
         )
     if compressor.everyone and (side == "downlink" or not everyone):
         raise UnsoundError(
-            f"{side} {name} around {compressor.name}: its packets are shares of one whole, so every client must be heard "
-            "in every round; use fleet.participation = 1.0 without loss and drop-outs on an uplink, or compressor randk"
+            f"{side} {name} around {compressor.name}: its packets are shares of one whole, so every client must be "
+            "heard in every round; use fleet.participation = 1.0 without loss and drop-outs on an uplink, or compressor randk"
         )
 
 

@@ -248,11 +248,11 @@ class FlowerFleet:
 
 def fleet_on(grid: Grid, experiment: Experiment, problem: Problem) -> FlowerFleet:
     """The clients of an experiment, on the grid of a running ServerApp."""
-    from fedsample.experiment import build_uplink
+    from fedsample.links import links
 
     clients = problem.clients
     like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
-    uplink = build_uplink(experiment)
+    uplink, _ = links(experiment, problem)
     return FlowerFleet(grid, clients.n, uplink, experiment.seed, experiment.chains, like, blocks=clients.blocks)
 
 

@@ -35,7 +35,8 @@ from fedsample.clients.worker import Worker
 from fedsample.config import Experiment, dump_toml, load
 from fedsample.errors import ClientError, ConfigError, DataError, DivergenceError, QuorumError
 from fedsample.exchange import Fleet, Request, Traffic
-from fedsample.experiment import build_uplink, of_run_config
+from fedsample.experiment import of_run_config
+from fedsample.links import links
 from fedsample.fleets import simulation
 from fedsample.fleets.flower import FlowerFleet, fleet_on
 from fedsample.fleets.local import LocalFleet
@@ -87,7 +88,7 @@ class Reference:
     def __init__(self, experiment: Experiment, rounds: int = ROUNDS) -> None:
         self.experiment, self.problem = experiment, build_problem(experiment)
         clients, size = self.problem.clients, experiment.batch_size
-        uplink = build_uplink(experiment)
+        uplink, _ = links(experiment, self.problem)
         self.fleet = LocalFleet(
             clients, uplink, experiment.seed, experiment.chains, batch_size=size, engine="by-client"
         )
