@@ -1,8 +1,8 @@
 r"""Exact second moments of every linear chain, written apart from the package: plain numpy, one matrix a bit.
 
 On quadratic clients U_i(x) = (x - a_i)^T H_i (x - a_i) / 2 a round is affine in its state and in its random bits. With
-the state y = (1, x, [v], rest), where `rest` is (x_before, g) for marina, (h_1, ..., h_n) for diana and nothing for
-dense, a round given marina's coin is
+the state y = (1, x, [v], [w], rest), where `rest` is (w_before, g) for marina, (h_1, ..., h_n) for diana and ef21, and
+nothing for dense and direct, a round given whether it is a dense one is
 
     y+ = (M_0 + sum_b beta_b D_b) y + c xi,    xi ~ N(0, I)
 
@@ -11,8 +11,9 @@ and with mu, Gamma the mean and covariance of the bits,
     E y+ y+^T = (M_0 + sum mu_b D_b) P (M_0 + sum mu_b D_b)^T + sum_bc Gamma_bc D_b P D_c^T + c c^T,    P = E y y^T.
 
 The bit beta_ij says that client i's coordinate j arrived: the mask kept it, the client was asked, the reply was not
-lost. The leading 1 carries means along. Masks act on coordinates: one coordinate by itself is a problem with d = 1
-whose bit has mean K / d, exact whenever the Hessians are diagonal.
+lost. With a compressed downlink clients see w instead of x, and a second map of the same form, w_j <- x_j where the
+downlink's mask keeps j, follows the first. The leading 1 carries means along. Masks act on coordinates: one coordinate
+by itself is a problem with d = 1 whose bit has mean K / d, exact whenever the Hessians are diagonal.
 """
 
 from __future__ import annotations
@@ -54,10 +55,13 @@ class Chain:
     """A sampler, an uplink and quadratic clients.
 
     Attributes:
-        hessians: (n, d, d). centers: (n, d). sampler: "langevin" or "baoab". uplink: "dense", "marina" or "diana".
+        hessians: (n, d, d). centers: (n, d). sampler: "langevin" or "baoab". uplink: "dense", "direct", "marina",
+            "diana" or "ef21".
         step: h. friction: of baoab. temperature: T. masks: (d, d) probabilities that a mask keeps two coordinates;
             diagonal K / d; None: all kept. clients: (n, n) probabilities that two clients' uploads both arrive; None:
-            all do. sync: marina's p. prior, prior_center: Hessian (d, d) and centre (d,) of U_0.
+            all do. sync: marina's p. prior, prior_center: Hessian (d, d) and centre (d,) of U_0. first:
+            whether it is the round before which momenta are whole. anchored: whether direct's clients subtract their
+            gradients at x = 0. downlink: (d, d) as `masks`, of the increments of w; None: clients see x.
     """
 
     hessians: Array
@@ -72,7 +76,9 @@ class Chain:
     sync: float = 0.0
     prior: Array | None = None
     prior_center: Array | None = None
-    first: bool = False  # the round before which momenta are whole
+    first: bool = False
+    anchored: bool = False
+    downlink: Array | None = None
 
     # --- the target ---------------------------------------------------------------------------------------------
 
@@ -107,9 +113,17 @@ class Chain:
     @cached_property
     def layout(self) -> dict[str, slice]:
         """Where each part of y = (1, x, ...) lies."""
-        names = ["x"] + (["v"] if self.sampler == "baoab" else [])
-        names += {"dense": [], "marina": ["before", "g"], "diana": [f"h{i}" for i in range(self.n)]}[self.uplink]
+        names = ["x"] + (["v"] if self.sampler == "baoab" else []) + (["w"] if self.at == "w" else [])
+        if self.uplink == "marina":
+            names += ["before", "g"]
+        if self.uplink in ("diana", "ef21"):
+            names += [f"h{i}" for i in range(self.n)]
         return {name: slice(1 + at * self.d, 1 + (at + 1) * self.d) for at, name in enumerate(names)}
+
+    @property
+    def at(self) -> str:
+        """The part at which clients differentiate."""
+        return "x" if self.downlink is None else "w"
 
     @property
     def size(self) -> int:
@@ -127,8 +141,9 @@ class Chain:
         matrix[:, 0] -= hessian @ center
         return matrix
 
-    def _client_gradient(self, i: int, at: str = "x") -> Array:
-        return self._gradient(self.hessians[i], self.centers[i], at)
+    def _client_gradients(self, at: str) -> Array:
+        """(n, d, size) every client's."""
+        return np.stack([self._gradient(self.hessians[i], self.centers[i], at) for i in range(self.n)])
 
     def _kernel(self) -> tuple[Array, Array]:
         """(size, size) the sampler without a gradient and (size, d) how a gradient enters; other rows are zero."""
@@ -166,54 +181,74 @@ class Chain:
 
     def _estimate(self, coin: bool) -> tuple[Array, Array]:
         """The estimate of the clients' gradients: (d, size) what no bit touches, and (n, d, size) what they send."""
-        here = np.stack([self._client_gradient(i) for i in range(self.n)])
+        here = self._client_gradients(self.at)
         nothing = np.zeros_like(here[0])
-        if self.uplink == "dense":
-            return nothing, here
-        if self.uplink == "diana":
-            memories = np.stack([self.part(f"h{i}") for i in range(self.n)])
-            return memories.sum(0), here - memories
+        if self.uplink in ("dense", "direct"):
+            known = np.zeros_like(here)
+            if self.anchored:
+                known[:, :, 0] = -np.einsum("ijk,ik->ij", self.hessians, self.centers)
+            return nothing + known.sum(0), here - known
         if coin:
             return here.sum(0), 0 * here
-        return self.part("g"), here - np.stack([self._client_gradient(i, "before") for i in range(self.n)])
+        if self.uplink == "marina":
+            return self.part("g"), here - self._client_gradients("before")
+        memories = self._memories()
+        return memories.sum(0), here - memories
+
+    def _memories(self) -> Array:
+        return np.stack([self.part(f"h{i}") for i in range(self.n)])
 
     def round(self, coin: bool = False) -> tuple[Array, Array]:
-        """M_0 (size, size) and the D_b (n d, size, size) of a round, given marina's coin."""
-        scale = 1 / self.bits()[0].reshape(self.n, self.d)  # (1 / pi) (d / K)
+        """M_0 (size, size) and the D_b (n d, size, size) of a round, given that it is dense (marina, ef21)."""
+        scale = np.ones((self.n, self.d))
+        if self.uplink != "ef21":
+            scale = 1 / self.bits()[0].reshape(self.n, self.d)  # (1 / pi) (d / K)
         base, sent = self._estimate(coin)
         free, kick = self._kernel()
         still = free + kick @ (base + self._gradient(*self._prior))
         still[0, 0] = 1.0
+        if self.at == "w":
+            still += self.part("w").T @ self.part("w")
         bits = np.einsum("rj,ij,ijc->ijrc", kick, scale, sent)
         if self.uplink == "marina":
-            still += self.part("before").T @ self.part("x") + self.part("g").T @ base
+            still += self.part("before").T @ self.part(self.at) + self.part("g").T @ base
             bits += np.einsum("jr,ij,ijc->ijrc", self.part("g"), scale, sent)
-        if self.uplink == "diana":  # alpha (d / K) = 1: a coordinate that arrives makes the memory the gradient
-            for i in range(self.n):
-                memory = self.part(f"h{i}")
-                still += memory.T @ memory
+        if self.uplink in (
+            "diana",
+            "ef21",
+        ):  # a coordinate that arrives makes the memory the gradient (alpha d / K = 1)
+            kept = self._client_gradients(self.at) if coin else self._memories()
+            for i, memory in enumerate(self._memories()):
+                still += memory.T @ kept[i]
                 bits[i] += np.einsum("jr,jc->jrc", memory, sent[i])
         return still, bits.reshape(-1, self.size, self.size)
 
+    def _sight(self) -> tuple[Array, Array, Array]:
+        """What follows a round: I + sum mu_j D_j, the D_j (d, size, size) and the covariance of the downlink's bits."""
+        assert self.downlink is not None
+        x, w = self.part("x"), self.part("w")
+        directions = np.einsum("jr,jc->jrc", w, x - w)
+        keep = np.diag(self.downlink)
+        average = np.eye(self.size) + np.tensordot(keep, directions, 1)
+        return average, directions, self.downlink - np.outer(keep, keep)
+
     def coins(self, coin: bool | None = None) -> list[tuple[bool, float]]:
-        """Marina's coin and its chances, or the coin that is given."""
-        if self.uplink != "marina":
-            return [(False, 1.0)]
-        return [(True, self.sync), (False, 1 - self.sync)] if coin is None else [(coin, 1.0)]
+        """Whether the round is dense, and the chances: marina's coin, or what is given."""
+        if coin is not None or self.uplink != "marina":
+            return [(bool(coin), 1.0)]
+        return [(True, self.sync), (False, 1 - self.sync)]
 
     # --- second moments -----------------------------------------------------------------------------------------
 
     def after(self, moments: Array, coin: bool | None = None) -> Array:
-        """E y+ y+^T (size, size) from E y y^T; `coin` conditions on marina's."""
+        """E y+ y+^T (size, size) from E y y^T; `coin` conditions on whether the round is dense."""
         result = moments[0, 0] * self.noise @ self.noise.T
         mean, covariance = self.bits()
         for tossed, chance in self.coins(coin):
             still, directions = self.round(tossed)
             average = still + np.tensordot(mean, directions, 1)
-            moved = average @ moments @ average.T
-            spread = np.einsum("bc,bij,jk,clk->il", covariance, directions, moments, directions, optimize=True)
-            result = result + chance * (moved + spread)
-        return result
+            result = result + chance * _step(average, directions, covariance, moments)
+        return result if self.downlink is None else _step(*self._sight(), result)
 
     @cached_property
     def _linear(self) -> tuple[Array, Array]:
@@ -223,10 +258,12 @@ class Chain:
         for tossed, chance in self.coins():
             still, directions = self.round(tossed)
             average = still + np.tensordot(mean, directions, 1)
-            operator += chance * np.kron(average, average)
-            mixed = np.einsum("bc,bij,ckl->ikjl", covariance, directions, directions, optimize=True)
-            operator += chance * mixed.reshape(self.size**2, self.size**2)
-        constant = operator[:, 0] + (self.noise @ self.noise.T).ravel()
+            operator += chance * _operator(average, directions, covariance)
+        noise = (self.noise @ self.noise.T).ravel()
+        if self.downlink is not None:
+            sight = _operator(*self._sight())
+            operator, noise = sight @ operator, sight @ noise
+        constant = operator[:, 0] + noise
         return operator[1:, 1:], constant[1:]
 
     @cached_property
@@ -266,6 +303,19 @@ class Chain:
         return low
 
 
+def _step(average: Array, directions: Array, covariance: Array, moments: Array) -> Array:
+    """E M P M^T for M = average + sum of centred bits times their directions."""
+    spread = np.einsum("bc,bij,jk,clk->il", covariance, directions, moments, directions, optimize=True)
+    return average @ moments @ average.T + spread
+
+
+def _operator(average: Array, directions: Array, covariance: Array) -> Array:
+    """(size^2, size^2) the same as a matrix on vec P."""
+    size = len(average)
+    mixed = np.einsum("bc,bij,ckl->ikjl", covariance, directions, directions, optimize=True)
+    return np.kron(average, average) + mixed.reshape(size**2, size**2)
+
+
 def coordinate(
     curvatures: list[float] | Array,
     centers: list[float] | Array,
@@ -276,14 +326,16 @@ def coordinate(
     keep: float = 1.0,
     arrive: float = 1.0,
     cohort: int | None = None,
+    see: float | None = None,
     **rest: Any,
 ) -> Chain:
-    """One coordinate of diagonal clients: `keep` = K / d, `arrive` the chance that an upload arrives, or a cohort."""
+    """One coordinate of diagonal clients: `keep` = K / d, `arrive` the chance that an upload arrives, or a cohort;
+    `see` the downlink's K / d, None: clients see the iterate."""
     lam, a = np.asarray(curvatures, dtype=float), np.asarray(centers, dtype=float)
     n = len(lam)
     clients = independent_pairs(n, arrive) if cohort is None else subset_pairs(n, cohort)
-    masks = np.array([[keep]])
-    return Chain(lam[:, None, None], a[:, None], sampler, uplink, step, masks=masks, clients=clients, **rest)
+    rest |= {"masks": np.array([[keep]]), "clients": clients, "downlink": None if see is None else np.array([[see]])}
+    return Chain(lam[:, None, None], a[:, None], sampler, uplink, step, **rest)
 
 
 R4 = ([0.5, 1.0, 1.5, 2.0], [-1.0, 0.5, 2.0, -0.5])  # the reference clients: mean 0.4, variance 0.2

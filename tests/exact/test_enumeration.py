@@ -20,8 +20,21 @@ import torch
 from moment_maps import Array, Chain, block_pairs, independent_pairs, subset_pairs
 from torch import Tensor
 
-from fedsample.compression import Identity, PacketKeys, RandBlock, RandK
-from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Upload, build
+from fedsample.compression import Compressor, Identity, PacketKeys, RandBlock, RandK, Scaled
+from fedsample.estimators import (
+    Dense,
+    Diana,
+    Direct,
+    Ef21,
+    Ef21P,
+    Marina,
+    Memory,
+    Oracle,
+    Turn,
+    Upload,
+    build,
+    build_downlink,
+)
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
 from fedsample.kernels import baoab_step, langevin_step
@@ -39,10 +52,11 @@ TOLERANCE = 1e-12  # relative to the size of the moments: rounding of sums over 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All random bits of one chain's round. `lost` is shared by the chains of a fleet: a message is lost as a whole."""
+    """All random bits of one chain's round; which replies are lost is shared by all chains: a message is lost whole."""
 
     weight: float
     masks: tuple[int, ...]  # for each client, the number of its mask
+    down: int  # the number of the downlink's mask, at the end of the round
     coin: bool
     asked: tuple[bool, ...]
     noise: tuple[float, ...]
@@ -80,8 +94,8 @@ class Dice:
         assert purpose == "faults/attempts"
         return Draws(uniform=lambda n: torch.zeros(len(client), 1, dtype=torch.float64))
 
-    def link(self, seed: int, clients: Tensor, chains: int, purpose: str, device: Any = "cpu") -> Dice.Link:
-        return Dice.Link(self, clients)
+    def link(self, seed: int, clients: Any, chains: int, purpose: str, device: Any = "cpu") -> Dice.Link | Dice.Down:
+        return Dice.Link(self, clients) if purpose == "uplink" else Dice.Down(self)
 
     @dataclass
     class Link:
@@ -91,9 +105,19 @@ class Dice:
         def at(self, round: int, clients: Tensor | None = None) -> PacketKeys:
             mine = self.clients if clients is None else self.clients[clients]
             drawn = torch.tensor([outcome.masks for outcome in self.dice.rounds[round]]).T[mine]  # (m, C)
-            masks = self.dice.masks[drawn]
-            own = Draws(subset=lambda d, k: masks, integers=lambda d, n: masks)
-            return PacketKeys(own, Draws(permutation=lambda d: self.dice.order), round)  # type: ignore[arg-type]
+            return self.dice.packet(self.dice.masks[drawn], round)
+
+    @dataclass
+    class Down:
+        dice: Dice
+
+        def at(self, round: int) -> PacketKeys:
+            drawn = torch.tensor([outcome.down for outcome in self.dice.rounds[round - 1]])  # (C,)
+            return self.dice.packet(self.dice.masks[drawn], round)
+
+    def packet(self, masks: Tensor, round: int) -> PacketKeys:
+        own = Draws(subset=lambda d, k: masks, integers=lambda d, n: masks)
+        return PacketKeys(own, Draws(permutation=lambda d: self.order), round)  # type: ignore[arg-type]
 
     def noise(self, round: int, like: Tensor) -> Tensor:
         return torch.tensor([outcome.noise for outcome in self.rounds[round]], dtype=like.dtype)
@@ -127,6 +151,8 @@ class Case:
     loss: float = 0.0
     engine: str = "batched"
     whitened: bool = False
+    anchored: bool = False
+    downlink: bool = False  # ef21-p with the uplink's K
 
     def target(self) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng(5)
@@ -139,19 +165,32 @@ class Case:
         return torch.from_numpy(rng.uniform(0.2, 1.5, size=(self.n, self.d))), torch.from_numpy(center)
 
     def metric(self) -> Metric:
-        mean = torch.zeros(self.d, dtype=torch.float64)
         if not self.whitened:
-            return IdentityMetric(mean)
+            return IdentityMetric(self.mode() if self.anchored else torch.zeros(self.d, dtype=torch.float64))
+        mean = torch.full((self.d,), 0.3, dtype=torch.float64)
         root = torch.randn(self.d, self.d, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        return DenseMetric.of_precision(mean + 0.3, root @ root.T + torch.eye(self.d))
+        return DenseMetric.of_precision(mean, root @ root.T + torch.eye(self.d))
+
+    def mode(self) -> Tensor:
+        """Of U; the clients' gradients do not sum to zero there, since the prior pulls."""
+        curvature, center = self.target()
+        hessians = curvature if curvature.dim() == 3 else torch.diag_embed(curvature)
+        force = (hessians @ center.unsqueeze(-1)).sum(0).squeeze(-1)
+        return torch.linalg.solve(hessians.sum(0) + PRIOR * torch.eye(self.d), force)
+
+    def anchor(self) -> Tensor:
+        """(d,) the clients' summed gradient at the origin of the metric's coordinates."""
+        metric = self.metric()
+        origin = metric.push(torch.zeros(1, self.d, dtype=torch.float64))
+        return metric.pull(Quadratic(*self.target()).gradient(origin)).sum(0)[0]
 
     def order(self) -> list[int]:
         return [int(j) for j in np.random.default_rng(1).permutation(self.d)]
 
     def build(self) -> tuple[Callable[[int], Sampler], Callable[[int], LocalFleet]]:
-        sparse = RandK(self.k) if self.compressor == "randk" else RandBlock(self.k)
-        compressor = Identity() if self.uplink == "dense" else sparse
-        uplink = build(self.uplink, compressor, SYNC if self.uplink == "marina" else None)
+        sparse: Compressor = RandK(self.k) if self.compressor == "randk" else RandBlock(self.k)
+        inner = {"dense": Identity(), "ef21": Scaled(sparse)}.get(self.uplink, sparse)
+        uplink = build(self.uplink, inner, SYNC if self.uplink == "marina" else None, anchored=self.anchored)
         metric = self.metric()
 
         def fleet(chains: int) -> LocalFleet:
@@ -167,6 +206,8 @@ class Case:
                 "seed": 0,
                 "cohort": Cohort(self.n, chains, 0, self.participation),
                 "stability": Stability(1.0, 1.0, math.inf),
+                "downlink": build_downlink("ef21-p", Scaled(sparse), 0, chains) if self.downlink else None,
+                "anchor": self.anchor() if self.anchored else None,
             }
             if self.sampler == "baoab":
                 return Baoab(uplink, GaussianPrior(PRIOR), metric, friction=FRICTION, **common)
@@ -185,17 +226,13 @@ class Case:
     def chain(self, *, loss: bool = True, first: bool = False) -> Chain:
         curvature, center = (tensor.numpy() for tensor in self.target())
         hessians = curvature if curvature.ndim == 3 else np.stack([np.diag(row) for row in curvature])
-        prior, prior_center = PRIOR * np.eye(self.d), np.zeros(self.d)
-        if self.whitened:
-            metric = self.metric()
-            root, mean = metric.root.numpy(), metric.mean.numpy()  # type: ignore[attr-defined]
-            inverse = np.linalg.inv(root)
-            hessians, center = root @ hessians @ root, (center - mean) @ inverse
-            prior, prior_center = root @ prior @ root, -mean @ inverse
+        metric = self.metric()
+        mean, root = metric.mean.numpy(), metric.root.numpy() if isinstance(metric, DenseMetric) else np.eye(self.d)
+        inverse = np.linalg.inv(root)
         masks = subset_pairs(self.d, self.k) if self.compressor == "randk" else block_pairs(self.order(), self.k)
         return Chain(
-            hessians,
-            center,
+            root @ hessians @ root,
+            (center - mean) @ inverse,
             self.sampler,
             self.uplink,
             STEP,
@@ -204,9 +241,11 @@ class Case:
             masks,
             self.pairs(loss),
             SYNC,
-            prior,
-            prior_center,
+            PRIOR * root @ root,
+            -mean @ inverse,
             first,
+            self.anchored,
+            masks if self.downlink else None,
         )
 
     # --- the outcomes ---
@@ -240,16 +279,18 @@ class Case:
         number = 1 if self.uplink == "dense" else len(self.masks())
         masks = list(itertools.product(range(number), repeat=self.n))
         root = math.sqrt(self.d)
+        below = range(len(self.masks()) if self.downlink else 1)
         noise = [tuple(sign * root * (j == at) for j in range(self.d)) for at in range(self.d) for sign in (1, -1)]
         return [
-            Outcome(p_coin * p_asked / (len(masks) * len(noise)), mask, coin, asked, xi)
+            Outcome(p_coin * p_asked / (len(masks) * len(below) * len(noise)), mask, down, coin, asked, xi)
             for (p_coin, coin), (p_asked, asked) in itertools.product(coins, self.cohorts())
-            for mask, xi in itertools.product(masks, noise)
+            for mask, down, xi in itertools.product(masks, below, noise)
         ]
 
 
 TOSSED = [(SYNC, True), (1 - SYNC, False)]
 NO_SYNC = [(1.0, False)]
+SUM = {"diana": "shift", "ef21": "estimate"}  # what the server calls its sum of the clients' memories
 
 
 # --- running the production code ----------------------------------------------------------------------------------
@@ -270,12 +311,12 @@ def start(case: Case, chains: int) -> tuple[State, dict[str, Tensor]]:
         return tensor.unsqueeze(-2).expand(*tensor.shape[:-1], chains, tensor.shape[-1]).clone()
 
     n, d, k = case.n, case.d, case.k
-    params, previous = draw(d), draw(d)
+    params, previous, seen = draw(d), draw(d), draw(d)
     kernel = {"momenta": spread(draw(d))} if case.sampler == "baoab" else {}
     applied = torch.tensor([SEEN, SEEN - 3, SEEN - 2][:n])
     memory: dict[str, Tensor] = {}
     uplink: dict[str, Tensor] = {}
-    if case.uplink == "diana":
+    if case.uplink in ("diana", "ef21"):
         shift, pending = draw(n, d), draw(n, k)
         support = torch.from_numpy(np.stack([rng.permutation(d)[:k] for _ in range(n)]))
         rounds = torch.tensor([SEEN, SEEN, SEEN - 2][:n])
@@ -290,7 +331,7 @@ def start(case: Case, chains: int) -> tuple[State, dict[str, Tensor]]:
             "memory.round": rounds,
             "memory.epoch": torch.zeros(n, dtype=torch.int64),
         }
-        uplink = {"shift": spread(committed.sum(0))}
+        uplink = {SUM[case.uplink]: spread(committed.sum(0))}
     elif case.uplink == "marina":
         clients = Quadratic(*case.target())
         metric = case.metric()
@@ -299,20 +340,25 @@ def start(case: Case, chains: int) -> tuple[State, dict[str, Tensor]]:
         stale = (rounds != SEEN).unsqueeze(-1)
         memory = {"memory.gradient": spread(torch.where(stale, draw(n, d), truth)), "memory.round": rounds}
         uplink = {"estimate": spread(draw(d))}
-    return State(SEEN, spread(params), spread(previous), kernel, uplink, applied, 0), memory
+    sight = spread(seen if case.downlink else params)
+    return State(SEEN, spread(params), spread(previous), kernel, uplink, applied, 0, sight, 0 * sight), memory
 
 
 def read(case: Case, state: State, fleet: LocalFleet) -> Array:
     """(C, size) the state in the map's layout, momenta and both ends' memories included."""
     parts = [torch.ones(len(state.params), 1, dtype=torch.float64), state.params, *state.kernel.values()]
+    if case.downlink:
+        parts.append(state.seen)
     if case.uplink == "marina":
         parts += [state.previous, state.uplink["estimate"]]
-    if case.uplink == "diana":
+    if case.uplink in ("diana", "ef21"):
         memory = fleet.state()
         shift, support = memory["memory.shift"].clone(), memory["memory.support"]
         applied = (memory["memory.round"] == state.applied) & (state.applied > 0)
         shift.scatter_add_(-1, support, memory["memory.pending"] * applied[:, None, None] * (case.k / case.d))
-        assert torch.allclose(shift.sum(0), state.uplink["shift"], rtol=0, atol=1e-13), "the two ends' memories differ"
+        assert torch.allclose(shift.sum(0), state.uplink[SUM[case.uplink]], rtol=0, atol=1e-13), (
+            "the two ends' memories differ"
+        )
         parts += list(shift)
     return torch.cat(parts, dim=1).numpy()
 
@@ -336,14 +382,18 @@ def enumerate_rounds(
         with monkeypatch.context() as patch:
             for module in ("fedsample.strategies.base", "fedsample.strategies.cohort", "fedsample.fleets.faults"):
                 patch.setattr(f"{module}.key", dice.key)
-            patch.setattr("fedsample.clients.worker.LinkKeys", dice.link)
+            for module in ("fedsample.clients.worker", "fedsample.estimators.downlink"):
+                patch.setattr(f"{module}.LinkKeys", dice.link)
             sampler, fleet = sampler_of(len(paths)), fleet_of(len(paths))
             patch.setattr(sampler, "_draw_noise", dice.noise)
             state, memory = start(case, len(paths))
             if fresh:
                 begun = sampler.begin(state.params)
                 state = begun._replace(kernel=state.kernel)
-            elif memory:
+                memory = {}
+            if case.uplink == "direct":  # its server half never moves: what it starts from is production's
+                state = state._replace(uplink=sampler.begin(state.params).uplink)
+            if memory:
                 fleet.restore({**fleet.state(), **memory})
             y = read(case, state, fleet)
             before = y[0][:, None] * y[0]
@@ -376,7 +426,14 @@ def check(
 
 # --- tests --------------------------------------------------------------------------------------------------------
 
-SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "diana", "marina")
+SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "diana", "marina", "direct", "ef21")
+LINKS: dict[str, dict[str, Any]] = {
+    **{uplink: {"uplink": uplink} for uplink in UPLINKS},
+    "qlsd-star": {"uplink": "direct", "anchored": True},
+    "p-elf": {"uplink": "dense", "downlink": True},
+    "b-elf": {"uplink": "ef21", "downlink": True},
+    **{f"{uplink}+ef21-p": {"uplink": uplink, "downlink": True} for uplink in ("diana", "marina", "direct")},
+}
 SCENES = {
     "everyone": Case(n=2, d=3),
     "two-of-three-coordinates": Case(n=2, d=3, k=2),
@@ -388,47 +445,51 @@ SCENES = {
 }
 
 
+def coin_of(case: Case) -> list[tuple[float, bool]]:
+    return TOSSED if case.uplink == "marina" else NO_SYNC
+
+
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("hessians", ["equal", "unequal", "dense"])
-@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_round_over_every_outcome(
-    monkeypatch: pytest.MonkeyPatch, scene: str, hessians: str, uplink: str, sampler: str
+    monkeypatch: pytest.MonkeyPatch, scene: str, hessians: str, link: str, sampler: str
 ) -> None:
-    case = replace(SCENES[scene], hessians=hessians, uplink=uplink, sampler=sampler)
-    check(monkeypatch, case, [TOSSED if uplink == "marina" else NO_SYNC])
+    case = replace(SCENES[scene], hessians=hessians, sampler=sampler, **LINKS[link])
+    check(monkeypatch, case, [coin_of(case)])
 
 
-@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_whitened_round(monkeypatch: pytest.MonkeyPatch, uplink: str, sampler: str) -> None:
-    """Clients differentiate and compress in the metric's coordinates; the prior follows."""
-    case = Case(n=2, d=3, uplink=uplink, sampler=sampler, whitened=True)
-    check(monkeypatch, case, [TOSSED if uplink == "marina" else NO_SYNC])
+def test_a_whitened_round(monkeypatch: pytest.MonkeyPatch, link: str, sampler: str) -> None:
+    """Clients differentiate and compress in the metric's coordinates; the prior and the anchor follow."""
+    case = Case(n=2, d=3, sampler=sampler, whitened=True, **LINKS[link])
+    check(monkeypatch, case, [coin_of(case)])
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.6, 1])
-@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_first_two_rounds(
-    monkeypatch: pytest.MonkeyPatch, sampler: str, uplink: str, participation: float | int
+    monkeypatch: pytest.MonkeyPatch, sampler: str, link: str, participation: float | int
 ) -> None:
-    """From round 1: momenta are whole, marina is dense whatever its coin says, diana's memories are empty."""
-    case = Case(n=2, d=2, uplink=uplink, sampler=sampler, participation=participation)
-    second = TOSSED if uplink == "marina" else NO_SYNC
-    before, after = enumerate_rounds(monkeypatch, case, [NO_SYNC, second], fresh=True)
-    middle = case.chain(first=True).after(before, coin=True if uplink == "marina" else None)
+    """From round 1: momenta are whole, clients see the iterate, marina and ef21 are dense whatever their coin says and
+    whom they ask, diana's memories are empty."""
+    case = Case(n=2, d=2, sampler=sampler, participation=participation, **LINKS[link])
+    before, after = enumerate_rounds(monkeypatch, case, [NO_SYNC, coin_of(case)], fresh=True)
+    middle = case.chain(first=True).after(before, coin=True if case.uplink in ("marina", "ef21") else None)
     assert difference(after, case.chain().after(middle)) < TOLERANCE
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.6, 1])
-@pytest.mark.parametrize("uplink", UPLINKS)
+@pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_two_rounds_over_every_lost_reply(
-    monkeypatch: pytest.MonkeyPatch, sampler: str, uplink: str, participation: float | int
+    monkeypatch: pytest.MonkeyPatch, sampler: str, link: str, participation: float | int
 ) -> None:
     """Every pattern of two rounds' losses: the second round commits or drops what the first left pending."""
-    case = Case(n=2, d=2, uplink=uplink, sampler=sampler, loss=0.3, participation=participation)
+    case = Case(n=2, d=2, sampler=sampler, loss=0.3, participation=participation, **LINKS[link])
     check(monkeypatch, case, [NO_SYNC, NO_SYNC])
 
 
@@ -454,14 +515,22 @@ def slow_memory(patch: Patch) -> None:
 
 def hasty_memory(patch: Patch) -> None:
     """Commits at once, whether or not the reply arrives."""
-    encode = Diana.encode
+    for uplink in (Diana, Ef21):
+        encode = uplink.encode
 
-    def hasty(self: Diana, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
-        upload, memory = encode(self, oracle, memory, turn)
-        self.compressor.add_to(memory["shift"], upload.packet, self.rate(memory["shift"].shape[-1]))  # type: ignore[arg-type]
-        return upload, {**memory, "pending": 0 * memory["pending"]}
+        def hasty(self: Any, oracle: Oracle, memory: Memory, turn: Turn, encode: Any = encode) -> tuple[Upload, Memory]:
+            upload, memory = encode(self, oracle, memory, turn)
+            rate = self.rate(memory["shift"].shape[-1]) if isinstance(self, Diana) else 1.0
+            self.compressor.add_to(memory["shift"], upload.packet, rate)
+            return upload, {**memory, "pending": 0 * memory["pending"]}
 
-    patch.setattr(Diana, "encode", hasty)
+        patch.setattr(uplink, "encode", hasty)
+
+
+def dropped_memory(patch: Patch) -> None:
+    """A client's memory never moves."""
+    settle = "fedsample.estimators.ef21.settle"
+    patch.setattr(settle, lambda compressor, memory, turn, rate: memory["shift"])
 
 
 def scaled_memory(patch: Patch) -> None:
@@ -481,11 +550,60 @@ def stale_marina(patch: Patch) -> None:
 
 
 def unscaled(patch: Patch) -> None:
-    for uplink in (Dense, Diana, Marina):
+    for uplink in (Dense, Diana, Marina, Direct):
         decode = uplink.decode
         patch.setattr(
             uplink, "decode", lambda self, state, total, sync, pi, decode=decode: decode(self, state, total, sync, 1.0)
         )
+
+
+def scaled_feedback(patch: Patch) -> None:
+    """Error feedback scaled for absentees, who stand in with their memories already."""
+    decode = Ef21.decode
+    patch.setattr(Ef21, "decode", lambda self, state, total, sync, pi: decode(self, state, total / pi, sync, pi))
+
+
+def no_contraction(patch: Patch) -> None:
+    """Masked values scaled by d / K, as an unbiased compressor wants them."""
+    patch.setattr(Scaled, "alpha", lambda self, d: 1.0)
+
+
+def no_anchor(patch: Patch) -> None:
+    """The server forgets what it knows of the reference; the clients subtract their part of it."""
+    patch.setattr(Direct, "anchor", lambda self, state, total: state)
+
+
+def double_anchor(patch: Patch) -> None:
+    anchor = Direct.anchor
+    patch.setattr(Direct, "anchor", lambda self, state, total: anchor(self, state, 2 * total))
+
+
+def anchor_of_the_server_only(patch: Patch) -> None:
+    patch.setattr("fedsample.clients.worker._TurnOracle.anchor", lambda self: 0.0)
+
+
+def forgotten_increments(patch: Patch) -> None:
+    """Clients see the last increment from zero."""
+    see = Ef21P.see
+    patch.setattr(Ef21P, "see", lambda self, seen, params, round: see(self, seen, params, round) - seen)
+
+
+def blind_increments(patch: Patch) -> None:
+    """The increment of the iterate, not its distance to what clients see: what a mask drops is lost for good."""
+    update = Sampler.update
+    see = Ef21P.see
+
+    def watched(self: Sampler, state: State, request: Any, aggregate: Any) -> State:
+        before = state.params
+        patch.setattr(Ef21P, "see", lambda link, seen, params, round: see(link, seen, seen + params - before, round))
+        return update(self, state, request, aggregate)
+
+    patch.setattr(Sampler, "update", watched)
+
+
+def clients_see_the_iterate(patch: Patch) -> None:
+    request = Sampler.request
+    patch.setattr(Sampler, "request", lambda self, state: request(self, state._replace(seen=state.params)))
 
 
 def sync_keeps_the_estimate(patch: Patch) -> None:
@@ -503,6 +621,15 @@ def prior_from_every_client(patch: Patch) -> None:
     patch.setattr(
         Quadratic, "gradient", lambda self, theta, **rest: gradient(self, theta, **rest) + PRIOR / self.n * theta
     )
+
+
+def prior_at_what_clients_see(patch: Patch) -> None:
+    gradient = Sampler.gradient
+
+    def lagged(self: Sampler, state: State, request: Any, aggregate: Any) -> tuple[Tensor, Any]:
+        return gradient(self, state._replace(params=state.seen), request, aggregate)
+
+    patch.setattr(Sampler, "gradient", lagged)
 
 
 def half_kick(patch: Patch) -> None:
@@ -523,8 +650,18 @@ MUTANTS: list[tuple[Callable[[Patch], None], Case]] = [
     (scaled_memory, Case(n=2, d=2, participation=0.6)),
     (stale_marina, Case(n=2, d=2, uplink="marina")),
     (sync_keeps_the_estimate, Case(n=2, d=2, uplink="marina")),
-    *((unscaled, Case(n=2, d=2, uplink=uplink, participation=0.6)) for uplink in UPLINKS),
-    *((one_mask, Case(n=2, d=2, uplink=uplink)) for uplink in ("diana", "marina")),
+    (hasty_memory, Case(n=2, d=2, uplink="ef21", loss=0.3)),
+    (dropped_memory, Case(n=2, d=2, uplink="ef21")),
+    (scaled_feedback, Case(n=2, d=2, uplink="ef21", participation=0.6)),
+    (scaled_feedback, Case(n=2, d=2, uplink="ef21", participation=1)),
+    (no_contraction, Case(n=2, d=2, uplink="ef21")),
+    (no_contraction, Case(n=2, d=2, uplink="dense", downlink=True)),
+    *((anchor, Case(n=2, d=2, **LINKS["qlsd-star"])) for anchor in (double_anchor, no_anchor)),
+    (anchor_of_the_server_only, Case(n=2, d=2, **LINKS["qlsd-star"])),
+    *((seen, Case(n=2, d=2, **LINKS["p-elf"])) for seen in (forgotten_increments, blind_increments)),
+    *((seen, Case(n=2, d=2, **LINKS["b-elf"])) for seen in (clients_see_the_iterate, prior_at_what_clients_see)),
+    *((unscaled, Case(n=2, d=2, uplink=uplink, participation=0.6)) for uplink in UPLINKS if uplink != "ef21"),
+    *((one_mask, Case(n=2, d=2, uplink=uplink)) for uplink in UPLINKS if uplink != "dense"),
     *((prior_from_every_client, Case(n=2, d=2, uplink=uplink)) for uplink in UPLINKS),
     (half_kick, Case(n=2, d=2, sampler="baoab")),
     (no_square_root, Case(n=2, d=2)),
