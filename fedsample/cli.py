@@ -82,6 +82,8 @@ _TABLES = {
     Table.presets: ("fedsample.presets", "table"),
 }
 
+_WIDEST = 160  # characters that still read well as columns beside each other
+
 File = Annotated[Path | None, typer.Argument(help="Configuration in TOML; without it, the default job.")]
 Set = Annotated[
     list[str] | None,
@@ -217,7 +219,8 @@ def list_table(
     if as_json:
         _print_json(rows)
     else:
-        _print(_grid(rows))
+        width = sum(max(len(str(row[name])) for row in rows) for name in rows[0])
+        _print(_grid(rows) if width <= _WIDEST else _cards(rows))
 
 
 @app.command()
@@ -285,6 +288,23 @@ def _grid(rows: Sequence[Mapping[str, Any]], header: bool = True) -> RenderableT
     for row in rows:
         grid.add_row(*(Text("-" if value is None else str(value)) for value in row.values()))
     return grid
+
+
+def _cards(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Rows of many columns, one below the other; the first column is the heading."""
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    cards = Grid.grid(padding=(0, 2, 0, 0))
+    cards.add_column(no_wrap=True)
+    cards.add_column(overflow="fold")
+    for row in rows:
+        (_, heading), *rest = row.items()
+        cards.add_row(Text(str(heading), style="bold"), Text(str(rest[0][1])))
+        for name, value in rest[1:]:
+            cards.add_row(Text(f"  {name}"), Text(str(value)))
+        cards.add_row()
+    return cards
 
 
 def _explain(error: OSError) -> str:

@@ -242,6 +242,9 @@ class Experiment(Section):
         uplink = given.get("uplink")
         if isinstance(uplink, Mapping) and uplink.get("name") == "dense":  # a preset's compressor does not go with it
             given["uplink"] = {"compressor": "identity", **uplink}
+        downlink = given.get("downlink")
+        if isinstance(downlink, Mapping) and downlink.get("name") == "dense":
+            given["downlink"] = {"compressor": "identity", **downlink}
         return _imply(_merge(preset(name).overrides, given) if isinstance(name, str) else given)
 
     @model_validator(mode="after")
@@ -278,10 +281,13 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+_TABLES = {"step_size"}  # settings whose value may be a table, and which stay one setting
+
+
 def _flatten(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every leaf, in order."""
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{path}{key}" not in _TABLES:
             yield from _flatten(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
@@ -389,15 +395,35 @@ def _problems(error: ValidationError) -> list[_Problem]:
     found: dict[str, _Problem] = {}
     for item in error.errors(include_url=False, include_context=False):
         first, *rest = (str(part) for part in item["loc"])
+        if first in _TABLES and isinstance(item["input"], Mapping) and rest and rest[0] != ScheduleConfig.__name__:
+            continue  # it is a table: what is wrong inside is found too
         path = f"{first}.{rest[0]}" if rest and first in _sections() else first
         if item["type"] == "extra_forbidden":
-            text = f"unknown key; the nearest known key is {nearest(path, isinstance(item['input'], Mapping))}"
+            known = nearest(path, isinstance(item["input"], Mapping)) if path not in _TABLES else _near(rest[-1])
+            text = f"unknown key; the nearest known key is {known}"
         elif path in _sections():
             text = f"got {_literal(item['input'])}; expected a table of settings"
         else:
-            text = f"got {_literal(item['input'])}; expected {_allowed_at(path)}{_hint(path, item['input'])}"
+            text = _refused(path, [str(part) for part in item["loc"]][1:], item["input"])
         found.setdefault(path, _Problem(path, text))
     return list(found.values())
+
+
+def _refused(path: str, below: Sequence[str], got: Any) -> str:
+    """What is wrong with a value, or with one inside a table that stands for one setting."""
+    inside = below[-1] if path in _TABLES and below else ""
+    field = ScheduleConfig.model_fields.get(inside) or next(
+        (field for name, field in ScheduleConfig.model_fields.items() if path in _TABLES and name in below), None
+    )
+    if field is None:
+        return f"got {_literal(got)}; expected {_allowed_at(path)}{_hint(path, got)}"
+    name = next(name for name, each in ScheduleConfig.model_fields.items() if each is field)
+    return f"got {name} = {_literal(got)}; expected {_allowed(field.annotation, field)}"
+
+
+def _near(name: str) -> str:
+    """The key of a schedule most like an unknown one."""
+    return max(ScheduleConfig.model_fields, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
 
 
 def _hint(path: str, got: Any) -> str:
@@ -426,9 +452,9 @@ def _number(text: str) -> float | bool | None:
 
 
 def _literal(value: Any) -> str:
-    """A value as TOML writes it; as Python does where TOML cannot."""
+    """A value as TOML writes it, tables inline; as Python does where TOML cannot."""
     if isinstance(value, Mapping):
-        return "a table"
+        return "{" + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
     try:
@@ -522,6 +548,8 @@ def _allowed(annotation: Any, field: FieldInfo | None = None) -> str:
         return ("" if len(arguments) == 1 else "one of ") + ", ".join(f'"{word}"' for word in arguments)
     if kind is list:
         return f"a list, each {_allowed(arguments[0])}"
+    if isinstance(kind := annotation, type) and issubclass(kind, BaseModel):
+        return "a table with " + ", ".join(kind.model_fields)
     if field is not None and field.examples:
         return "text such as " + ", ".join(f'"{example}"' for example in field.examples)
     name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
@@ -583,7 +611,11 @@ def _from_source(source: Source) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Experiment):
         base = dict(_flatten(Experiment(preset=source.preset).model_dump()))
         layer: dict[str, Any] = {"preset": source.preset}
-        implied = _IMPLIED | ({"uplink.compressor"} if source.uplink.name != base["uplink.name"] else set())
+        implied = _IMPLIED | {
+            f"{link}.compressor"
+            for link in ("uplink", "downlink")
+            if getattr(source, link).name != base[f"{link}.name"]
+        }
         for path, value in _flatten(source.model_dump()):
             if not _same(value, base[path]) or path in implied:
                 layer = _merge(layer, _nest(path, value))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsample import compression, estimators
 from fedsample.compression import Compressor
-from fedsample.estimators import Downlink, Uplink
+from fedsample.estimators import Downlink, Ef21P, Uplink
 
 if TYPE_CHECKING:
     from fedsample.config import DownlinkConfig, Experiment, UplinkConfig
@@ -26,10 +26,11 @@ def links(experiment: Experiment, problem: Problem) -> tuple[Uplink, Downlink]:
     """
     clients = problem.clients
     blocks = clients.blocks() if "lowrank" in experiment.uplink.compressor + experiment.downlink.compressor else None
-    return (
-        build_uplink(experiment, clients.n, blocks),
-        build_downlink(experiment, clients.n, blocks, clients.device),
-    )
+    uplink = build_uplink(experiment, clients.n, blocks)
+    downlink = build_downlink(experiment, clients.n, blocks, clients.device)
+    for compressor in (uplink.compressor, *([downlink.compressor] if isinstance(downlink, Ef21P) else [])):
+        compressor.inclusion(clients.d)  # refuses settings that do not fit d
+    return uplink, downlink
 
 
 def build_uplink(experiment: Experiment, clients: int | None = None, blocks: Sequence[Tensor] | None = None) -> Uplink:
@@ -40,8 +41,8 @@ def build_uplink(experiment: Experiment, clients: int | None = None, blocks: Seq
     """
     section, fleet = experiment.uplink, experiment.fleet
     present = fleet.participation == 1.0 and isinstance(fleet.participation, float)
-    if isinstance(fleet.participation, int) and clients is not None:
-        present = fleet.participation == clients
+    if isinstance(fleet.participation, int):  # how many there are may be known from the data only
+        present = clients is None or fleet.participation == clients
     return estimators.build(
         section.name,
         _compressor(section, clients or experiment.data.clients, blocks),
@@ -76,7 +77,10 @@ def refresh_of(experiment: Experiment) -> int | None:
 
 
 def _compressor(section: UplinkConfig | DownlinkConfig, clients: int, blocks: Sequence[Tensor] | None) -> Compressor:
-    matrices = [torch.arange(1).unsqueeze(0)] if blocks is None else list(blocks)
+    if blocks is None:  # any matrix will do where only soundness is judged; the rank waits for the true ones
+        rank, blocks = 1, [torch.arange(1).unsqueeze(0)]
+    else:
+        rank = section.rank
     return compression.build(
-        section.compressor, section.k, levels=section.levels, rank=section.rank, clients=clients, blocks=matrices
+        section.compressor, section.k, levels=section.levels, rank=rank, clients=clients, blocks=blocks
     )

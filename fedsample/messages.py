@@ -218,7 +218,8 @@ def _first(upload: Upload) -> Upload:
     """The upload of the one client in a stack of one."""
     packet = upload.packet
     if packet is not None:
-        packet = Packet(packet.values[0], None if packet.indices is None else packet.indices[0])
+        indices, side = (None if part is None else part[0] for part in (packet.indices, packet.side))
+        packet = Packet(packet.values[0], indices, side, packet.length)
     return Upload(packet, None if upload.dense is None else upload.dense[0])
 
 

@@ -20,7 +20,9 @@ class Preset(NamedTuple):
         overrides: the settings that make the method, nested as in TOML.
         reference: who published it.
         summary: what it is, in one line.
-        guarantee: what its draws follow.
+        guarantee: what its draws follow, and at which order in the step they miss it.
+        up, down: what travels a chain and round in each direction. bits_up, bits_down: its bits in float32, padding to
+            bytes left out: K, s, p, d as in the settings.
     """
 
     name: str
@@ -28,6 +30,10 @@ class Preset(NamedTuple):
     reference: str
     summary: str
     guarantee: str
+    up: str
+    bits_up: str
+    down: str = "the iterate, d values"
+    bits_down: str = "32 d"
 
 
 DEFAULT = "underdamped-diana"
@@ -58,8 +64,10 @@ _ROWS = (
         },
         reference="BAOAB: Leimkuhler & Matthews 2013, arXiv 1203.5428; DIANA: Mishchenko et al. 2019, arXiv 1901.09269",
         summary="underdamped Langevin, whitened by the Hessian at the mode, over compressed gradients with memory",
-        guarantee="the posterior as the step goes to 0; the error of compression vanishes with the step and does not "
-        "depend on how clients differ; lost replies and absent clients allowed",
+        guarantee="the posterior as the step goes to 0; compression adds a stationary bias of order 2 in the step that "
+        "does not depend on how clients differ; lost replies and absent clients allowed",
+        up="K values of a gradient difference to the memory",
+        bits_up="32 K",
     ),
     Preset(
         name="langevin-marina",
@@ -75,6 +83,8 @@ _ROWS = (
         summary="Langevin over compressed gradient differences, with a full round now and then",
         guarantee="the posterior as the step goes to 0; compression adds a stationary bias of order 2 in the step, "
         "beyond Langevin's own of order 1",
+        up="K values of a gradient difference between rounds, with probability p the whole gradient",
+        bits_up="32 (p d + (1 - p) K)",
     ),
     Preset(
         name="langevin-diana",
@@ -90,6 +100,8 @@ _ROWS = (
         summary="Langevin over compressed gradients with memory",
         guarantee="the posterior as the step goes to 0; compression adds a stationary bias of order 2 in the step, "
         "beyond Langevin's own of order 1; lost replies and absent clients allowed",
+        up="K values of a gradient difference to the memory",
+        bits_up="32 K",
     ),
     Preset(
         name="underdamped-marina",
@@ -97,6 +109,8 @@ _ROWS = (
         reference="BAOAB: Leimkuhler & Matthews 2013, arXiv 1203.5428; MARINA: Gorbunov et al. 2021, arXiv 2102.07845",
         summary="underdamped Langevin, whitened by the Hessian at the mode, over compressed gradient differences",
         guarantee="the posterior as the step goes to 0; compression adds a stationary bias of order 2 in the step",
+        up="K values of a gradient difference between rounds, with probability p the whole gradient",
+        bits_up="32 (p d + (1 - p) K)",
     ),
     Preset(
         name="whitened-diana",
@@ -105,6 +119,8 @@ _ROWS = (
         summary="Langevin, whitened by the Hessian at the mode, over compressed gradients with memory",
         guarantee="the posterior as the step goes to 0; compression adds a stationary bias of order 2 in the step, "
         "beyond Langevin's own of order 1",
+        up="K values of a gradient difference to the memory",
+        bits_up="32 K",
     ),
     Preset(
         name="qlsd",
@@ -113,6 +129,8 @@ _ROWS = (
         summary="Langevin over directly quantised gradients",
         guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step and grows with the clients' "
         "disagreement",
+        up="the norm of the gradient and d signed levels",
+        bits_up="32 + d (1 + ceil(log2(s + 1)))",
     ),
     Preset(
         name="qlsd-star",
@@ -121,6 +139,8 @@ _ROWS = (
         summary="Langevin over quantised differences to the gradients at the mode",
         guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step, whatever the clients' "
         "disagreement",
+        up="norm and signed levels of the gradient less the one at the mode",
+        bits_up="32 + d (1 + ceil(log2(s + 1)))",
     ),
     Preset(
         name="qlsd-plus-plus",
@@ -132,6 +152,9 @@ _ROWS = (
         summary="Langevin over quantised minibatch gradients with SVRG references and memories",
         guarantee="the posterior as the step goes to 0; compression adds a bias of order 2 in the step, minibatches "
         "one of order 1 that shrinks with the distance to the reference",
+        up="norm and signed levels of a gradient difference to the memory",
+        bits_up="32 + d (1 + ceil(log2(s + 1)))",
+        down="the iterate, d values; the reference too for who was away when it moved",
     ),
     Preset(
         name="d-elf",
@@ -139,6 +162,8 @@ _ROWS = (
         reference="Karagulyan & Richtarik 2023, arXiv 2303.04622",
         summary="Langevin over error-fed-back gradients (uplink compressed)",
         guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step",
+        up="the K largest entries of a gradient difference to the memory, with coordinates; round 1 whole",
+        bits_up="32 K + min(K ceil(log2(d)), d)",
     ),
     Preset(
         name="p-elf",
@@ -149,6 +174,10 @@ _ROWS = (
         reference="Karagulyan & Richtarik 2023, arXiv 2303.04622",
         summary="Langevin over gradients at error-fed-back iterates (downlink compressed)",
         guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step",
+        up="the gradient, d values",
+        bits_up="32 d",
+        down="the K largest entries of the iterate's difference to what clients see, with coordinates; round 1 whole",
+        bits_down="32 K + min(K ceil(log2(d)), d)",
     ),
     Preset(
         name="b-elf",
@@ -159,6 +188,10 @@ _ROWS = (
         reference="Karagulyan & Richtarik 2023, arXiv 2303.04622",
         summary="Langevin with error feedback both ways (both links compressed)",
         guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step",
+        up="the K largest entries of a gradient difference to the memory, with coordinates; round 1 whole",
+        bits_up="32 K + min(K ceil(log2(d)), d)",
+        down="the K largest entries of the iterate's difference to what clients see, with coordinates; round 1 whole",
+        bits_down="32 K + min(K ceil(log2(d)), d)",
     ),
     Preset(
         name="dsgld",
@@ -171,6 +204,8 @@ _ROWS = (
         summary="Langevin over the minibatch gradient of one client a round, scaled up",
         guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step and grows with the clients' "
         "disagreement",
+        up="the minibatch gradient of one client, d values",
+        bits_up="32 d",
     ),
     Preset(
         name="federated-gd",
@@ -190,6 +225,8 @@ _ROWS = (
         reference="textbook gradient descent on the sum of the clients' gradients",
         summary="gradient descent: Langevin at temperature 0, every gradient sent in full",
         guarantee="the mode of the posterior, and no posterior: nothing is drawn at temperature 0",
+        up="the gradient, d values",
+        bits_up="32 d",
     ),
 )
 
@@ -211,6 +248,14 @@ def preset(name: str) -> Preset:
 def table() -> list[dict[str, str]]:
     """The rows as text, for `fedsample list presets`."""
     return [
-        {"name": row.name, "summary": row.summary, "guarantee": row.guarantee, "reference": row.reference}
+        {
+            "name": row.name,
+            "summary": row.summary,
+            "guarantee": row.guarantee,
+            "uplink": row.up,
+            "downlink": row.down,
+            "bits a chain and round": f"{row.bits_up} up, {row.bits_down} down",
+            "reference": row.reference,
+        }
         for row in _ROWS
     ]

@@ -20,11 +20,12 @@ DENSE, TRIANGLE, BITS = "fedsample.dense.v1", "fedsample.triangle.v1", "fedsampl
 HEADER, ARRAYS = "fedsample.header", "fedsample.arrays"  # the two records of a message
 VERSION = 1
 
-_NAMES = {torch.float32: "float32", torch.float64: "float64", torch.int64: "int64", torch.bool: "bool"}
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+_NAMES = {each: str(each).removeprefix("torch.") for each in (torch.float32, torch.float64, torch.bool, *_INTEGERS)}
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("<f4"),
     torch.float64: np.dtype("<f8"),
-    torch.int64: np.dtype("<i8"),
+    **{each: np.dtype(f"<i{each.itemsize}") for each in _INTEGERS},
 }
 
 
@@ -52,7 +53,7 @@ class Form(NamedTuple):
 
 
 def dense(tensor: Tensor) -> Array:
-    """Every value of a float32, float64 or int64 tensor."""
+    """Every value of a tensor of floats or signed integers."""
     return Array(_NAMES[tensor.dtype], tuple(tensor.shape), DENSE, _bytes(tensor))
 
 

@@ -47,6 +47,10 @@ class Diana(Uplink):
         """The sum of the clients' memories, zero."""
         return {"shift": torch.zeros(chains, d, dtype=torch.float64, device=device)}
 
+    def forget(self, state: ServerState) -> ServerState:
+        """The sum of memories is zero again."""
+        return {"shift": torch.zeros_like(state["shift"])}
+
     def decode(
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:

@@ -51,6 +51,10 @@ class Ef21(Uplink):
         """The sum of the memories, set in round 1."""
         return {"estimate": torch.zeros(chains, d, dtype=torch.float64, device=device)}
 
+    def forget(self, state: ServerState) -> ServerState:
+        """The sum of memories is zero again; the estimate grows back as packets arrive."""
+        return {"estimate": torch.zeros_like(state["estimate"])}
+
     def decode(
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:

@@ -30,6 +30,7 @@ class Rule:
 
     Attributes:
         link: the class. needs: the kind of compressor. why: what happens otherwise. instead: the nearest sound choice.
+        instead_of_contractive: the same where the compressor is contractive and the choice is another.
         participation: what it asks of the clients. bias: order in the step of what compression adds to the variance.
     """
 
@@ -39,6 +40,7 @@ class Rule:
     instead: str
     participation: str
     bias: str
+    instead_of_contractive: str = ""
 
 
 RULES: dict[str, Rule] = {
@@ -50,6 +52,7 @@ RULES: dict[str, Rule] = {
         "use uplink diana with this compressor (direct, if that heating is wanted), or compressor identity",
         "any of known probability; sampling adds noise of order 1",
         "none",
+        "use uplink ef21 with this compressor, or compressor identity",
     ),
     "direct": Rule(
         Direct,
@@ -108,15 +111,20 @@ def check(name: str, compressor: Compressor, *, everyone: bool = True) -> None:
     side = "downlink" if issubclass(rule.link, Downlink) else "uplink"
     exact = compressor.name == "identity"
     fits = exact or (rule.needs != "identity" and compressor.kind == rule.needs)
-    if not fits:
-        raise UnsoundError(
-            f"{side} {name} around {compressor.name} ({compressor.kind}): {rule.why}; "
-            f"{rule.instead.format(name=compressor.name)}"
-        )
     if compressor.everyone and (side == "downlink" or not everyone):
+        other = {"identity": "identity", "unbiased": "randk", "contractive": "topk"}[rule.needs]
+        present = "" if side == "downlink" else "fleet.participation = 1.0 without loss and drop-outs, or "
         raise UnsoundError(
             f"{side} {name} around {compressor.name}: its packets are shares of one whole, so every client must be "
-            "heard in every round; use fleet.participation = 1.0 without loss and drop-outs on an uplink, or compressor randk"
+            f"heard in every round; use {present}compressor {other}"
+        )
+    if not fits:
+        instead = rule.instead_of_contractive if compressor.kind == "contractive" else rule.instead
+        articles = {"identity": "no", "unbiased": "an unbiased", "contractive": "a contractive"}
+        kinds = f"it needs {articles[rule.needs]} compressor, not {articles[compressor.kind]} one: "
+        raise UnsoundError(
+            f"{side} {name} around {compressor.name}: {kinds}{rule.why}; "
+            f"{(instead or rule.instead).format(name=compressor.name)}"
         )
 
 
@@ -155,6 +163,12 @@ def build_downlink(
         ConfigError: if the name is not known. UnsoundError: if the compressor does not fit.
     """
     if name == "dense":
+        if compressor.name != "identity":
+            raise UnsoundError(
+                f"downlink dense around {compressor.name}: it sends the iterate as it is; use downlink ef21-p with "
+                + (f"scaled-{compressor.name}" if compressor.kind == "unbiased" else "this compressor")
+                + ", or compressor identity"
+            )
         return DenseDownlink()
     if name != "ef21-p":
         raise ConfigError(f"downlink {name!r} is not known; choose dense or ef21-p")

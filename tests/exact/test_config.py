@@ -375,7 +375,7 @@ WRONG = [
     ("model.intercept=1", "model.intercept: got 1; expected true or false"),
     ("model.intercept=True", "as TOML does: true"),
     ("data=3", "data: got 3; expected a table of settings"),
-    ("seed.x=3", "seed: got a table;"),
+    ("seed.x=3", "seed: got {x = 3};"),
     ("warmup=8000", "warmup: 8000 rounds of warm-up leave none of 8000"),
     ("thin=7001", "thin: no draw in 7000 rounds with one every 7001"),
     ("start.scale=-1", "start.scale: got -1;"),

@@ -153,7 +153,7 @@ CONFIGURATIONS = {
     # soundness
     "dense with a compressor": config(
         "heats the chain",
-        "use uplink diana with this compressor, or compressor identity",
+        "use uplink diana with this compressor (direct, if that heating is wanted), or compressor identity",
         kind=UnsoundError,
         uplink__name="dense",
         uplink__compressor="randk",

@@ -219,7 +219,8 @@ def test_list_presets(tmp_path: Path) -> None:
     assert all(name in done.stdout for name in PRESETS)
     rows = json.loads(call(tmp_path, "list", "presets", "--json").stdout)
     assert [row["name"] for row in rows] == list(PRESETS)
-    assert set(rows[0]) == {"name", "summary", "guarantee", "reference"}
+    wire = {"uplink", "downlink", "bits a chain and round"}
+    assert set(rows[0]) == {"name", "summary", "guarantee", "reference", *wire}
 
 
 @pytest.mark.parametrize(
