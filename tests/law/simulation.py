@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fedsample.compression import build as build_compressor
 from fedsample.estimators import build as build_uplink
+from fedsample.estimators import build_downlink
+from fedsample.exchange import Request
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
@@ -33,8 +35,8 @@ class Estimate(NamedTuple):
     error: float
 
     def errors_from(self, want: float) -> float:
-        """How many errors away from `want`; infinite for a chain that has blown up."""
-        return abs(self.value - want) / self.error if math.isfinite(self.value) else math.inf
+        """How many errors away from `want`; infinite for a chain that has blown up, whose error is as large."""
+        return abs(self.value - want) / self.error if abs(self.value) < 1e6 else math.inf
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Setup:
     Attributes:
         sampler, uplink, step: as configured; friction: of baoab. k: coordinates kept of 4. sync: marina's p.
         participation, loss, temperature: as configured. prior: precision of U_0. hessians: (n, d, d) instead of R4.
+        curvatures: of four clients instead of R4's. spread: factor on how far R4's centres lie from their mean.
+        anchored: whether direct subtracts the gradients at the mode. downlink: whether it is ef21-p, with the same k.
         chains: replicas. warmup, rounds: rounds before and after averages begin. seed: the experiment's.
     """
 
@@ -61,6 +65,10 @@ class Setup:
     temperature: float = 1.0
     prior: float = 0.0
     hessians: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    curvatures: tuple[float, ...] = tuple(R4[0])
+    spread: float = 1.0
+    anchored: bool = False
+    downlink: bool = False
     chains: int = 2048
     warmup: int = 100
     rounds: int = 300
@@ -73,14 +81,26 @@ class Setup:
             hessians = np.array(self.hessians)
             n, d = hessians.shape[:2]
             return hessians, np.linspace(-1, 2, n * d).reshape(n, d)
-        lam, a = (np.stack([np.roll(row, j) for j in range(4)], axis=1) for row in R4)
+        middle = np.average(R4[1], weights=self.curvatures)
+        apart = middle + self.spread * (np.array(R4[1]) - middle)
+        lam, a = (np.stack([np.roll(row, j) for j in range(4)], axis=1) for row in (self.curvatures, apart))
         return np.stack([np.diag(row) for row in lam]), a
+
+    @cached_property
+    def origin(self) -> Array:
+        """(d,) where the chain's coordinates are zero: the mode if the uplink is anchored there."""
+        hessians, centers = self.clients
+        if not self.anchored:
+            return np.zeros(centers.shape[1])
+        precision = hessians.sum(0) + self.prior * np.eye(len(centers[0]))
+        return np.linalg.solve(precision, np.einsum("ijk,ik->j", hessians, centers))
 
     @cached_property
     def exact(self) -> Chain:
         """The chain's exact law, of one coordinate where they are alike."""
         hessians, centers = self.clients
         n, d = centers.shape
+        centers = centers - self.origin
         size = self.participation
         asked = subset_pairs(n, size) if isinstance(size, int) else independent_pairs(n, size)
         masks = subset_pairs(d, self.k)
@@ -98,12 +118,20 @@ class Setup:
             asked * independent_pairs(n, 1 - self.loss),
             self.sync,
             self.prior * np.eye(hessians.shape[1]),
+            -self.origin[: hessians.shape[1]],
+            anchored=self.anchored,
+            downlink=masks if self.downlink else None,
         )
 
     @property
     def uncompressed(self) -> Chain:
         """The law of the same sampler at the same step with exact gradients."""
-        return replace(self.exact, uplink="dense", clients=None)
+        return replace(self.exact, uplink="dense", clients=None, anchored=False, downlink=None)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether gradients are anything but exact."""
+        return self.uplink != "dense" or self.downlink or self.participation != 1.0
 
     @property
     def variance(self) -> float:
@@ -127,13 +155,24 @@ class Setup:
 
 def federation(setup: Setup, clients: Clients) -> tuple[Sampler, LocalFleet]:
     """The production objects of a set-up, over any potentials."""
-    compressor = build_compressor("identity" if setup.uplink == "dense" else setup.compressor, setup.k)
-    uplink = build_uplink(setup.uplink, compressor, setup.sync if setup.uplink == "marina" else None)
-    extra = {"friction": setup.friction} if setup.sampler == "baoab" else {}
+    contraction = f"scaled-{setup.compressor}"
+    name = {"dense": "identity", "ef21": contraction}.get(setup.uplink, setup.compressor)
+    p = setup.sync if setup.uplink == "marina" else None
+    uplink = build_uplink(setup.uplink, build_compressor(name, setup.k), p, anchored=setup.anchored)
+    faults = Faults(clients.n, setup.seed, loss=setup.loss)
+    fleet = LocalFleet(clients, uplink, setup.seed, setup.chains, faults=faults)
+    metric = Identity(torch.from_numpy(setup.origin) if setup.anchored else torch.zeros(clients.d, dtype=torch.float64))
+    fleet.set_metric(metric)
+    extra: dict[str, Any] = {"friction": setup.friction} if setup.sampler == "baoab" else {}
+    if setup.anchored:
+        asked = Request(0, torch.zeros(1, clients.d, dtype=torch.float64), frozenset({"gradient"}))
+        extra["anchor"] = fleet.exchange(asked).sums["gradient"][0]
+    if setup.downlink:
+        extra["downlink"] = build_downlink("ef21-p", build_compressor(contraction, setup.k), setup.seed, setup.chains)
     sampler = SAMPLERS[setup.sampler](
         uplink,
         GaussianPrior(setup.prior),
-        Identity(torch.zeros(clients.d, dtype=torch.float64)),
+        metric,
         step_size=setup.step,
         temperature=setup.temperature,
         seed=setup.seed,
@@ -141,8 +180,7 @@ def federation(setup: Setup, clients: Clients) -> tuple[Sampler, LocalFleet]:
         stability=Stability(1.0, 1.0, math.inf),
         **extra,
     )
-    faults = Faults(clients.n, setup.seed, loss=setup.loss)
-    return sampler, LocalFleet(clients, uplink, setup.seed, setup.chains, faults=faults)
+    return sampler, fleet
 
 
 def advance(sampler: Sampler, fleet: LocalFleet, state: State) -> State:

@@ -143,11 +143,20 @@ def test_a_mirrored_gradient_is_seen(monkeypatch: pytest.MonkeyPatch, sampler: s
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.5])
-@pytest.mark.parametrize("uplink", ["dense", "marina", "diana"])
-@pytest.mark.parametrize(("sampler", "step"), [("langevin", 0.1), ("baoab", 0.3)])
+@pytest.mark.parametrize("uplink", ["dense", "marina", "diana", "ef21", "b-elf"])
+@pytest.mark.parametrize(("sampler", "step"), [("langevin", 0.1), ("baoab", 0.15)])
 def test_temperature_zero_finds_the_mode(sampler: str, step: float, uplink: str, participation: float) -> None:
     """Memories make compression noise vanish with the motion, so the chains converge, and to the mode itself."""
-    setup = Setup(sampler, uplink, step, temperature=0.0, participation=participation, chains=4)
+    both = uplink == "b-elf"
+    setup = Setup(
+        sampler,
+        "ef21" if both else uplink,
+        step,
+        temperature=0.0,
+        participation=participation,
+        chains=4,
+        downlink=both,
+    )
     machine, fleet = federation(setup, clients())
     state = machine.begin(torch.linspace(-1, 2, 16, dtype=torch.float64).reshape(4, 4))
     for _ in range(700):

@@ -16,10 +16,11 @@ import pytest
 import torch
 from simulation import Setup, simulate
 
-from fedsample.compression import LinkKeys, Packet, PacketKeys, RandK
-from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Upload
+from fedsample.compression import LinkKeys, Packet, PacketKeys, RandK, Scaled
+from fedsample.estimators import Dense, Diana, Direct, Ef21, Ef21P, Marina, Memory, Oracle, Turn, Upload
+from fedsample.exchange import Aggregate, Request
 from fedsample.kernels import baoab_step, langevin_step
-from fedsample.strategies import Sampler
+from fedsample.strategies import Sampler, State
 from fedsample.targets import Quadratic
 
 ALLOWED, DECISIVE, CAUGHT = 4.0, 5.0, 8.0
@@ -33,6 +34,7 @@ def crossed(seed: int = 2) -> tuple[tuple[tuple[float, ...], ...], ...]:
     return tuple(tuple(tuple(row) for row in matrix) for matrix in hessians.tolist())
 
 
+EQUAL = (0.25,) * 4  # four clients in mean form: F_i = 4 U_i has curvature 1
 CASES = [
     Setup("langevin", "dense", 0.05),
     Setup("langevin", "dense", 0.2),
@@ -71,16 +73,50 @@ CASES = [
     Setup("langevin", "diana", 0.02, hessians=crossed()),
     Setup("langevin", "marina", 0.02, hessians=crossed()),
     Setup("baoab", "diana", 0.06, hessians=crossed()),
+    # no memory: QLSD, and QLSD* about the mode, where the clients' gradients sum to zero, or with a prior do not
+    Setup("langevin", "direct", 0.01),
+    Setup("langevin", "direct", 0.02),
+    Setup("langevin", "direct", 0.02, anchored=True),
+    Setup("langevin", "direct", 0.04, anchored=True),
+    Setup("langevin", "direct", 0.03, anchored=True, prior=5.0),
+    Setup("baoab", "direct", 0.05),
+    Setup("baoab", "direct", 0.1),
+    Setup("baoab", "direct", 0.08, anchored=True),
+    Setup("baoab", "direct", 0.1, anchored=True),
+    Setup("langevin", "direct", 0.01, participation=0.6),
+    Setup("langevin", "direct", 0.01, participation=2, loss=0.2),
+    Setup("langevin", "direct", 0.02, anchored=True, hessians=crossed()),
+    # error feedback up (D-ELF), down (P-ELF), both ways (B-ELF)
+    Setup("langevin", "ef21", 0.05, curvatures=EQUAL, warmup=200),
+    Setup("langevin", "ef21", 0.1, curvatures=EQUAL),
+    Setup("langevin", "dense", 0.05, downlink=True, curvatures=EQUAL, warmup=200),
+    Setup("langevin", "dense", 0.1, downlink=True, curvatures=EQUAL),
+    Setup("langevin", "ef21", 0.025, downlink=True, curvatures=EQUAL, warmup=200),
+    Setup("langevin", "ef21", 0.05, downlink=True, curvatures=EQUAL, warmup=200),
+    Setup("baoab", "ef21", 0.05),
+    Setup("baoab", "ef21", 0.08),
+    Setup("baoab", "dense", 0.03, downlink=True),
+    Setup("baoab", "dense", 0.05, downlink=True),
+    Setup("langevin", "ef21", 0.01, participation=0.6),
+    Setup("langevin", "ef21", 0.02, participation=2),
+    Setup("langevin", "ef21", 0.01, participation=0.6, loss=0.2),
+    Setup("langevin", "ef21", 0.01, downlink=True, hessians=crossed()),
+    Setup("langevin", "diana", 0.01, downlink=True),
+    Setup("langevin", "marina", 0.01, downlink=True),
+    # clients ten times further apart
+    Setup("langevin", "direct", 0.02, spread=10.0),
+    Setup("langevin", "direct", 0.02, spread=10.0, anchored=True),
+    Setup("langevin", "diana", 0.03, spread=10.0),
 ]
 
-
-SHOWN = ("compressor", "k", "sync", "participation", "loss", "temperature", "prior")
+SHOWN = ("compressor", "k", "sync", "participation", "loss", "temperature", "prior", "spread", "anchored", "downlink")
 
 
 def name_of(setup: Setup) -> str:
     standard = Setup(setup.sampler, setup.uplink, setup.step)
     rest = [f"{key}={getattr(setup, key)}" for key in SHOWN if getattr(setup, key) != getattr(standard, key)]
-    return "-".join([setup.sampler, setup.uplink, f"{setup.step:g}", *rest, *(["crossed"] if setup.hessians else [])])
+    rest += ["equal"] * (setup.curvatures == EQUAL) + ["crossed"] * (setup.hessians is not None)
+    return "-".join([setup.sampler, setup.uplink, f"{setup.step:g}", *rest])
 
 
 NAMED = {name_of(case): replace(case, seed=100 + number) for number, case in enumerate(CASES)}
@@ -94,16 +130,16 @@ def test_law(name: str) -> None:
     assert result["mean"].errors_from(0.0) < ALLOWED
     assert variance.errors_from(want) < ALLOWED
     exact_gradients = float(setup.uncompressed.spread().mean())
-    if setup.sampler == "langevin" or setup.uplink != "dense":
+    if setup.sampler == "langevin" or setup.compressed:
         assert abs(want - setup.truth) > DECISIVE * variance.error
-    if setup.exact.uplink != "dense" or setup.participation != 1.0:
+    if setup.compressed:
         assert abs(want - exact_gradients) > DECISIVE * variance.error
     if setup.sampler == "baoab":
         assert result["momenta"].errors_from(float(setup.exact.spread("v").mean())) < ALLOWED
 
 
 @pytest.mark.parametrize(
-    "setup", [case for case in CASES if (case.sampler, case.uplink) == ("baoab", "dense")], ids=name_of
+    "setup", [case for case in CASES if case.sampler == "baoab" and not case.compressed], ids=name_of
 )
 def test_baoab_with_exact_gradients(setup: Setup) -> None:
     """Positions have the target's variance at any stable step; whole momenta have 1 - h^2 lam / 4."""
@@ -113,6 +149,35 @@ def test_baoab_with_exact_gradients(setup: Setup) -> None:
     assert float(setup.exact.whole_momenta().mean()) == pytest.approx(momenta, rel=1e-12)
     assert result["whole"].errors_from(momenta) < ALLOWED
     assert 1 - momenta > DECISIVE * result["whole"].error
+
+
+PRINTED = {
+    "langevin-direct-0.02": 0.283978,
+    "langevin-direct-0.02-anchored=True": 0.220994,
+    "langevin-diana-0.02": 0.218053,
+    "langevin-ef21-0.05-equal": 1.183521,
+    "langevin-ef21-0.1-equal": 1.385827,
+    "langevin-dense-0.05-downlink=True-equal": 1.212121,
+    "langevin-dense-0.1-downlink=True-equal": 1.538462,
+    "langevin-ef21-0.025-downlink=True-equal": 1.179210,
+    "langevin-ef21-0.05-downlink=True-equal": 1.399479,
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_simulated_law_is_the_published_one(name: str) -> None:
+    assert NAMED[name].variance == pytest.approx(PRINTED[name], abs=5.1e-7)
+
+
+@pytest.mark.parametrize(("uplink", "step", "anchored"), [("direct", 0.02, True), ("diana", 0.03, False)])
+def test_disagreement_leaves_the_law_alone(uplink: str, step: float, anchored: bool) -> None:
+    """Clients ten times further apart have the law of near ones; without reference or memory they do not."""
+    near = Setup("langevin", uplink, step, anchored=anchored)
+    far = lawful(NAMED[name_of(replace(near, spread=10.0))])["variance"]
+    assert far.errors_from(near.variance) < ALLOWED
+    bare = lawful(NAMED["langevin-direct-0.02-spread=10.0"])["variance"]
+    assert bare.value > 20 * NAMED["langevin-direct-0.02"].variance
+    assert bare.errors_from(NAMED["langevin-direct-0.02"].variance) > CAUGHT
 
 
 # --- mutants ------------------------------------------------------------------------------------------------------
@@ -204,7 +269,7 @@ def masks_unscaled(patch: Patch) -> None:
 
 def averaged(patch: Patch) -> None:
     """The mean of the clients' gradients in place of their sum."""
-    for uplink in (Dense, Diana, Marina):
+    for uplink in (Dense, Diana, Marina, Direct, Ef21):
         decode = uplink.decode
 
         def mean(self, state, total, sync, pi, decode=decode):  # type: ignore[no-untyped-def]
@@ -215,11 +280,75 @@ def averaged(patch: Patch) -> None:
 
 
 def absence_unscaled(patch: Patch) -> None:
-    for uplink in (Dense, Diana, Marina):
+    for uplink in (Dense, Diana, Marina, Direct):
         decode = uplink.decode
         patch.setattr(
             uplink, "decode", lambda self, state, total, sync, pi, decode=decode: decode(self, state, total, sync, 1.0)
         )
+
+
+def feedback_scaled_for_absence(patch: Patch) -> None:
+    decode = Ef21.decode
+    patch.setattr(Ef21, "decode", lambda self, state, total, sync, pi: decode(self, state, total / pi, sync, pi))
+
+
+def feedback_dropped(patch: Patch) -> None:
+    """What a client sends never enters its own memory."""
+    patch.setattr("fedsample.estimators.ef21.settle", lambda compressor, memory, turn, rate: memory["shift"])
+
+
+def feedback_committed_at_once(patch: Patch) -> None:
+    encode = Ef21.encode
+
+    def hasty(self: Ef21, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
+        upload, memory = encode(self, oracle, memory, turn)
+        if upload.packet is not None:
+            self.compressor.add_to(memory["shift"], upload.packet, 1.0)
+        return upload, {**memory, "pending": 0 * memory["pending"]}
+
+    patch.setattr(Ef21, "encode", hasty)
+
+
+def contraction_unscaled(patch: Patch) -> None:
+    """Error feedback around masks scaled by d / K."""
+    patch.setattr(Scaled, "alpha", lambda self, d: 1.0)
+
+
+def increments_forgotten(patch: Patch) -> None:
+    """Clients see the last increment alone."""
+    see = Ef21P.see
+    patch.setattr(Ef21P, "see", lambda self, seen, params, round: see(self, seen, params, round) - seen)
+
+
+def increments_of_the_iterate(patch: Patch) -> None:
+    """The compressed increment of the iterate: what a mask drops is lost for good."""
+    update, see = Sampler.update, Ef21P.see
+
+    def blind(self: Sampler, state: State, request: Request, aggregate: Aggregate) -> State:
+        before = state.params
+        patch.setattr(Ef21P, "see", lambda link, seen, params, round: see(link, seen, seen + params - before, round))
+        return update(self, state, request, aggregate)
+
+    patch.setattr(Sampler, "update", blind)
+
+
+def everything_goes_down(patch: Patch) -> None:
+    """Increments are sent whole; bits are counted as if K values were."""
+    patch.setattr(Ef21P, "see", lambda self, seen, params, round: params)
+
+
+def anchor_omitted(patch: Patch) -> None:
+    """The clients subtract what the server does not add."""
+    patch.setattr(Direct, "anchor", lambda self, state, total: state)
+
+
+def anchor_added_twice(patch: Patch) -> None:
+    anchor = Direct.anchor
+    patch.setattr(Direct, "anchor", lambda self, state, total: anchor(self, state, 2 * total))
+
+
+def anchor_not_subtracted(patch: Patch) -> None:
+    patch.setattr("fedsample.clients.worker._TurnOracle.anchor", lambda self: 0.0)
 
 
 def prior_from_every_client(patch: Patch) -> None:
@@ -257,6 +386,26 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (absence_unscaled, "langevin-marina-0.02-k=4-sync=0.1-participation=0.6"),
     (absence_unscaled, "langevin-diana-0.02-participation=0.6"),
     (prior_from_every_client, "langevin-diana-0.02-temperature=2.0-prior=0.5"),
+    *((mutate, "langevin-direct-0.02") for mutate in (masks_unscaled, one_mask_for_all_clients, compression_off)),
+    (averaged, "langevin-direct-0.02"),
+    (absence_unscaled, "langevin-direct-0.01-participation=0.6"),
+    (anchor_omitted, "langevin-direct-0.03-prior=5.0-anchored=True"),
+    (anchor_added_twice, "langevin-direct-0.03-prior=5.0-anchored=True"),
+    (anchor_not_subtracted, "langevin-direct-0.02-anchored=True"),
+    (anchor_not_subtracted, "baoab-direct-0.1-anchored=True"),
+    (feedback_dropped, "langevin-ef21-0.1-equal"),
+    (contraction_unscaled, "langevin-ef21-0.1-equal"),
+    (contraction_unscaled, "langevin-dense-0.1-downlink=True-equal"),
+    (averaged, "langevin-ef21-0.1-equal"),
+    (one_mask_for_all_clients, "baoab-ef21-0.08"),
+    (feedback_scaled_for_absence, "langevin-ef21-0.01-participation=0.6"),
+    (feedback_scaled_for_absence, "langevin-ef21-0.02-participation=2"),
+    (feedback_committed_at_once, "langevin-ef21-0.01-participation=0.6-loss=0.2"),
+    *(
+        (mutate, "langevin-dense-0.1-downlink=True-equal")
+        for mutate in (increments_forgotten, increments_of_the_iterate, everything_goes_down)
+    ),
+    (everything_goes_down, "langevin-ef21-0.05-downlink=True-equal"),
 ]
 
 
