@@ -102,6 +102,9 @@ class Problem:
             raise ConfigError("a quadratic target predicts nothing: it has no rows")
         if isinstance(self.clients, GeneralizedLinear):
             return self.clients.predict(theta, x)
+        from fedsample.targets.module import skeleton
+
+        module = skeleton(module)
 
         def one(flat: Tensor) -> Tensor:
             named = {name: flat[at : at + math.prod(shape)].view(shape) for name, shape, at in self.layout}
