@@ -102,6 +102,9 @@ class Problem:
             raise ConfigError("a quadratic target predicts nothing: it has no rows")
         if isinstance(self.clients, GeneralizedLinear):
             return self.clients.predict(theta, x)
+        from fedsample.targets.module import skeleton
+
+        module = skeleton(module)
 
         def one(flat: Tensor) -> Tensor:
             named = {name: flat[at : at + math.prod(shape)].view(shape) for name, shape, at in self.layout}
@@ -136,11 +139,14 @@ class Problem:
         return torch.stack([potential, draws.to(torch.float64).square().sum(-1)], dim=-1)
 
     def _projections(self, draws: Tensor) -> Tensor:
-        if self.d <= _PROJECTIONS:
-            return draws
+        return draws if self.d <= _PROJECTIONS else draws @ self._directions
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        """(d, 32) fixed directions, in the clients' dtype and on their device."""
         directions = key(0, client=SERVER, chain=torch.arange(_PROJECTIONS), purpose="projections").normal(self.d)
-        directions = (self._informed(directions) / math.sqrt(self.d)).to(draws.dtype).to(draws.device)
-        return draws @ directions.T
+        directions = self._informed(directions) / math.sqrt(self.d)
+        return directions.to(self.clients.dtype).to(self.clients.device).T.contiguous()
 
     def _informed(self, directions: Tensor) -> Tensor:
         """Directions (F, d) without what a softmax's likelihood cannot see."""

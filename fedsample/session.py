@@ -32,7 +32,7 @@ from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.monitor.directory import RunDirectory
 from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
 from fedsample.monitor.progress import Progress
-from fedsample.monitor.tensorboard import Recorder
+from fedsample.monitor.tensorboard import LAZY_QUEUE, Recorder
 from fedsample.preparation import Prepared, prepare, restore_prepared
 from fedsample.problem import DTYPES, Problem, build_problem
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
@@ -160,8 +160,8 @@ class Session:
             again = None if checkpoint is None else min([first + 1, *(round for round, _, _ in rows)])
             with Recorder(self.path, again, self.experiment.monitor.tensorboard) as recorder:
                 recorder.describe(dump_toml(self.experiment), _flat(self.experiment), watch.headline)
-                for round, sent, scalars in rows:
-                    recorder.submit(round, sent, scalars, lazy=watch.job(round) if round == rows[-1][0] else None)
+                for left, (round, sent, scalars) in zip(range(len(rows), 0, -1), rows, strict=True):
+                    recorder.submit(round, sent, scalars, lazy=watch.job(round) if left <= LAZY_QUEUE else None)
                 chain = Chain(self, sampler, fleet, store, store_draws, recorder, watch, progress, prepared)
                 state, traffic, clock = chain.run(state, traffic, clock)
                 recorder.close(finished=True)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -45,6 +46,11 @@ class _Rows(NamedTuple):
     x: Tensor  # (g, b, ...) or (g, C, b, ...)
     y: Tensor  # (g, b) or (g, C, b)
     weight: Tensor  # the same, float64
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """A copy that shares the parameters: `functional_call` swaps them, which no two threads may do in one module."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 class ModuleClients(Clients):
@@ -77,8 +83,8 @@ class ModuleClients(Clients):
         self.likelihood: Likelihood = likelihood
         self.noise_scale = noise_scale
         self.labels = y.to(torch.int64 if likelihood == "categorical" else self.dtype)
-        # A call swaps parameters in and out of the module, so every stack (a thread of its own) has its own skeleton.
         self._module = copy.deepcopy(module).to("meta")
+        self._skeletons: dict[int, nn.Module] = {}
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._lengths = [shape.numel() for shape in self._shapes.values()]
         self.offsets = offsets.to(torch.int64)
@@ -120,8 +126,15 @@ class ModuleClients(Clients):
         """(d,), (b, ...) -> (b, K)."""
         pieces = zip(self._shapes.items(), torch.split(theta, self._lengths), strict=True)
         parameters = {name: piece.reshape(shape) for (name, shape), piece in pieces}
-        outputs: Tensor = functional_call(self._module, parameters, (x,))
+        outputs: Tensor = functional_call(self._skeleton(), parameters, (x,))
         return outputs
+
+    def _skeleton(self) -> nn.Module:
+        """The module of this thread: the chain and the monitor's thread use the same clients at the same time."""
+        thread = threading.get_ident()
+        if thread not in self._skeletons:
+            self._skeletons[thread] = skeleton(self._module)
+        return self._skeletons[thread]
 
     def _loss(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Weighted sum over b rows of l, float64."""

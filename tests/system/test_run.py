@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import tomllib
 import warnings
@@ -23,6 +24,7 @@ from fedsample.diagnostics.convergence import ess_bulk
 from fedsample.experiment import Run
 from fedsample.monitor import load_rounds, read_jsonl
 from fedsample.presets import PRESETS
+from fedsample.problem import build_problem
 
 # What `summary.json` holds whatever the data are; accuracy, nll and ece, or rmse and nll, come on top.
 ALWAYS = {
@@ -358,7 +360,8 @@ def test_the_default_directory_is_named_after_the_preset(gaussians: Gaussians, t
 
 @pytest.mark.parametrize("words", [[], ["--json"], ["--out", "run"]])
 def test_a_dry_run_writes_nothing(words: list[str], gaussians: Gaussians, tmp_path: Path) -> None:
-    done = call(tmp_path, "simulate", "--dry-run", *words, *settings_of(gaussians, uplink__k=2))
+    wide = {"COLUMNS": "400"}
+    done = call(tmp_path, "simulate", "--dry-run", *words, *settings_of(gaussians, uplink__k=2), environment=wide)
     assert (done.code, done.err) == (0, "")
     assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
     for text in ("4 parameters", "diana", "randblock", "120 (20 of warm-up), 20 draws a chain", "32 bytes (dense: 64)"):
@@ -401,6 +404,34 @@ def test_a_run_leaves_its_process_as_it_was(gaussians: Gaussians, folder: Path) 
         assert world() == before
     finally:
         torch.set_num_threads(threads)
+
+
+def test_curves_disturb_no_gradient(regression: Any, folder: Path) -> None:
+    """The monitor looks at draws in a thread, through the very clients that the chain asks for gradients."""
+    data = {"kind": "npz", "file": str(folder / "regression.npz")}
+    problem = build_problem(load({"data": data, "model": {"name": "mlp", "hidden": [3]}}))
+    theta = torch.linspace(-1, 1, 2 * problem.d).view(2, -1)
+    gradient, functionals = problem.clients.gradient(theta), problem.functionals(2 - theta)
+    seen: list[bool] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            seen.append(torch.equal(problem.functionals(2 - theta), functionals))
+
+    thread = threading.Thread(target=look)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        same = [torch.equal(problem.clients.gradient(theta), gradient) for _ in range(300)]
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert all(same)
+    assert seen
+    assert all(seen)
 
 
 def test_a_run_in_another_thread(gaussians: Gaussians, folder: Path) -> None:
