@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from moment_maps import R4, Chain, coordinate
+from moment_maps import R4, Array, Chain, coordinate
 
 from fedsample.diagnostics.moments import Coordinate
 
-SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "marina", "diana")
+SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "direct", "marina", "diana", "ef21")
+ELF = ([0.25] * 4, [-1.0, 0.5, 2.0, -0.5])  # curvature 1 in mean form, four clients
 EQUAL = ([0.3] * 4, [-1.0, 0.5, 2.0, -0.5])
 
 
@@ -26,23 +28,25 @@ def pair(
     sync: float = 0.3,
     prior: float = 0.0,
     friction: float = 0.7,
+    see: float | None = None,
 ) -> tuple[Chain, Coordinate]:
     """The same coordinate as an exact map and as the package describes it."""
     lam, a = np.array(clients[0]), np.array(clients[1])
-    exact = coordinate(
-        lam, a, sampler, uplink, step, keep=keep, arrive=arrive, sync=sync, friction=friction, prior=np.array([[prior]])
-    )
+    rest: dict[str, Any] = {"sync": sync, "friction": friction, "prior": np.array([[prior]])}
+    exact = coordinate(lam, a, sampler, uplink, step, keep=keep, arrive=arrive, see=see, **rest)
     described = Coordinate(
         sampler,  # type: ignore[arg-type]
         uplink,  # type: ignore[arg-type]
         curvature=float(exact.precision[0, 0]),
         mixing=float((lam**2).sum()),
         share=float(lam.mean()),
+        clients=len(lam),
         friction=friction,
         inclusion=1.0 if uplink == "dense" else keep,
         participation=arrive,
         sync=sync,
         force=float(((lam * (exact.mode[0] - a)) ** 2).sum()),
+        downlink=1.0 if see is None else see,
     )
     return exact, described
 
@@ -126,26 +130,160 @@ def test_largest_stable_step(n: int, p: float, omega: int, want: float) -> None:
     assert math.isfinite(described.bias(described.limit() * (1 - 1e-6)))
 
 
+# --- QLSD: no memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0.005, 0.01, 0.02])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 10.0])
+def test_direct_closed_form(step: float, spread: float) -> None:
+    """V = (2 + h w zeta) / (2 L - h L^2 - h w sum lam^2) with zeta = sum lam^2 (x* - a)^2; zeta = 0 about the mode."""
+    lam, a = np.array(R4[0]), 0.4 + spread * (np.array(R4[1]) - 0.4)
+    exact, described = pair((R4[0], a.tolist()), "langevin", "direct", step)
+    zeta = float((lam**2 * (0.4 - a) ** 2).sum())
+    want = (2 + step * 3 * zeta) / (2 * 5 - step * 25 - step * 3 * 7.5)
+    assert exact.mean()[0] == pytest.approx(0.4, rel=1e-12)
+    assert exact.spread()[0] == pytest.approx(want, rel=1e-12)
+    assert (1 + described.bias(step)) / 5 == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize(("step", "want"), [(0.005, 0.204866), (0.01, 0.209974), (0.02, 0.220994)])
+def test_anchored_direct_reference(step: float, want: float) -> None:
+    """Exact about the mode, where the chain's origin is; and without the anchor QLSD at h = 0.02 has 0.283978."""
+    about = [a - 0.4 for a in R4[1]]
+    exact, described = pair((R4[0], about), "langevin", "direct", step)
+    anchored = replace(exact, anchored=True)
+    assert anchored.spread()[0] == pytest.approx(want, abs=5e-7)
+    assert abs(anchored.mean()[0]) < 1e-12
+    assert (1 + replace(described, force=0.0).bias(step)) / 5 == pytest.approx(want, abs=5e-7)
+    if step == 0.02:
+        assert exact.spread()[0] == pytest.approx(0.283978, abs=5e-7)
+        assert (1 + described.bias(step)) / 5 == pytest.approx(0.283978, abs=5e-7)
+
+
+def test_an_anchor_anywhere_is_unbiased() -> None:
+    """Away from the mode the anchor heats, by sum lam^2 (x* - x0)^2, but moves no mean."""
+    exact, _ = pair((R4[0], R4[1]), "langevin", "direct", 0.02)
+    anchored = replace(exact, anchored=True)
+    assert anchored.mean()[0] == pytest.approx(0.4, rel=1e-12)
+    want = (2 + 0.02 * 3 * 7.5 * 0.4**2) / (2 * 5 - 0.02 * 25 - 0.02 * 3 * 7.5)
+    assert anchored.spread()[0] == pytest.approx(want, rel=1e-12)
+
+
+# --- D-ELF, P-ELF, B-ELF: error feedback --------------------------------------------------------------------------
+
+ELVES = {"d-elf": ("ef21", None), "p-elf": ("dense", 0.25), "b-elf": ("ef21", 0.25)}
+TABLE = {
+    ("d-elf", 0.025): 1.089580,
+    ("d-elf", 0.05): 1.183521,
+    ("d-elf", 0.1): 1.385827,
+    ("p-elf", 0.025): 1.095890,
+    ("p-elf", 0.05): 1.212121,
+    ("p-elf", 0.1): 1.538462,
+    ("b-elf", 0.0125): 1.085224,
+    ("b-elf", 0.025): 1.179210,
+    ("b-elf", 0.05): 1.399479,
+}
+
+
+@pytest.mark.parametrize(("name", "step"), TABLE)
+def test_elf_reference(name: str, step: float) -> None:
+    uplink, see = ELVES[name]
+    exact, described = pair(ELF, "langevin", uplink, step, see=see)
+    assert exact.spread()[0] == pytest.approx(TABLE[name, step], abs=5.1e-7)
+    assert 1 + described.bias(step) == pytest.approx(TABLE[name, step], abs=5.1e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.6])
+@pytest.mark.parametrize("step", [0.025, 0.1])
+def test_elf_equations(step: float, alpha: float) -> None:
+    """The published recursions, in mean form: A = E u^2 and for D-ELF B = E u e_i, C1 = E e_i^2, C2 = E e_i e_j."""
+    h, lam, q, n = step, 1.0, 1 - step, 4
+
+    def d_elf(m: Array, two: float) -> Array:
+        a, b, c1, c2 = m
+        e2 = c1 / n + (1 - 1 / n) * c2
+        moved, cross = h * h * (lam**2 * a + 2 * lam * b + e2) + two, -h * (lam * b + e2)
+        mixed = q * b - h * e2 + lam * h * (q * (lam * a + b) - h * (lam * b + e2)) - lam * two
+        each = [c - 2 * lam * cross + lam**2 * moved for c in (c1, c2)]
+        now = q * q * a - 2 * q * h * b + h * h * e2 + two
+        return np.array([now, (1 - alpha) * mixed, (1 - alpha) * each[0], (1 - alpha) ** 2 * each[1]])
+
+    def p_elf(m: Array, two: float) -> Array:
+        a, b, c = m
+        mixed = q * (b + h * lam * (a + b)) - h * lam * (c + h * lam * (b + c)) - two
+        square = c + 2 * h * lam * (b + c) + (h * lam) ** 2 * (a + 2 * b + c) + two
+        now = q * q * a - 2 * q * h * lam * b + (h * lam) ** 2 * c + two
+        return np.array([now, (1 - alpha) * mixed, (1 - alpha) * square])
+
+    for equations, size, uplink, see in ((d_elf, 4, "ef21", None), (p_elf, 3, "dense", alpha)):
+        matrix = np.stack([equations(row, 0.0) for row in np.eye(size)], axis=1)
+        if np.abs(np.linalg.eigvals(matrix)).max() >= 1:
+            continue
+        solved = np.linalg.solve(np.eye(size) - matrix, equations(np.zeros(size), 2 * h))
+        exact, described = pair(ELF, "langevin", uplink, step, keep=alpha, see=see)
+        assert exact.spread()[0] == pytest.approx(solved[0], rel=1e-10)
+        assert 1 + described.bias(step) == pytest.approx(solved[0], rel=1e-10)
+
+
+@pytest.mark.parametrize(("name", "want"), [("d-elf", 1.077), ("p-elf", 0.286), ("b-elf", 0.269)])
+def test_largest_stable_step_of_elf(name: str, want: float) -> None:
+    uplink, see = ELVES[name]
+    exact, described = pair(ELF, "langevin", uplink, 0.1, see=see)
+    assert exact.limit() == pytest.approx(want, abs=5e-4)
+    assert described.limit() == pytest.approx(exact.limit(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("clients", [ELF, R4])
+def test_b_elf_reduces(clients: tuple[list[float], list[float]], sampler: str) -> None:
+    """To D-ELF where the downlink is dense, to P-ELF where the uplink is; to exact gradients where both are."""
+    step = 0.01
+    for keep, see, alone in ((0.25, 1.0, ("ef21", None)), (1.0, 0.25, ("dense", 0.25)), (1.0, 1.0, ("dense", None))):
+        both, described = pair(clients, sampler, "ef21", step, keep=keep, see=see)
+        one, described_one = pair(clients, sampler, alone[0], step, keep=keep, see=alone[1])
+        assert both.spread()[0] == pytest.approx(one.spread()[0], rel=1e-10)
+        assert described.bias(step) == pytest.approx(described_one.bias(step), rel=1e-9, abs=1e-12)
+    both, described = pair(clients, sampler, "ef21", step, see=0.25)
+    for uplink, see in (("ef21", None), ("dense", 0.25)):
+        one, described_one = pair(clients, sampler, uplink, step, see=see)
+        assert excess(both) > excess(one)
+        assert described.bias(step) > described_one.bias(step)
+
+
+@pytest.mark.parametrize("alphas", [(0.25, 1.0), (1.0, 0.25), (0.25, 0.5), (0.6, 0.3)])
+def test_lags_add(alphas: tuple[float, float]) -> None:
+    """To first order the excess is h lam (1/2 + (1 - aD) / aD + (1 - aP) / aP)."""
+    up, down = alphas
+    _, described = pair(ELF, "langevin", "ef21", 1e-5, keep=up, see=down)
+    assert described.bias(1e-5) / 1e-5 == pytest.approx(0.5 + (1 - up) / up + (1 - down) / down, rel=1e-3)
+
+
 # --- the package against the map ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [0.05, 0.4])
 @pytest.mark.parametrize("prior", [0.0, 0.5])
 @pytest.mark.parametrize("arrive", [1.0, 0.6])
+@pytest.mark.parametrize("see", [None, 0.6])
 @pytest.mark.parametrize("uplink", UPLINKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_equal_clients_are_exact(sampler: str, uplink: str, arrive: float, prior: float, step: float) -> None:
-    exact, described = pair(EQUAL, sampler, uplink, step, arrive=arrive, prior=prior)
+def test_equal_clients_are_exact(
+    sampler: str, uplink: str, see: float | None, arrive: float, prior: float, step: float
+) -> None:
+    exact, described = pair(EQUAL, sampler, uplink, step, arrive=arrive, prior=prior, see=see)
     want = excess(exact) if exact.radius < 1 else math.inf
     assert described.bias(step) == pytest.approx(want, rel=1e-9, abs=1e-11)
 
 
 @pytest.mark.parametrize("arrive", [1.0, 0.6])
-@pytest.mark.parametrize("uplink", ["dense", "marina"])
-@pytest.mark.parametrize(("sampler", "step"), [("langevin", 0.02), ("baoab", 0.08)])
-def test_unequal_clients_without_memories_are_exact(sampler: str, step: float, uplink: str, arrive: float) -> None:
+@pytest.mark.parametrize("uplink", ["dense", "direct", "marina"])
+@pytest.mark.parametrize("see", [None, 0.6])
+@pytest.mark.parametrize(("sampler", "step"), [("langevin", 0.02), ("baoab", 0.04)])
+def test_unequal_clients_without_memories_are_exact(
+    sampler: str, step: float, see: float | None, uplink: str, arrive: float
+) -> None:
     """Their noise depends on the clients through sum lam_i^2 and the force alone."""
-    exact, described = pair(R4, sampler, uplink, step, arrive=arrive, prior=0.4)
+    exact, described = pair(R4, sampler, uplink, step, arrive=arrive, prior=0.4, see=see)
     assert described.bias(step) == pytest.approx(excess(exact), rel=1e-9, abs=1e-11)
 
 
@@ -161,6 +299,40 @@ def test_unequal_clients_with_memories_are_close(sampler: str, step: float, arri
     weighted = replace(described, share=float((lam**3).sum() / (lam**2).sum()))
     assert weighted.bias(step) == pytest.approx(excess(exact), rel=0.006)
     assert 0.92 * excess(exact) < described.bias(step) < excess(exact)
+
+
+@pytest.mark.parametrize("arrive", [1.0, 0.6])
+@pytest.mark.parametrize("see", [None, 0.25])
+@pytest.mark.parametrize(("sampler", "step"), [("langevin", 0.005), ("langevin", 0.02), ("baoab", 0.01)])
+def test_unequal_clients_with_error_feedback_are_close(
+    sampler: str, step: float, see: float | None, arrive: float
+) -> None:
+    """The mean memory lags alike for all clients; only how their masks scatter it depends on which client is stiff."""
+    exact, described = pair(R4, sampler, "ef21", step, arrive=arrive, see=see)
+    assert described.bias(step) == pytest.approx(excess(exact), rel=0.005)
+
+
+FIRST_ORDER = {
+    "direct": ("direct", None, 1.0),
+    "qlsd-star": ("direct", None, 0.0),
+    "d-elf": ("ef21", None, 1.0),
+    "p-elf": ("dense", 0.25, 1.0),
+    "b-elf": ("ef21", 0.25, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_bias_without_a_memory_or_with_a_lag_is_first_order(sampler: str, name: str) -> None:
+    """The excess over exact gradients falls as h, for BAOAB as for Langevin."""
+    uplink, see, force = FIRST_ORDER[name]
+    steps = np.array([4e-4, 2e-4, 1e-4, 5e-5])
+    described = [pair(R4, sampler, uplink, h, see=see)[1] for h in steps]
+    described = [replace(each, force=force * each.force) for each in described]
+    excesses = np.array([each.bias(h) - each.exact().bias(h) for each, h in zip(described, steps, strict=True)])
+    slopes = np.diff(np.log(excesses)) / np.diff(np.log(steps))
+    assert slopes == pytest.approx(1.0, abs=0.02)
+    assert np.all(np.diff(np.abs(slopes - 1)) < 0)
 
 
 @pytest.mark.parametrize("uplink", ["marina", "diana"])
@@ -179,25 +351,36 @@ def test_bias_of_compression_is_second_order(uplink: str) -> None:
     assert (compressed - dense)[-1] == pytest.approx(exact, rel=2e-3)
 
 
+@pytest.mark.parametrize("uplink", ["marina", "diana"])
+def test_bias_of_compression_is_third_order_under_momenta(uplink: str) -> None:
+    """A BAOAB step moves h v where a Langevin step moves sqrt(2 h) xi: the noise of differences is smaller by h."""
+    steps = np.array([1.6e-2, 8e-3, 4e-3, 2e-3])
+    excesses = np.array([pair(R4, "baoab", uplink, h)[1].bias(h) for h in steps])
+    slopes = np.diff(np.log(excesses)) / np.diff(np.log(steps))
+    assert slopes == pytest.approx(3.0, abs=0.1)
+    assert np.all(np.diff(np.abs(slopes - 3)) < 0)
+
+
 @pytest.mark.parametrize("arrive", [1.0, 0.6])
 @pytest.mark.parametrize("uplink", UPLINKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_disagreement_of_clients(sampler: str, uplink: str, arrive: float) -> None:
-    """Moving the a_i apart changes nothing with marina or diana; it heats a dense uplink under client sampling only."""
+    """Moving the a_i apart changes nothing with a memory; it heats direct, and dense under client sampling."""
     near, described_near = pair(R4, sampler, uplink, 0.01, arrive=arrive)
     far, described_far = pair((R4[0], [10 * a for a in R4[1]]), sampler, uplink, 0.01, arrive=arrive)
     heated = excess(far) - excess(near)
     assert described_far.bias(0.01) - described_near.bias(0.01) == pytest.approx(heated, rel=1e-9, abs=1e-10)
-    if uplink == "dense" and arrive < 1:
+    if uplink == "direct" or (uplink == "dense" and arrive < 1):
         assert heated > 0.1
     else:
         assert abs(heated) < 1e-10
 
 
-@pytest.mark.parametrize("uplink", ["marina", "diana"])
+@pytest.mark.parametrize("see", [None, 0.6])
+@pytest.mark.parametrize("uplink", ["direct", "marina", "diana", "ef21"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_largest_step_within_a_tolerance(sampler: str, uplink: str) -> None:
-    exact, described = pair(EQUAL, sampler, uplink, 0.1)
+def test_largest_step_within_a_tolerance(sampler: str, uplink: str, see: float | None) -> None:
+    exact, described = pair(EQUAL, sampler, uplink, 0.1, see=see)
     step = described.largest_step(0.05)
     assert step < described.limit()
     assert excess(replace(exact, step=step)) == pytest.approx(0.05, rel=1e-6)
