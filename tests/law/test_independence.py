@@ -22,6 +22,8 @@ SETUPS = {
     "diana": Setup("langevin", "diana", 0.02, participation=1, chains=4096),
     "baoab": Setup("baoab", "marina", 0.1, participation=2, chains=4096),
     "blocks": Setup("langevin", "diana", 0.03, participation=0.6, compressor="randblock", k=2, chains=4096),
+    "d-elf": Setup("langevin", "ef21", 0.02, chains=4096),
+    "p-elf": Setup("langevin", "dense", 0.02, downlink=True, chains=4096),
 }
 
 
@@ -101,7 +103,7 @@ def one_mask(patch: Patch) -> None:
     def shared(self: LinkKeys, round: int, clients: Tensor | None = None) -> PacketKeys:
         keys = at(self, round, clients)
         words = keys.own.tensor()
-        return replace(keys, own=Key(words[:, :1].expand_as(words).contiguous(), keys.own.device))
+        return replace(keys, own=Key(words[..., :1].expand_as(words).contiguous(), keys.own.device))
 
     patch.setattr(LinkKeys, "at", shared)
 
@@ -116,6 +118,8 @@ def one_mask(patch: Patch) -> None:
         (one_cohort, "diana", "error"),
         (one_mask, "diana", "error"),
         (one_mask, "blocks", "error"),
+        (one_mask, "d-elf", "error"),
+        (one_mask, "p-elf", "error"),
     ],
 )
 def test_a_shared_draw_is_seen(monkeypatch: Patch, mutate: Callable[[Patch], None], name: str, seen: str) -> None:
