@@ -34,7 +34,7 @@ class Downlink(ABC):
 
     @abstractmethod
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
-        """Bits for clients that last heard `missed` rounds ago, (m,) int64 >= 1 (1: the round before)."""
+        """Bits for clients that last heard `missed` rounds ago, (m,) int64 (1: the round before; 0: never)."""
 
 
 class DenseDownlink(Downlink):
@@ -77,8 +77,9 @@ class Ef21P(Downlink):
 
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
         """The increments that were missed, or the dense point."""
-        increment = chains * self.compressor.bits(d, dtype)
-        return int((missed * increment).clamp(max=_dense(chains, d, dtype)).sum())
+        whole = _dense(chains, d, dtype)
+        increments = (missed * chains * self.compressor.bits(d, dtype)).clamp(max=whole)
+        return int(torch.where(missed > 0, increments, whole).sum())
 
 
 def _dense(chains: int, d: int, dtype: torch.dtype) -> int:

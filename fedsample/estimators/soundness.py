@@ -113,7 +113,7 @@ def check(name: str, compressor: Compressor, *, everyone: bool = True) -> None:
     fits = exact or (rule.needs != "identity" and compressor.kind == rule.needs)
     if compressor.everyone and (side == "downlink" or not everyone):
         other = {"identity": "identity", "unbiased": "randk", "contractive": "topk"}[rule.needs]
-        present = "" if side == "downlink" else "fleet.participation = 1.0 without loss and drop-outs, or "
+        present = "fleet.participation = 1.0 without loss and drop-outs, or " if fits and side == "uplink" else ""
         raise UnsoundError(
             f"{side} {name} around {compressor.name}: its packets are shares of one whole, so every client must be "
             f"heard in every round; use {present}compressor {other}"

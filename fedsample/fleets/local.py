@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsample.clients.exact import exact_bits, point_bits
 from fedsample.clients.worker import Answer, Worker
+from fedsample.errors import RunDirectoryError
 from fedsample.estimators import DenseDownlink, Downlink, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.fleets.faults import Faults
@@ -57,6 +58,7 @@ class LocalFleet:
         self.workers = [Worker(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
         self._present: Tensor | None = None
         self._informed = torch.zeros(self.n, dtype=torch.int64)  # the last round whose points each client holds
+        self._reference = torch.zeros(self.n, dtype=torch.int64)  # the round whose points each client reduces about
         self._everyone = torch.ones(self.n, dtype=torch.bool)
 
     # --- the Fleet protocol --------------------------------------------------------------------------------------
@@ -80,6 +82,7 @@ class LocalFleet:
         total, norms = self._decode(answers, request, asked, arrived)
         traffic = self._traffic(request, asked, attempts)
         self._informed[self._everyone if exact_traffic.up else asked] = request.round
+        self._reference[asked] = request.reference_round
         return Aggregate(total, sums, arrived, arrival, traffic.plus(exact_traffic), norms)
 
     def blocks(self) -> list[Tensor]:
@@ -92,7 +95,7 @@ class LocalFleet:
             f"memory.{name}": torch.cat([worker.memory[name] for worker in self.workers])
             for name in self.workers[0].memory
         }
-        stacked["informed"] = self._informed.clone()
+        stacked["informed"], stacked["reference"] = self._informed.clone(), self._reference.clone()
         about = [worker.about for worker in self.workers]
         if all(each.gradient is not None for each in about):
             stacked["reference.gradient"] = torch.cat([each.gradient for each in about])  # type: ignore[misc]
@@ -100,9 +103,24 @@ class LocalFleet:
         return stacked if self._present is None else {**stacked, "present": self._present}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Back to a `state`, on this fleet's device."""
+        """Back to a `state`, on this fleet's device.
+
+        Raises:
+            RunDirectoryError: if the clients' memories are of another uplink, compressor or shape.
+        """
+        for name, fresh in self.workers[0].memory.items():
+            kept, want = state.get(f"memory.{name}"), (self.n, *fresh.shape[1:])
+            if kept is None or tuple(kept.shape) != want or kept.dtype != fresh.dtype:
+                found = "missing" if kept is None else f"{kept.dtype} {list(kept.shape)}"
+                raise RunDirectoryError(
+                    f"the clients' memory '{name}' in the checkpoint is {found}, expected {fresh.dtype} {list(want)}: "
+                    "it is of another uplink, compressor or number of chains; restore config.toml, or start a new run "
+                    "in another directory"
+                )
         self._present = state.get("present")
-        self._informed = state.get("informed", torch.zeros(self.n, dtype=torch.int64)).cpu().clone()
+        nobody = torch.zeros(self.n, dtype=torch.int64)
+        self._informed = state.get("informed", nobody).cpu().clone()
+        self._reference = state.get("reference", nobody).cpu().clone()
         for worker in self.workers:
             if "reference.round" in state:
                 mine = worker.indices.cpu()
@@ -186,14 +204,15 @@ class LocalFleet:
         width = 8 * torch.empty((), dtype=self.dtype).element_size()
         reached, sends = int(asked.sum()), int(attempts.sum())
         coins = 0 if self.uplink.sync_probability(request.round, self.d) == 0 else self.chains
-        missed_by = request.round - self._informed[asked]
+        last = self._informed[asked]
+        missed_by = torch.where(last > 0, request.round - last, 0)
         down = self.downlink.bits(missed_by, self.chains, self.d, self.dtype) + reached * coins
         more = 0  # further points, always dense
         if request.previous is not None:  # always sent under sampling, else to who missed the round before
             missed = asked if request.active is not None else asked & (self._informed != request.round - 1)
             more += int(missed.sum())
-        if request.reference is not None and 0 < request.reference_round < request.round:
-            more += int((self._informed[asked] < request.reference_round).sum())  # who was away when it was the point
+        if request.reference is not None and request.reference_round < request.round:
+            more += int((self._reference[asked] < request.reference_round).sum())  # who was away when it was the point
         down += more * width * self.chains * self.d
         syncing = 0 if request.sync is None else int(request.sync.sum())
         if request.active is None:
