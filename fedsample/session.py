@@ -41,6 +41,7 @@ from fedsample.watch import Watch, summarise
 
 SHARD_ROUNDS = 1000
 _CHECKPOINT_SHARE = 0.02  # of the time, at most, spent on checkpoints
+_ELEMENTARY = "exp expm1 log log1p log2 log10 sin cos tan asin acos atan tanh erf erfc erfinv trunc"
 
 
 @dataclass
@@ -201,6 +202,8 @@ class Session:
         self._stack.callback(torch.set_num_threads, before)
         threads = self.experiment.fleet.threads or 1  # small products: a second thread costs more than it brings
         self.experiment = _with(self.experiment, fleet={"threads": threads})
+        torch.set_num_threads(1)
+        _choose_paths()
         torch.set_num_threads(threads)
 
     def _prepare(self, problem: Problem, fleet: Fleet, progress: Progress, checkpoint: Checkpoint | None) -> Prepared:
@@ -457,6 +460,18 @@ def _schedule(experiment: Experiment, initial: float) -> Schedule:
 def _resolved(section: float | str | ScheduleConfig, step: float) -> float | ScheduleConfig:
     """The setting `step_size` with the step that was chosen."""
     return section.model_copy(update={"initial": step}) if isinstance(section, ScheduleConfig) else step
+
+
+def _choose_paths() -> None:
+    """Call each elementary function once, alone.
+
+    MKL chooses its code path in the first call. Where two threads make that at the same time, one of them may get the
+    values of a less exact path, once: about one run in fifty with two threads then differed from the others.
+    """
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        for name in _ELEMENTARY.split():
+            getattr(torch, name)(one)
 
 
 def _with(experiment: Experiment, **changes: Any) -> Experiment:
