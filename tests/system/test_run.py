@@ -19,6 +19,7 @@ import torch
 from commands import call, sets
 
 import fedsample
+from fedsample import session
 from fedsample.config import Experiment, dump_toml, load
 from fedsample.diagnostics.convergence import ess_bulk
 from fedsample.experiment import Run
@@ -432,6 +433,19 @@ def test_curves_disturb_no_gradient(regression: Any, folder: Path) -> None:
     assert all(same)
     assert seen
     assert all(seen)
+
+
+def test_code_paths_are_chosen_before_there_are_two_threads(
+    gaussians: Gaussians, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL's first call of exp or log by two threads at a time is wrong in the sixth digit, once in fifty runs."""
+    seen: list[int] = []
+    choose, prepare = session._choose_paths, session.prepare
+    monkeypatch.setattr(session, "_choose_paths", lambda: (seen.append(torch.get_num_threads()), choose()))
+    monkeypatch.setattr(session, "prepare", lambda *a: (seen.append(torch.get_num_threads()), prepare(*a))[1])
+    run = sample(folder, "threads", data=gaussians.data, fleet={"threads": 2})
+    assert seen == [1, 2]
+    assert run.experiment.fleet.threads == 2
 
 
 def test_a_run_in_another_thread(gaussians: Gaussians, folder: Path) -> None:
