@@ -120,7 +120,7 @@ class MetricConfig(Section):
     """The linear map that whitens the target before sampling."""
 
     name: Literal["hessian", "kronecker", "diagonal", "identity"] = setting(
-        "hessian", "curvature at the mode; hessian for up to 2,000 parameters"
+        "hessian", "curvature at the mode; hessian for up to 5,000 parameters"
     )
 
 
