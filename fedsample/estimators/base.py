@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -181,10 +181,6 @@ class Uplink(ABC):
             raise DataError(f"an upload of {len(data)} bytes, expected {at} for {chains} chains of {d} parameters")
         support = self.compressor.support(turn.keys, d)  # of all chains at once, where the keys tell it
         return Upload(packet if support is None else packet._replace(indices=support), dense)
-
-    def describe(self) -> dict[str, Any]:
-        """What `fedsample list estimators` prints of it."""
-        return {"name": self.name, "wire": self.summary, "reference": self.reference}
 
 
 def masked(packet: Packet, active: Tensor | None) -> Packet:

@@ -606,5 +606,5 @@ def test_the_table_lists_every_estimator() -> None:
     for each in rows:
         if each["link"] == "downlink":
             continue
-        described = build(each["name"], Identity()).describe()
-        assert (described["name"], described["wire"]) == (each["name"], each["wire"])
+        built = build(each["name"], Identity())
+        assert (built.name, built.summary, built.reference) == (each["name"], each["wire"], each["reference"])
