@@ -22,12 +22,12 @@ from fedsample.clients.device import Device, Trace
 from fedsample.config import Experiment, dump_toml
 from fedsample.errors import ConfigError
 from fedsample.experiment import of_run_config, reread
-from fedsample.fleets.records import parcel_of, records_of
+from fedsample.fleets.records import HEADER, parcel_of, records_of
 from fedsample.problem import Problem, build_problem
-from fedsample.wire import Parcel
+from fedsample.wire import Parcel, header, pack_tensors, unpack_tensors
 
 _RAISED = 2  # Flower's code for a ClientApp that raised
-_PREFIX = "fedsample.kept/"  # of what lies in context.state
+_METRIC, _STATE = "fedsample.metric/", "fedsample.state/"  # prefixes of what lies in context.state
 
 
 def client_app(experiment: Experiment | None = None) -> ClientApp:
@@ -87,9 +87,9 @@ def _handler(kind: str, text: str | None) -> Callable[[Message, Context], Messag
             device = _find(context, text, trace)
             with _threads(device.experiment.fleet.threads or 1):
                 parcel = parcel_of(message.content, "a message")
-                device.restore(_kept(context.state))
+                _recall(device, context.state)
                 reply = device.handle(kind, parcel, trace)
-                _keep(context.state, device.state())
+                _keep(context.state, device)
                 return Message(records_of(reply), reply_to=message)
         except Exception:
             failure = messages.Failure(trace.client, trace.round, trace.stage, traceback.format_exc())
@@ -98,19 +98,25 @@ def _handler(kind: str, text: str | None) -> Callable[[Message, Context], Messag
     return handle
 
 
-def _kept(state: RecordDict) -> dict[str, Parcel]:
-    """What this client remembers, as the last message left it in `context.state`."""
-    names = {name.split("/")[1] for name in state if name.startswith(_PREFIX)}
-    return {name: parcel_of(state, "what this client remembers", f"{_PREFIX}{name}/") for name in names}
+def _recall(device: Device, state: RecordDict) -> None:
+    """Give the client back what the last message left in `context.state`."""
+    what = "what this client remembers"
+    device.hold(parcel_of(state, what, _METRIC) if f"{_METRIC}{HEADER}" in state else None)
+    if f"{_STATE}{HEADER}" not in state:
+        device.restore({})
+        return
+    arrays, forms = parcel_of(state, what, _STATE).arrays, device.forms()
+    device.restore(unpack_tensors(arrays, {name: forms[name] for name in arrays if name in forms}, what))
 
 
-def _keep(state: RecordDict, kept: dict[str, Parcel]) -> None:
+def _keep(state: RecordDict, device: Device) -> None:
     """Remember it until the next message."""
-    for name in [name for name in state if name.startswith(_PREFIX)]:
-        del state[name]
-    for name, parcel in kept.items():
-        for record, value in records_of(parcel, f"{_PREFIX}{name}/").items():
-            state[record] = value
+    parts = {_STATE: Parcel(header(), pack_tensors(device.state()))}
+    if device.metric is not None:
+        parts[_METRIC] = device.metric
+    for prefix, parcel in parts.items():
+        for name, record in records_of(parcel, prefix).items():
+            state[name] = record
 
 
 def _find(context: Context, text: str | None, trace: Trace) -> Device:

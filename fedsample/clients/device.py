@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.problem import Problem
 
-METRIC, MEMORY, POINTS, REFERENCE = "metric", "memory", "points", "reference"  # what is remembered, as parcels
-
 
 @dataclass
 class Trace:
@@ -149,54 +147,63 @@ class Device:
 
     # --- what is remembered ------------------------------------------------------------------------------------------
 
+    @property
+    def metric(self) -> Parcel | None:
+        """The metric that this client holds, as it came."""
+        return self._held[1]
+
+    def hold(self, metric: Parcel | None) -> None:
+        """Hold a metric that was given in an earlier message; it is read when a request speaks of it."""
+        tag = "" if metric is None else messages.metric_tag(metric)
+        if tag != self.tag and self._used:
+            self.worker.set_metric(Identity(self.origin))
+            self._used = ""
+        self._held = (tag, metric)
+
     def fresh(self) -> Memory:
         """The estimator's memory before round 1."""
         worker = self.worker
         return worker.uplink.memory((1, worker.chains, worker.base.d), worker.base.dtype, worker.base.device)
 
-    def state(self, *, metric: bool = True) -> dict[str, Parcel]:
-        """Everything that is remembered, by name; with or without the metric, which does not change."""
+    def state(self) -> dict[str, Tensor]:
+        """Everything else that is remembered, as tensors by name; they are the client's own."""
         recall = self.recall
-        kept = {MEMORY: Parcel(header(), pack_tensors(self.worker.memory))}
-        if metric and self._held[1] is not None:
-            kept[METRIC] = self._held[1]
-        if recall.points is not None:
-            kept[POINTS] = Parcel(header(round=recall.round), pack_tensors({"points": recall.points}))
-        if recall.reference is not None:
-            point = pack_tensors({"points": recall.reference})
-            kept[REFERENCE] = Parcel(header(round=recall.reference_round), point)
-        return kept
+        state = {f"memory.{name}": tensor for name, tensor in self.worker.memory.items()}
+        state["rounds"] = torch.tensor([recall.round, recall.reference_round])
+        points = {"points": recall.points, "reference": recall.reference}
+        return state | {name: each for name, each in points.items() if each is not None}
 
-    def restore(self, kept: Mapping[str, Parcel], *, metric: bool = True) -> None:
-        """Back to a `state`; what is missing there was not remembered. Without `metric` the present one is kept.
+    def forms(self) -> dict[str, Tensor]:
+        """Tensors of the shapes and dtypes that a `state` may hold."""
+        points = self.origin.expand(self.worker.chains, -1)
+        memory = {f"memory.{name}": tensor for name, tensor in self.fresh().items()}
+        return {**memory, "rounds": torch.zeros(2, dtype=torch.int64), "points": points, "reference": points}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Back to a `state`; an empty one is that before the first message.
 
         Raises:
             DataError: if it is of another uplink, compressor or shape.
         """
-        if metric:
-            held = kept.get(METRIC)
-            tag = "" if held is None else messages.metric_tag(held)
-            if tag != self.tag:
-                self._held = (tag, held)
-                if self._used:
-                    self.worker.set_metric(Identity(self.origin))
-                    self._used = ""
-        memory = kept.get(MEMORY)
-        self.worker.memory = (
-            self.fresh() if memory is None else unpack_tensors(memory.arrays, self.fresh(), "this client's memory")
-        )
         before, self.recall = self.recall, Recall()
-        self.recall.round, self.recall.points = self._points(kept.get(POINTS), "this client's points")
-        since, point = self._points(kept.get(REFERENCE), "this client's reference")
-        self.recall.reference_round, self.recall.reference = since, point
-        if not self._anchored and not _same(before.reference, point):  # gradients kept at another reference are void
-            self.worker.forget_reference()
-
-    def _points(self, parcel: Parcel | None, what: str) -> tuple[int, Tensor | None]:
-        if parcel is None:
-            return 0, None
-        like = {"points": self.origin.expand(self.worker.chains, -1)}
-        return Header(parcel, what).integer("round"), unpack_tensors(parcel.arrays, like, what)["points"]
+        self.worker.memory = self.fresh()
+        if state:
+            for name, form in self.forms().items():
+                found = state.get(name)
+                if found is None and name in ("points", "reference"):
+                    continue
+                if found is None or found.shape != form.shape or found.dtype != form.dtype:
+                    got = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+                    raise DataError(
+                        f"what this client remembers: {name} is {got}, expected {form.dtype} {list(form.shape)}: it is "
+                        "of another uplink, compressor or number of chains"
+                    )
+            rounds, device = state["rounds"].tolist(), self.origin.device
+            points = {name: state[name].to(device) for name in ("points", "reference") if name in state}
+            self.recall = Recall(rounds[0], points.get("points"), rounds[1], points.get("reference"))
+            self.worker.memory = {name: state[f"memory.{name}"].to(device).clone() for name in self.worker.memory}
+        if not self._anchored and not _same(before.reference, self.recall.reference):
+            self.worker.forget_reference()  # gradients kept at another reference are void
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
