@@ -165,18 +165,20 @@ class Head(_message.Message):
     def __init__(self, name: _Optional[_Union[Name, _Mapping]] = ..., kind: _Optional[str] = ..., header: _Optional[_Iterable[_Union[Field, _Mapping]]] = ..., arrays: _Optional[_Iterable[_Union[Array, _Mapping]]] = ...) -> None: ...
 
 class Name(_message.Message):
-    __slots__ = ("run", "term", "round", "client", "digest")
+    __slots__ = ("run", "term", "round", "client", "digest", "sequence")
     RUN_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     run: bytes
     term: int
     round: int
     client: int
     digest: bytes
-    def __init__(self, run: _Optional[bytes] = ..., term: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    sequence: int
+    def __init__(self, run: _Optional[bytes] = ..., term: _Optional[int] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., digest: _Optional[bytes] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class Array(_message.Message):
     __slots__ = ("name", "dtype", "shape", "stype", "size")

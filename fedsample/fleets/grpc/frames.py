@@ -33,7 +33,7 @@ class Name(NamedTuple):
 
     Attributes:
         run: 16 bytes. term: rises when the run goes back or forks. round: 0 while the run is prepared. client: index.
-        digest: 16 bytes of the request.
+        digest: 16 bytes that stand for the request's content. sequence: rises from request to request within a term.
     """
 
     run: bytes
@@ -41,6 +41,7 @@ class Name(NamedTuple):
     round: int
     client: int
     digest: bytes
+    sequence: int
 
 
 class Message(NamedTuple):
@@ -77,7 +78,8 @@ class Digests:
 def _head(name: Name | None, kind: str, parcel: Parcel) -> pb.Head:
     head = pb.Head(kind=kind)
     if name is not None:
-        head.name.run, head.name.term, head.name.round, head.name.client, head.name.digest = name
+        for field, part in name._asdict().items():
+            setattr(head.name, field, part)
     for key, value in parcel.header.items():
         _put(head.header.add(name=key), value)
     for key, array in parcel.arrays.items():
@@ -224,7 +226,7 @@ class Assembler:
 
 
 def _whole(head: pb.Head, data: bytes | bytearray) -> Message:
-    name = Name(head.name.run, head.name.term, head.name.round, head.name.client, head.name.digest)
+    name = Name(*(getattr(head.name, field) for field in Name._fields))
     view, arrays, at = memoryview(data), {}, 0
     for each in head.arrays:
         part = view[at : at + each.size]
