@@ -1,0 +1,1 @@
+"""Clients on real devices, over gRPC with mutual TLS."""
