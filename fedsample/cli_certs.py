@@ -36,7 +36,7 @@ Client = Annotated[
 
 @certs_app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where; one with files is left alone.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where; one that exists is left alone.")],
     clients: Annotated[int, typer.Option(min=1, max=_MAX_CLIENTS, help="How many client folders.")],
     names: Names = None,
     days: Days = 365,

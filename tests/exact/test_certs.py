@@ -181,6 +181,13 @@ def test_existing_files_stay(copy: Path) -> None:
     with pytest.raises(CertificateError, match="left as it is"):
         certs.request(copy / "client-0", ClientIdentity(0))
     assert {path: path.read_bytes() for path in copy.rglob("*.pem")} == before
+    (copy / "empty").mkdir()
+    with pytest.raises(CertificateError, match="empty: exists"):
+        certs.init(copy / "empty", [], 1)
+    (copy / "empty" / "request.csr").touch()
+    with pytest.raises(CertificateError, match=r"request\.csr: exists.*to renew with the same key"):
+        certs.request(copy / "empty", ClientIdentity(0))
+    assert not (copy / "empty" / "key.pem").exists()
 
 
 def test_more_clients(copy: Path) -> None:
@@ -216,6 +223,12 @@ def test_request_and_sign(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match=r"cert\.pem: exists"):
         certs.sign(copy / "ca", asked, ClientIdentity(4), (), back / "cert.pem")
     certs.sign(copy / "ca", asked, ClientIdentity(4), (), back / "renewed.pem")  # the same ca.pem beside it is fine
+    (back / "ca.pem").write_text("another")
+    with pytest.raises(CertificateError, match="another authority's"):
+        certs.sign(copy / "ca", asked, ClientIdentity(4), (), back / "again.pem")
+    with pytest.raises(CertificateError, match=r"--out .*is the authority's own"):
+        certs.sign(copy / "ca", asked, ClientIdentity(4), (), tmp_path / "elsewhere" / "ca.pem")
+    assert not (back / "again.pem").exists()
 
 
 def test_a_server_requests_too(copy: Path, tmp_path: Path) -> None:
@@ -358,7 +371,7 @@ def test_parts_that_do_not_belong_together(copy: Path, tmp_path: Path) -> None:
     shutil.copy(tmp_path / "other" / "ca" / "ca.pem", copy / "client-1" / "ca.pem")
     with pytest.raises(CertificateError, match=r"was not signed by ca\.pem"):
         credentials.client_credentials(copy / "client-1")
-    both = (copy / "ca" / "ca.pem").read_bytes() + (tmp_path / "other" / "ca" / "ca.pem").read_bytes()
+    both = (tmp_path / "other" / "ca" / "ca.pem").read_bytes() + (copy / "ca" / "ca.pem").read_bytes()
     (copy / "client-1" / "ca.pem").write_bytes(both)  # while one authority takes over from another
     assert len(credentials.load(copy / "client-1", ClientIdentity).authorities) == 2
 

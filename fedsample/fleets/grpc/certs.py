@@ -48,16 +48,16 @@ def init(
     """Make an authority, a server's folder and `clients` client folders.
 
     Args:
-        folder: where; it must not exist, or be empty. names: of the server, beside this machine's own.
+        folder: where; it must not exist. names: of the server, beside this machine's own.
         clients: how many, with indices 0, 1, ... days: how long server and clients last; the authority: 3650.
         now: when they start; the clock's time by default.
 
     Raises:
-        CertificateError: the folder holds something, or a number is out of range. AddressError: a name is none.
+        CertificateError: the folder exists, or a number is out of range. AddressError: a name is none.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder):  # even if empty: a mount point, or the folder one stands in, cannot be moved onto
         raise CertificateError(
-            f"{folder}: exists and is left as it is; name another folder, or add to it: "
+            f"{folder}: exists and is left as it is; name a new folder, or add clients to this one: "
             f"fedsample certs issue {folder} --clients N --first FIRST"
         )
     identities = _clients(0, clients)
