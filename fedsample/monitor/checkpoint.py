@@ -92,6 +92,23 @@ class CheckpointStore:
             raise disk_error(target, len(data) + len(text), error) from error
         self._prune(round)
 
+    def rounds(self) -> list[int]:
+        """The rounds of which there is a checkpoint, newest first; whether they are whole is not looked at."""
+        return [_round(path) for path in self._stored()]
+
+    def rewind(self, round: int) -> None:
+        """Delete the checkpoints after a round: the run will go on from there, and may go another way.
+
+        Raises:
+            RunDirectoryError: if one cannot be deleted.
+        """
+        for path in self._stored():
+            if _round(path) > round:
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:
+                    raise disk_error(path, 0, error) from error
+
     def latest(self, expected_digest: str | None = None) -> Checkpoint | None:
         """Read the newest checkpoint that is whole; None where there is none yet.
 

@@ -13,10 +13,10 @@ import grpc
 
 from fedsample import __version__
 from fedsample.errors import CertificateError
+from fedsample.fleets.grpc.fedsample_pb2 import ProbeReply, ProbeRequest
 from fedsample.fleets.grpc.identity import identity_of
-from fedsample.fleets.grpc.probe_pb2 import ProbeReply, ProbeRequest
 
-PROTOCOL = 1
+PROTOCOL = 1  # as in frames.py, which loads torch
 SOFTWARE = f"fedsample {__version__}"
 SERVICE = "fedsample.v1.Fleet"
 METHOD = "Probe"
