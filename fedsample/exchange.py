@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from fedsample.compression import Packet
 from fedsample.targets.metric import Metric
 
 ESTIMATE = "estimate"  # the uplink estimator's upload
@@ -30,6 +32,7 @@ class Request:
         observe: whether norms of single uploads are wanted, for monitoring.
         reference, reference_round: (C, d) the point about which clients reduce the variance of their minibatches, and
             the round whose points it was (0: the origin of the metric's coordinates); None: they do not.
+        increment: makes what leads from the points of the round before to these, where they come back compressed.
     """
 
     round: int
@@ -44,6 +47,7 @@ class Request:
     observe: bool = False
     reference: Tensor | None = None
     reference_round: int = 0
+    increment: Callable[[], Packet] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedsample.compression import Packet
 from fedsample.errors import DivergenceError
 from fedsample.estimators import DenseDownlink, Direct, Downlink, ServerState, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request
@@ -138,6 +140,7 @@ class Sampler(FlowerStrategy):
         self.step_size, self.temperature, self.seed = self.schedule.initial, temperature, seed
         self.cohort, self.stability = cohort, stability
         self._noise: tuple[int, Tensor] | None = None
+        self._increment: tuple[int, Packet | None] = (0, None)
 
     @abstractmethod
     def kernel_start(self, params: Tensor) -> dict[str, Tensor]:
@@ -176,7 +179,14 @@ class Sampler(FlowerStrategy):
             observe=observe,
             reference=reference,
             reference_round=since,
+            increment=partial(self._increment_of, state, round) if round > 1 and self.downlink.compresses else None,
         )
+
+    def _increment_of(self, state: State, round: int) -> Packet:
+        """What leads from the points of the round before to those of this one; made again after a resume."""
+        if self._increment[0] != round or self._increment[1] is None:
+            self._increment = (round, self.downlink.see(state.previous, state.params, round)[1])
+        return self._increment[1]  # type: ignore[return-value]
 
     def _reference(self, state: State, round: int) -> tuple[Tensor | None, int]:
         """Where clients reduce variance in a round, and since which round."""
@@ -205,7 +215,8 @@ class Sampler(FlowerStrategy):
         applied = torch.where(aggregate.arrived.to(state.applied.device), request.round, state.applied)
         if request.round % _CHECK_EVERY == 0 or request.round == 1:
             self.check(params, request.round)
-        seen = self.downlink.see(state.seen, params, request.round + 1)
+        seen, packet = self.downlink.see(state.seen, params, request.round + 1)
+        self._increment = (request.round + 1, packet)
         reference = state.reference if request.reference is None else request.reference
         return State(request.round, params, request.points, kernel, uplink, applied, state.epoch, seen, reference)
 
