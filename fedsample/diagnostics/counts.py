@@ -117,7 +117,8 @@ def scores(counts: Tensor, likelihood: str | None) -> dict[str, float | None]:
         likelihood: of the model.
 
     Raises:
-        DataError: another length, a number of rows that is none, NaN, or negative counts.
+        DataError: another length, a number of rows that is none, or counts that do not fit it. NaN, which a chain that
+            diverged predicts, stays NaN.
     """
     if likelihood is None:
         return {}
@@ -129,10 +130,9 @@ def scores(counts: Tensor, likelihood: str | None) -> dict[str, float | None]:
         )
     rows, second, nll = values[:_HEAD].tolist()
     whole = math.isfinite(rows) and rows >= 0 and rows == int(rows)
-    if not whole or second < 0 or (not gaussian and second > rows) or bool(values.isnan().any()):
-        raise DataError(
-            f"got counts of {rows} rows, {second} and {nll}: expected whole rows, and numbers that fit them"
-        )
+    if not whole or second < 0 or (not gaussian and second > rows):
+        what = "of squared error" if gaussian else "correct"
+        raise DataError(f"got counts of {rows} rows, {second} {what}: expected whole rows, and numbers that fit them")
     if not rows:
         return dict.fromkeys(("rmse", "nll") if gaussian else ("accuracy", "nll", "ece"))
     if gaussian:

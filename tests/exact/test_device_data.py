@@ -25,7 +25,7 @@ from fedsample.diagnostics.counts import Evaluator, length, scores
 from fedsample.errors import ConfigError, DataError
 from fedsample.models import task_of
 from fedsample.problem import Problem, build_problem
-from fedsample.remote import device_problem, remote_problem
+from fedsample.remote_problem import device_problem, remote_problem
 from fedsample.sums import TreeSum
 
 SIZES = (11, 4, 17)
@@ -84,10 +84,11 @@ def write(folder: Path, kind: str, target: str) -> tuple[str, list[str], list[di
         )
     for part in parts:
         del part["price" if target == "kind" else "kind"]
-    pooled = {name: [value for part in parts for value in part[name]] for name in parts[0]}
-    pooled["who"] = [f"c{client}" for client, size in enumerate(SIZES) for _ in range(size)]
-    mixed = np.random.default_rng(1).permutation(sum(SIZES))  # each client's rows keep their order below
-    mixed = mixed[np.argsort(np.argsort(mixed))]
+    owners = rng.permutation(np.repeat(range(3), SIZES)).tolist()  # rows of different clients lie mixed
+    queues = [iter(zip(*part.values(), strict=True)) for part in parts]
+    rows = [next(queues[owner]) for owner in owners]
+    pooled = {name: [row[at] for row in rows] for at, name in enumerate(parts[0])}
+    pooled["who"] = [f"c{owner}" for owner in owners]
     files = []
     for client, part in enumerate(parts):
         names = list(part)[::-1] if client else list(part)
@@ -276,7 +277,8 @@ def test_a_schema_and_a_model_that_do_not_fit() -> None:
     ("name", "model"), [("digits", "softmax"), ("breast_cancer", "logistic"), ("diabetes", "linear")]
 )
 def test_sums_of_counts_are_the_scores_of_all_rows(name: str, model: str) -> None:
-    settings = experiment(data={"name": name, "clients": 3}, model={"name": model})
+    # In float32 the product of fewer rows may round differently; in float64 that is far below the bound.
+    settings = experiment(data={"name": name, "clients": 3}, model={"name": model}, dtype="float64")
     pooled = build_problem(settings)
     _, shares = federate(settings, [read_device(settings, i, partition=i) for i in range(3)])
     draws = 0.3 * torch.randn(7, pooled.d, generator=torch.Generator().manual_seed(0)).to(pooled.clients.dtype)
@@ -316,7 +318,7 @@ def test_scores_without_rows_and_of_strangers() -> None:
     with pytest.raises(DataError, match="held-out rows have changed"):
         evaluator.restore({"seen": torch.tensor(2), "total": torch.zeros(4, 3)})
     good = torch.zeros(length("categorical"))
-    for at, value in ((0, 0.5), (0, -1.0), (0, torch.nan), (1, 2.0), (47, torch.nan)):
+    for at, value in ((0, 0.5), (0, -1.0), (0, torch.nan), (1, 2.0), (1, -1.0)):
         bad = good.clone()
         bad[at] = value
         with pytest.raises(DataError, match="got counts"):
@@ -377,7 +379,7 @@ def test_what_the_experiment_states_binds_every_client() -> None:
         DataError, match=r"client 0 has no column 'sit', which data.features has. Did you mean 'site'\?"
     ):
         merge([held], ["age", "sit"])
-    with pytest.raises(DataError, match="client 0 has the label 1, expected one of data.labels"):
+    with pytest.raises(DataError, match=r"client 0 has the label 1, expected one of data\.labels"):
         merge([held], None, [0, 2])
     for features, labels in ((["age", "age", "site"], None), (None, [0]), (None, [0, 0, 1]), (None, [0, 1, "a"])):
         with pytest.raises(ConfigError, match=r"data\.(features|labels)"):
@@ -404,7 +406,7 @@ def test_rows_that_left_the_agreement(tmp_path: Path) -> None:
         ({"features": (Feature("age", ("1",)), *agreed.features[1:])}, "holds numbers, but the clients agreed on text"),
         ({"features": (Feature("ages"), *agreed.features[1:])}, "no column 'ages'"),
         ({"features": (), "shape": (3,)}, "arrays without names"),
-        ({"target": Target("labels", ("no", "maybe"))}, "is 'yes' in row 1"),
+        ({"target": Target("labels", ("maybe", "no"))}, "is 'yes' in row 1"),
         ({"target": Target("labels", (0, 1))}, "agreed on the labels 0, 1"),
         ({"target": Target("number")}, "agreed on numbers"),
         ({"kind": "quadratic", "features": (), "target": None, "shape": (3,)}, "quadratics"),
@@ -493,7 +495,7 @@ def test_sums_of_strangers() -> None:
     data = load_data(experiment(data={"name": "iris", "clients": 2}).data, 0)
     first = first_sums(data.client(0))
     for bad in (first[1:], torch.cat([torch.zeros(1), first[1:]]), first * torch.nan, first + 0.5):
-        with pytest.raises(DataError, match="first sums|training rows together"):
+        with pytest.raises(DataError, match=r"first sums|training rows together"):
             second_sums(data.client(0), bad)
     for second in (-torch.ones(4).double(), torch.full((4,), torch.inf).double()):
         with pytest.raises(DataError, match="sums of squares"):
@@ -546,7 +548,7 @@ from fedsample.config import load
 from fedsample.data.device import agreed_schema, read_device
 from fedsample.data.standardize import Scale, first_sums, second_sums
 from fedsample.diagnostics.counts import Evaluator
-from fedsample.remote import device_problem, remote_problem
+from fedsample.remote_problem import device_problem, remote_problem
 settings = load({}, environment={})
 holding = read_device(settings, 0, data="own.csv", target="y")
 agreed = agreed_schema(settings, [holding.schema])
