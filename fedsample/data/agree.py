@@ -41,7 +41,10 @@ def table_schema(table: Table, task: Task | None, standardize: bool | None, rows
 
 
 def merge(
-    schemas: Sequence[Schema], features: Sequence[str] | None = None, labels: Sequence[Label] | None = None
+    schemas: Sequence[Schema],
+    features: Sequence[str] | None = None,
+    labels: Sequence[Label] | None = None,
+    names: Sequence[str] = (),
 ) -> Schema:
     """What all clients agree on.
 
@@ -49,6 +52,7 @@ def merge(
         schemas: one a client, in client order.
         features: the names of the columns in the order to use, where the experiment states them.
         labels: all labels that may occur, where the experiment states them.
+        names: what to call the clients in an error; empty: client 0, client 1, ...
 
     Raises:
         DataError: clients differ in what they must hold alike; names the client and the column.
@@ -56,16 +60,17 @@ def merge(
     """
     if not schemas:
         raise DataError("got no schemas: at least one client is needed")
+    names = names or [f"client {client}" for client in range(len(schemas))]
     first = schemas[0]
-    for client, schema in enumerate(schemas[1:], start=1):
-        _alike(client, schema, first)
+    for name, schema in zip(names[1:], schemas[1:], strict=True):
+        _alike(name, schema, names[0], first)
     if first.kind == "quadratic":
         if features is not None or labels is not None:
             raise ConfigError("data.features and data.labels describe rows, but the clients are quadratic: drop them")
         return Schema("quadratic", first.shape, rows=sum(schema.rows for schema in schemas))
     rows = sum(schema.rows for schema in schemas)
-    target = _target([schema.target or Target("number") for schema in schemas], rows, labels)
-    return Schema("rows", first.shape, _features(schemas, features), target, rows, first.standardize)
+    target = _target([schema.target or Target("number") for schema in schemas], names, rows, labels)
+    return Schema("rows", first.shape, _features(schemas, names, features), target, rows, first.standardize)
 
 
 def check_names(who: str, got: Sequence[str], expected: Sequence[str], whose: str) -> None:
@@ -89,28 +94,28 @@ def check_names(who: str, got: Sequence[str], expected: Sequence[str], whose: st
         )
 
 
-def _alike(client: int, schema: Schema, first: Schema) -> None:
+def _alike(client: str, schema: Schema, other: str, first: Schema) -> None:
     """What no union can mend."""
     if schema.kind != first.kind or bool(schema.features) != bool(first.features):
         forms = [
             "a quadratic" if each.kind == "quadratic" else "named columns" if each.features else "arrays"
             for each in (schema, first)
         ]
-        raise DataError(f"client {client} holds {forms[0]}, client 0 {forms[1]}: give all clients one kind of data")
+        raise DataError(f"{client} holds {forms[0]}, {other} {forms[1]}: give all clients one kind of data")
     if not schema.features and schema.shape != first.shape:
         what = "parameters" if schema.kind == "quadratic" else "rows"
         raise DataError(
-            f"client {client} has {what} of shape {schema.shape}, client 0 of shape {first.shape}: expected the same"
+            f"{client} has {what} of shape {schema.shape}, {other} of shape {first.shape}: expected the same"
         )
     if schema.standardize != first.standardize:
         does = ("is", "is not") if schema.standardize else ("is not", "is")
         raise DataError(
-            f"by its kind of source client {client} {does[0]} standardised, and client 0 {does[1]}: set "
+            f"by its kind of source {client} {does[0]} standardised, and {other} {does[1]}: set "
             "data.standardize to true or false"
         )
 
 
-def _features(schemas: Sequence[Schema], stated: Sequence[str] | None) -> tuple[Feature, ...]:
+def _features(schemas: Sequence[Schema], names: Sequence[str], stated: Sequence[str] | None) -> tuple[Feature, ...]:
     """Columns in order, each with the categories of all clients."""
     if not schemas[0].features:
         if stated is not None:
@@ -120,21 +125,21 @@ def _features(schemas: Sequence[Schema], stated: Sequence[str] | None) -> tuple[
     if len(set(order)) < len(order):
         raise ConfigError(f"data.features names a column twice: {order}; expected each once")
     held = []
-    for client, schema in enumerate(schemas):
+    for client, schema in zip(names, schemas, strict=True):
         found = {feature.name: feature for feature in schema.features}
-        whose = "data.features" if stated is not None else "client 0"
-        check_names(f"client {client}", list(found), order, whose)
+        whose = "data.features" if stated is not None else names[0]
+        check_names(client, list(found), order, whose)
         held.append(found)
-    return tuple(_feature(name, [found[name] for found in held]) for name in order)
+    return tuple(_feature(name, [found[name] for found in held], names) for name in order)
 
 
-def _feature(name: str, held: Sequence[Feature]) -> Feature:
+def _feature(name: str, held: Sequence[Feature], names: Sequence[str]) -> Feature:
     union: set[str] = set()
-    for client, feature in enumerate(held):
+    for client, feature in zip(names, held, strict=True):
         if (feature.categories is None) != (held[0].categories is None):
             kinds = ["text" if each.categories is not None else "numbers" for each in (feature, held[0])]
             raise DataError(
-                f"column {name!r} holds {kinds[0]} on client {client} and {kinds[1]} on client 0: store it alike (a "
+                f"column {name!r} holds {kinds[0]} on {client} and {kinds[1]} on {names[0]}: store it alike (a "
                 "CSV column whose every value reads as a number holds numbers; Parquet keeps text as text)"
             )
         union.update(feature.categories or ())
@@ -146,48 +151,47 @@ def _feature(name: str, held: Sequence[Feature]) -> Feature:
     return Feature(name, None if held[0].categories is None else tuple(sorted(union)))
 
 
-def _target(targets: Sequence[Target], rows: int, stated: Sequence[Label] | None) -> Target:
+def _target(targets: Sequence[Target], names: Sequence[str], rows: int, stated: Sequence[Label] | None) -> Target:
     """Numbers, or the labels of all clients."""
     if stated is not None:
-        return _stated(targets, stated)
+        return _stated(targets, names, stated)
     kinds = [target.kind for target in targets]
     if "number" in kinds:
         if "labels" in kinds:
-            client, other = kinds.index("labels"), kinds.index("number")
-            raise DataError(
-                f"client {client} has labels to predict, client {other} numbers: expected the same on all clients"
-            )
+            client, other = names[kinds.index("labels")], names[kinds.index("number")]
+            raise DataError(f"{client} has labels to predict, {other} numbers: expected the same on all clients")
         return Target("number")
-    for client, target in enumerate(targets):
+    for client, target in zip(names, targets, strict=True):
         if type(target.values[0]) is not type(targets[0].values[0]):
             raise DataError(
-                f"client {client} has labels such as {target.values[0]!r}, client 0 such as {targets[0].values[0]!r}: "
+                f"{client} has labels such as {target.values[0]!r}, {names[0]} such as {targets[0].values[0]!r}: "
                 "expected whole numbers on all clients, or text on all"
             )
     values = sorted({value for target in targets for value in target.values})
     if "labels" not in kinds and (2 * len(values) > rows or len(values) > MAX_LABELS):
         return Target("number")
     if len(values) < 2:
-        raise DataError(f"every row has the label {values[0]!r}: expected at least two classes")
+        whose = names[0] if len(names) == 1 else "all clients"
+        raise DataError(f"every row of {whose} has the label {values[0]!r}: expected at least two classes")
     if len(values) > MAX_LABELS:
         raise DataError(f"the clients have {len(values)} labels together, expected at most {MAX_LABELS}")
     return Target("labels", tuple(values))
 
 
-def _stated(targets: Sequence[Target], stated: Sequence[Label]) -> Target:
+def _stated(targets: Sequence[Target], names: Sequence[str], stated: Sequence[Label]) -> Target:
     """The labels that the experiment states, if every client keeps to them."""
     if not 2 <= len(set(stated)) == len(stated) <= MAX_LABELS or len({type(label) for label in stated}) > 1:
         raise ConfigError(
             f"data.labels = {list(stated)[:10]}, expected 2 to {MAX_LABELS} different labels, all whole numbers or all "
             "text"
         )
-    for client, target in enumerate(targets):
+    for client, target in zip(names, targets, strict=True):
         if target.kind == "number":
-            raise DataError(f"client {client} has numbers to predict, but data.labels states labels: drop it")
+            raise DataError(f"{client} has numbers to predict, but data.labels states labels: drop it")
         wrong = [value for value in target.values if value not in set(stated)]
         if wrong:
             raise DataError(
-                f"client {client} has the label {wrong[0]!r}, expected one of data.labels = {list(stated)[:10]}: "
+                f"{client} has the label {wrong[0]!r}, expected one of data.labels = {list(stated)[:10]}: "
                 "correct its data or add the label"
             )
     return Target("labels", tuple(sorted(stated)))

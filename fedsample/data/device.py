@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from fedsample.data.builtin import datasets
 from fedsample.data.columns import read_columns
 from fedsample.data.fit import fit
 from fedsample.data.loading import read_table, split_of
-from fedsample.data.npz import read_archive, read_npz
+from fedsample.data.npz import read_npz
 from fedsample.data.quadratic import check_potentials, read_quadratic
 from fedsample.data.schema import Schema
 from fedsample.data.split import Split, keyed_split
@@ -172,7 +172,8 @@ def _share(experiment: Experiment, config: DataConfig, partition: int, partition
     task = task_of(experiment.model.name)
     table = read_table(config)
     whole = table_schema(table, task, config.standardize)
-    parts = split_of(config, table, merge([whole], config.features, config.labels), experiment.seed)
+    agreed = merge([whole], config.features, config.labels, [table.name])
+    parts = split_of(config, table, agreed, experiment.seed)
     _check_partition(partition, partitions, len(parts.names))
     own = parts.share(partition)
     return Rows(table, own, table_schema(table, task, config.standardize, len(own.train[0]) + len(own.test)))
@@ -192,10 +193,8 @@ def _file(
             f"{', '.join(names)}.{nearest(data, names)}"
         )
     path = _path(data)
-    arrays: dict[str, Any] = read_archive(path) if kind == "npz" else {}
-    if "a" in arrays and "X" not in arrays:
-        _no_target(target, "an npz file")
-        _check_kind(experiment, True, path.name)
+    if kind == "npz" and experiment.model.name == "quadratic":
+        _no_target(target, "a quadratic")
         return _potential(path, partition, partitions)
     if partition is not None or partitions is not None:
         raise ConfigError(

@@ -51,7 +51,7 @@ def load(config: DataConfig, seed: int, task: Task | None = None) -> FederatedDa
         ConfigError: options that contradict each other or the source.
     """
     table = read_table(config)
-    schema = merge([table_schema(table, task, config.standardize)], config.features, config.labels)
+    schema = merge([table_schema(table, task, config.standardize)], config.features, config.labels, [table.name])
     data = fit(table, schema, split_of(config, table, schema, seed))
     return standardize(data) if schema.standardize else data
 

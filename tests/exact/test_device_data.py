@@ -513,7 +513,6 @@ def test_sums_of_strangers() -> None:
         ({"data": "digit"}, "Did you mean 'digits'"),
         ({"data": "own.npz", "partition": 0}, "all rows of own.npz are this device's"),
         ({"data": "own.npz", "target": "y"}, "--target y"),
-        ({"data": "q.npz"}, 'choose "quadratic"'),
         ({"partition": 0, "partitions": 4}, "data.clients = 10"),
     ],
 )
@@ -522,7 +521,6 @@ def test_options_that_do_not_go_together(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     np.savez("own.npz", X=np.zeros((4, 1)), y=[0, 1, 0, 1])
-    np.savez("q.npz", lam=np.ones((2, 3)), a=np.ones((2, 3)))
     with pytest.raises(ConfigError, match=message):
         read_device(experiment(), 0, **given)
 
@@ -535,7 +533,13 @@ def test_files_that_cannot_be_this_devices(tmp_path: Path, monkeypatch: pytest.M
         read_device(experiment(), 0, data="own.npz")
     with pytest.raises(DataError, match="does not exist"):
         read_device(experiment(), 0, data="no.csv")
+    with pytest.raises(DataError, match="no array 'X'"):
+        read_device(experiment(), 0, data="q.npz")
     settings = experiment(data={"kind": "quadratic", "file": "q.npz"})
+    with pytest.raises(DataError, match="expected 'a'"):
+        read_device(settings, 0, data="own.npz")
+    with pytest.raises(ConfigError, match="clients 0 to 1"):
+        read_device(settings, 0, partition=2)
     with pytest.raises(ConfigError, match="holds 2 potentials"):
         read_device(settings, 0, data="q.npz")
 
