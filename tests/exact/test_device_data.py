@@ -131,6 +131,7 @@ def test_another_seed_and_another_client_hold_out_other_rows(tmp_path: Path) -> 
         holding = read_device(settings, client, data=str(tmp_path / "own.npz"))
         assert isinstance(holding, Rows)
         assert sorted([*holding.split.train[0], *holding.split.test]) == list(range(40))
+        assert (np.diff(holding.split.train[0]) > 0).all()
         return holding.split.test.tolist()  # type: ignore[no-any-return]
 
     assert len(held(0, 0)) == 10
@@ -177,6 +178,16 @@ def test_shares_of_builtin_sets_are_the_simulation(name: str, model: str, holdou
                 np.testing.assert_array_equal(share.y_test, want.y_test[i::3])
             held += len(share.x_test)
     assert held == 2 * len(want.x_test)
+
+
+def test_what_is_predicted_does_not_depend_on_who_asks(tmp_path: Path) -> None:
+    # 8 labels in 14 rows are numbers to predict; counted once for each of three clients they would be classes.
+    (tmp_path / "all.csv").write_text("a,y\n" + "".join(f"{i},{i % 8}\n" for i in range(14)))
+    data = {"kind": "csv", "file": str(tmp_path / "all.csv"), "target": "y", "clients": 3, "partition": "iid"}
+    settings = experiment(data=data, model={"name": "mlp"})
+    agreed, _ = federate(settings, [read_device(settings, i, partition=i, partitions=3) for i in range(3)])
+    assert agreed.classes is None
+    assert load_data(settings.data, 0).classes is None
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -265,6 +276,9 @@ def test_a_schema_and_a_model_that_do_not_fit() -> None:
         remote_problem(experiment(model={"name": "logistic"}), rows, 2)
     with pytest.raises(ConfigError, match="at least 1"):
         remote_problem(experiment(), rows, 0)
+    renamed = Schema("rows", (2,), target=Target("labels", (0, 1, 3)))
+    found = [remote_problem(experiment(), each, 2).fingerprint for each in (rows, renamed)]
+    assert found[0] != found[1]
     undecided = Schema("rows", (2,), target=Target("undecided", (0, 1, 2)))
     with pytest.raises(DataError, match="merge"):
         remote_problem(experiment(), undecided, 2)
@@ -489,6 +503,24 @@ def test_what_is_no_schema(text: str) -> None:
 
 
 # --- sums and options that make no sense ----------------------------------------------------------------------------
+
+
+def test_sums_by_hand() -> None:
+    shares = [(np.array([[1e9, 3.0, 0.1]]), np.array([0.5])), (np.zeros((0, 3)), np.zeros(0))]
+    shares.append((np.array([[1e9 + 2, 4.0, 0.1], [1e9 + 4, 8.0, 0.1]]), np.array([1.5, 4.0])))
+    data = FederatedData.from_shares("some", shares, None)
+    parts = [data.client(i) for i in range(3)]
+    first = total([first_sums(part) for part in parts])
+    assert first.tolist() == [3.0, 3e9 + 6, 15.0, pytest.approx(0.3), 6.0]
+    second = total([second_sums(part, first) for part in parts])
+    assert second.tolist() == [8.0, 14.0, pytest.approx(0, abs=1e-30), 6.5]
+    scaled = Scale.of(first, second).apply(data)
+    np.testing.assert_allclose(scaled.x[:, 0], np.array([-2, 0, 2]) / np.sqrt(8 / 3), rtol=1e-15)
+    np.testing.assert_allclose(scaled.x[:, 2], 0, atol=1e-15)  # constant but for rounding: not blown up
+    assert (scaled.target_mean, scaled.target_scale) == (2.0, np.sqrt(6.5 / 3))
+    nobody = torch.zeros(5, dtype=torch.float64)
+    with pytest.raises(DataError, match="0 training rows"):
+        second_sums(parts[1], nobody)
 
 
 def test_sums_of_strangers() -> None:
