@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fedsample import messages
 from fedsample.clients.resident import REWIND, SCORE, SNAPSHOT
-from fedsample.errors import FedSampleError, QuorumError
+from fedsample.errors import QuorumError
 from fedsample.estimators import Downlink, Uplink
-from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.exchange import ESTIMATE, Aggregate, Fork, Request, Rollback, Traffic
 from fedsample.fleets.grpc.desk import SLACK, Desk
 from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.remote import RemoteFleet
+from fedsample.monitor.tensorboard import quantiles
 from fedsample.sums import TreeSum
 from fedsample.targets import Metric
 from fedsample.wire import Header, Parcel, header, pack_tensors
@@ -31,36 +32,13 @@ if TYPE_CHECKING:
     from fedsample.problem import Problem
 
 
-class Rollback(FedSampleError):
-    """The run has to go back to a snapshot.
-
-    Attributes:
-        round: of the snapshot. client: whose return asks for it.
-    """
-
-    def __init__(self, round: int, client: int) -> None:
-        super().__init__(f"client {client} is back without its memory: everyone goes back to round {round}")
-        self.round, self.client = round, client
-
-
-class Fork(FedSampleError):
-    """The chain goes on from where it is, though some devices have lost what they remembered.
-
-    Attributes:
-        clients: who.
-    """
-
-    def __init__(self, clients: Sequence[int]) -> None:
-        super().__init__(f"clients {list(clients)} are back, and have lost their memory for good")
-        self.clients = list(clients)
-
-
 class GrpcFleet(RemoteFleet):
     """The devices of a run.
 
     Args:
         desk: where they are asked. deadline: seconds that a round waits for estimates; None: until all are there.
-            quorum: answers that it waits for all the same. The rest: see `RemoteFleet`.
+            quorum: answers that it waits for all the same. snapshot_rounds: see
+            `Recovers`. The rest: see `RemoteFleet`.
     """
 
     def __init__(
@@ -77,11 +55,14 @@ class GrpcFleet(RemoteFleet):
         arrival: float | None = None,
         deadline: float | None = None,
         quorum: int | None = None,
+        snapshot_rounds: int = 500,
     ) -> None:
         """Devices that are here have been told the setup."""
         super().__init__(n, uplink, seed, chains, like, downlink=downlink, blocks=blocks, arrival=arrival)
         self.desk, self.hub, self.deadline, self.quorum = desk, desk.hub, deadline, quorum
         self._kept: Callable[[], list[int]] = list
+        self.snapshot_rounds = snapshot_rounds
+        self.scores: Callable[[Tensor], dict[str, float]] = lambda counts: {}
         self._round = 0
         uploads = [uplink.bits(chains, dense, len(like), like.dtype) for dense in (0, chains)]
         self._upload = max(uploads) // 8
@@ -175,6 +156,7 @@ class GrpcFleet(RemoteFleet):
         Raises:
             Rollback, Fork: always.
         """
+        self.hub.newcomers.put(client)  # it is not dealt with here
         ready = self.hub.seats[client].ready
         mine = set(self._kept()) & set(ready.snapshots if ready and ready.run == self.hub.invitation.run else ())
         if mine:
@@ -195,13 +177,25 @@ class GrpcFleet(RemoteFleet):
 
     # --- monitoring -----------------------------------------------------------------------------------------------
 
-    def score(self, draws: Tensor, round: int) -> Tensor:
-        """Every device adds draws (S, d), in the model's parameters, to the predictions of its rows aside -> counts."""
-        parcel = Parcel(header(), pack_tensors({"draws": draws}))
-        total = TreeSum()
-        for reply in self.desk.broadcast(SCORE, parcel, round):
-            total.add(messages.unpack_vector(reply, "counts", "scores"))
-        return total.total()
+    def score(self, draws: Tensor, round: int) -> dict[str, float]:
+        """Every device adds draws (S, d), in the model's parameters, to the predictions of its rows aside."""
+        counts = sums_of(self.desk.broadcast(SCORE, Parcel(header(), pack_tensors({"draws": draws})), round), "counts")
+        return self.scores(counts)
+
+    def scalars(self) -> dict[str, float]:
+        """Bytes on the wire a device, latencies, and who was late or failed."""
+        seats = self.hub.seats
+        times = torch.tensor([each for seat in seats for each in seat.latencies], dtype=torch.float64)
+        result = {
+            "comm/wire_up_bytes/payload": sum(seat.received[0] for seat in seats) / self.n,
+            "comm/wire_up_bytes/framing": sum(seat.received[1] - seat.received[0] for seat in seats) / self.n,
+            "comm/wire_down_bytes/payload": sum(seat.sent[0] for seat in seats) / self.n,
+            "comm/wire_down_bytes/framing": sum(seat.sent[1] - seat.sent[0] for seat in seats) / self.n,
+            "fleet/late": float(sum(seat.late for seat in seats)),
+            "fleet/failed": float(sum(seat.failed for seat in seats)),
+            "fleet/reconnections": float(sum(max(0, seat.connections - 1) for seat in seats)),
+        }
+        return result | (quantiles("time/latency", times) if len(times) else {})
 
 
 def gather(hub: Hub) -> dict[int, str]:

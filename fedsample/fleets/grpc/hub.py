@@ -192,6 +192,7 @@ class Hub:
         batch.next = client
         began = said = time.monotonic()
         stop: float | None = None
+        self._greet(welcome)
         while (answer := batch.answers.pop(client, None)) is None:
             if client not in batch.left:  # it was taken out of the batch when its answer was taken
                 return None
