@@ -162,8 +162,8 @@ class Hub:
 
         Args:
             messages: by client. limit: bytes that the arrays of one answer may have. welcome: called with each newcomer
-                while waiting; may raise. None: newcomers wait. deadline: seconds after which who has not answered is
-                left out. enough: answers after which nobody else is waited for once the deadline has passed; None: any.
+                while waiting; may raise. None: newcomers wait. enough: answers after which nobody else is waited for;
+                None: all are. deadline: seconds that all are waited for all the same; None: none.
 
         Raises:
             ClientError: if a client failed. Abandoned: if the run is to stop while someone is away.
@@ -209,7 +209,8 @@ class Hub:
                         raise Abandoned(f"the round was given up while waiting for {_listed(away)}")
             batch.wake.clear()
             self._greet(welcome)
-            if until is not None and time.monotonic() >= until and total - len(batch.left) >= (enough or 0):
+            late = until is None or time.monotonic() >= until
+            if enough is not None and late and total - len(batch.left) >= enough:
                 answer = batch.answers.pop(client, None)
                 if answer is None:
                     self.seats[client].late += 1
