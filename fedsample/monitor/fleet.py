@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedsample.fleets.grpc.seat import Seat
 
 _ROWS = 40  # devices that fit on a screen; then those that need attention come first
-_ORDER = {"not here yet": 0, "away": 1, "joining": 2, "working": 3, "idle": 4}
+_ORDER = {"not here yet": 0, "away": 1, "joining": 2, "ready": 3, "working": 4, "idle": 5}
 
 
 class FleetProgress(Progress):

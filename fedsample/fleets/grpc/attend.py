@@ -116,7 +116,12 @@ class Attendant:
                 if farewell is not None:
                     return farewell
                 reason = "the stream ended"
-            except (grpc.aio.AioRpcError, Damaged, OSError) as error:
+            except (
+                grpc.aio.AioRpcError,
+                asyncio.InvalidStateError,
+                Damaged,
+                OSError,
+            ) as error:  # or written when it ended
                 reason = _reason(error)
             self.watching.error = reason
             failures = 0 if self._served(began) else failures + 1
