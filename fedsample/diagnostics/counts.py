@@ -35,7 +35,7 @@ class Evaluator:
 
     def __init__(self, problem: Problem) -> None:
         """Nothing seen yet."""
-        self._problem = problem
+        self.problem = problem
         self._seen = 0
         self._total: Tensor | None = None  # (M, K) or (M,)
         self._density: Tensor | None = None  # (M,), numbers only
@@ -43,11 +43,11 @@ class Evaluator:
     def see(self, draws: Tensor) -> None:
         """More draws (S, d), S >= 1, in the model's parameters."""
         self._seen += len(draws)
-        if self._problem.test is None:
+        if self.problem.test is None:
             return
-        predicted = self._problem.predict_test(draws)
-        if self._problem.likelihood == "gaussian":
-            exponents = -0.5 * ((predicted - self._problem.test[1]) / self._problem.noise_scale).square()
+        predicted = self.problem.predict_test(draws)
+        if self.problem.likelihood == "gaussian":
+            exponents = -0.5 * ((predicted - self.problem.test[1]) / self.problem.noise_scale).square()
             density = torch.logsumexp(exponents, dim=0)
             self._density = density if self._density is None else torch.logaddexp(self._density, density)
             predicted = predicted.sum(0)
@@ -61,11 +61,11 @@ class Evaluator:
         """
         if not self._seen:
             raise DataError("no draw has been seen: there is nothing to score yet")
-        if self._problem.test is None or self._total is None:
-            return torch.zeros(length(self._problem.likelihood), dtype=torch.float64)
-        mean, labels = self._total / self._seen, self._problem.test[1]
+        if self.problem.test is None or self._total is None:
+            return torch.zeros(length(self.problem.likelihood), dtype=torch.float64)
+        mean, labels = self._total / self._seen, self.problem.test[1]
         if self._density is not None:
-            scale = self._problem.noise_scale
+            scale = self.problem.noise_scale
             constant = math.log(self._seen * scale) + 0.5 * math.log(2 * math.pi)
             parts = [mean.new_tensor(len(labels)), (mean - labels).square().sum(), (constant - self._density).sum()]
             return torch.stack(parts).cpu()
@@ -86,7 +86,7 @@ class Evaluator:
         Raises:
             DataError: the state is of other rows or of another model.
         """
-        test, gaussian = self._problem.test, self._problem.likelihood == "gaussian"
+        test, gaussian = self.problem.test, self.problem.likelihood == "gaussian"
         seen = int(state["seen"]) if "seen" in state else -1
         names = {"seen"}
         if test is not None and seen > 0:
@@ -99,7 +99,7 @@ class Evaluator:
                 "device's held-out rows have changed; start the run again"
             )
         self._seen = seen
-        device = self._problem.clients.device
+        device = self.problem.clients.device
         self._total = state["total"].to(device).clone() if "total" in state else None
         self._density = state["density"].to(device).clone() if "density" in state else None
 

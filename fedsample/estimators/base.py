@@ -92,6 +92,7 @@ class Uplink(ABC):
     name: ClassVar[str]
     needs_previous: ClassVar[bool] = False
     needs_everyone_to_sync: ClassVar[bool] = False
+    resyncs: ClassVar[bool] = False  # whether a dense round of all clients restores it after a loss of memory
     reference: ClassVar[str]
     summary: ClassVar[str]
 

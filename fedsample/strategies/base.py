@@ -41,6 +41,7 @@ class State(NamedTuple):
         applied: (n,) int64, the last round in which each client's upload was applied. epoch: of the clients' memories.
         seen: (C, d) what clients see of the positions, which a compressed downlink lets lag.
         reference: (C, d) where clients reduce the variance of their minibatches, if they do.
+        resync: whether the next round must be a dense one of all clients, because one has lost its memory.
     """
 
     round: int
@@ -52,6 +53,7 @@ class State(NamedTuple):
     epoch: int
     seen: Tensor
     reference: Tensor
+    resync: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as flat tensors, for a checkpoint."""
@@ -61,7 +63,7 @@ class State(NamedTuple):
             "seen": self.seen,
             "reference": self.reference,
             "applied": self.applied,
-            "counters": torch.tensor([self.round, self.epoch]),
+            "counters": torch.tensor([self.round, self.epoch, int(self.resync)]),
             **{f"kernel.{name}": tensor for name, tensor in self.kernel.items()},
             **{f"uplink.{name}": tensor for name, tensor in self.uplink.items()},
         }
@@ -85,6 +87,7 @@ class State(NamedTuple):
             counters[1],
             here["seen"],
             here["reference"],
+            bool(counters[2]),
         )
 
 
@@ -165,6 +168,8 @@ class Sampler(FlowerStrategy):
         round = state.round + 1
         chains, d = state.params.shape
         sync = self._sync(round, chains, d, state.params.device)
+        if state.resync:
+            sync = torch.ones(chains, dtype=torch.bool, device=state.params.device)
         active = self.cohort.active(round, sync, self.uplink.needs_everyone_to_sync)
         reference, since = self._reference(state, round)
         return Request(
@@ -196,6 +201,15 @@ class Sampler(FlowerStrategy):
             return state.reference, 0
         since = (round - 1) // self.refresh * self.refresh + 1
         return (state.seen if since == round else state.reference), since
+
+    def forked(self, state: State) -> State:
+        """The state when a client has lost its memory for good: the chain goes on along another path of the same law.
+
+        Clients start new memories in a new epoch; an estimator whose server half cannot start anew by itself asks for a
+        dense round.
+        """
+        uplink = self.uplink.forget(state.uplink)
+        return state._replace(uplink=uplink, epoch=state.epoch + 1, resync=self.uplink.resyncs)
 
     def step_at(self, round: int) -> float:
         """The step h of a round."""

@@ -8,6 +8,7 @@ since are replayed, which is exact because every draw is keyed. One that has los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from fedsample import messages
 from fedsample.clients.resident import REWIND, SCORE, SNAPSHOT
-from fedsample.errors import FedSampleError, QuorumError
+from fedsample.errors import QuorumError
 from fedsample.estimators import Downlink, Uplink
-from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.exchange import ESTIMATE, Aggregate, Fork, Request, Rollback, Traffic
 from fedsample.fleets.grpc.desk import SLACK, Desk
 from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.remote import RemoteFleet
+from fedsample.monitor.tensorboard import quantiles
 from fedsample.sums import TreeSum
 from fedsample.targets import Metric
 from fedsample.wire import Header, Parcel, header, pack_tensors
@@ -31,36 +33,13 @@ if TYPE_CHECKING:
     from fedsample.problem import Problem
 
 
-class Rollback(FedSampleError):
-    """The run has to go back to a snapshot.
-
-    Attributes:
-        round: of the snapshot. client: whose return asks for it.
-    """
-
-    def __init__(self, round: int, client: int) -> None:
-        super().__init__(f"client {client} is back without its memory: everyone goes back to round {round}")
-        self.round, self.client = round, client
-
-
-class Fork(FedSampleError):
-    """The chain goes on from where it is, though some devices have lost what they remembered.
-
-    Attributes:
-        clients: who.
-    """
-
-    def __init__(self, clients: Sequence[int]) -> None:
-        super().__init__(f"clients {list(clients)} are back, and have lost their memory for good")
-        self.clients = list(clients)
-
-
 class GrpcFleet(RemoteFleet):
     """The devices of a run.
 
     Args:
-        desk: where they are asked. deadline: seconds that a round waits for estimates; None: until all are there.
-            quorum: answers that it waits for all the same. The rest: see `RemoteFleet`.
+        desk: where they are asked. quorum: answers after which a round goes on; None: all. deadline: seconds that it
+            waits for all the same; None: none. snapshot_rounds: see
+            `Recovers`. The rest: see `RemoteFleet`.
     """
 
     def __init__(
@@ -77,11 +56,15 @@ class GrpcFleet(RemoteFleet):
         arrival: float | None = None,
         deadline: float | None = None,
         quorum: int | None = None,
+        snapshot_rounds: int = 500,
     ) -> None:
         """Devices that are here have been told the setup."""
         super().__init__(n, uplink, seed, chains, like, downlink=downlink, blocks=blocks, arrival=arrival)
-        self.desk, self.hub, self.deadline, self.quorum = desk, desk.hub, deadline, quorum
+        self.desk, self.hub, self.deadline = desk, desk.hub, deadline
+        self.quorum = n if quorum is None else quorum
         self._kept: Callable[[], list[int]] = list
+        self.snapshot_rounds = snapshot_rounds
+        self.scores: Callable[[Tensor], dict[str, float]] = lambda counts: {}
         self._round = 0
         uploads = [uplink.bits(chains, dense, len(like), like.dtype) for dense in (0, chains)]
         self._upload = max(uploads) // 8
@@ -95,12 +78,11 @@ class GrpcFleet(RemoteFleet):
             Rollback, Fork: if a device is back that has lost its memory. ClientError: if one failed.
         """
         parcels, dispatch = self.compose(request)
-        estimate = ESTIMATE in request.outputs
-        kind = messages.TRAIN if estimate else messages.EXACT_QUERY
-        hasty = estimate and not self._whole(request)
+        kind = messages.TRAIN if ESTIMATE in request.outputs else messages.EXACT_QUERY
+        hasty = self._hasty(request)
         answers = self.desk.ask(
             kind, parcels, request.round, self._limit(request), deadline=self.deadline if hasty else None,
-            quorum=self.quorum,
+            quorum=self.quorum if hasty else None,
         )  # fmt: skip
         aggregate = self.collect(dispatch, answers)
         self._round = request.round
@@ -175,6 +157,7 @@ class GrpcFleet(RemoteFleet):
         Raises:
             Rollback, Fork: always.
         """
+        self.hub.newcomers.put(client)  # it is not dealt with here
         ready = self.hub.seats[client].ready
         mine = set(self._kept()) & set(ready.snapshots if ready and ready.run == self.hub.invitation.run else ())
         if mine:
@@ -187,21 +170,37 @@ class GrpcFleet(RemoteFleet):
         upload = self._upload if ESTIMATE in request.outputs else 0
         return sum(-(-form.bits // 8) for form in forms.values()) + upload + SLACK
 
+    def _hasty(self, request: Request) -> bool:
+        """Whether a round may go on without who is slow."""
+        return ESTIMATE in request.outputs and self.quorum < self.n and not self._whole(request)
+
     def _bear(self, missing: list[int], request: Request) -> None:
-        if ESTIMATE not in request.outputs or self.deadline is None or self._whole(request):
+        if not self._hasty(request):
             raise QuorumError(
                 f"round {request.round}: clients {missing} of {self.n} did not answer, and the round needs everyone"
             )
 
     # --- monitoring -----------------------------------------------------------------------------------------------
 
-    def score(self, draws: Tensor, round: int) -> Tensor:
-        """Every device adds draws (S, d), in the model's parameters, to the predictions of its rows aside -> counts."""
-        parcel = Parcel(header(), pack_tensors({"draws": draws}))
-        total = TreeSum()
-        for reply in self.desk.broadcast(SCORE, parcel, round):
-            total.add(messages.unpack_vector(reply, "counts", "scores"))
-        return total.total()
+    def score(self, draws: Tensor, round: int) -> dict[str, float]:
+        """Every device adds draws (S, d), in the model's parameters, to the predictions of its rows aside."""
+        counts = sums_of(self.desk.broadcast(SCORE, Parcel(header(), pack_tensors({"draws": draws})), round), "counts")
+        return self.scores(counts)
+
+    def scalars(self) -> dict[str, float]:
+        """Bytes on the wire a device, latencies, and who was late or failed."""
+        seats = self.hub.seats
+        times = torch.tensor([each for seat in seats for each in seat.latencies], dtype=torch.float64)
+        result = {
+            "comm/wire_up_bytes/payload": sum(seat.received[0] for seat in seats) / self.n,
+            "comm/wire_up_bytes/framing": sum(seat.received[1] - seat.received[0] for seat in seats) / self.n,
+            "comm/wire_down_bytes/payload": sum(seat.sent[0] for seat in seats) / self.n,
+            "comm/wire_down_bytes/framing": sum(seat.sent[1] - seat.sent[0] for seat in seats) / self.n,
+            "fleet/late": float(sum(seat.late for seat in seats)),
+            "fleet/failed": float(sum(seat.failed for seat in seats)),
+            "fleet/reconnections": float(sum(max(0, seat.connections - 1) for seat in seats)),
+        }
+        return result | (quantiles("time/latency", times) if len(times) else {})
 
 
 def gather(hub: Hub) -> dict[int, str]:
@@ -238,6 +237,10 @@ def fleet_on(desk: Desk, experiment: Experiment, problem: Problem) -> GrpcFleet:
     clients = problem.clients
     like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
     uplink, downlink = links(experiment, problem)
+    section = experiment.fleet
+    share = section.quorum
+    quorum = share if isinstance(share, int) else math.ceil(share * clients.n)
     return GrpcFleet(
-        desk, clients.n, uplink, experiment.seed, experiment.chains, like, downlink=downlink, blocks=clients.blocks
-    )
+        desk, clients.n, uplink, experiment.seed, experiment.chains, like, downlink=downlink, blocks=clients.blocks,
+        arrival=1 - section.loss, deadline=section.deadline, quorum=quorum, snapshot_rounds=section.snapshot_rounds,
+    )  # fmt: skip

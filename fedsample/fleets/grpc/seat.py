@@ -115,7 +115,7 @@ class Seat:
         if self.stream is None:
             return "away" if self.connections else "not here yet"
         if not self.accepted:
-            return "joining"
+            return "ready" if self.ready is not None and self.instance == self.stream.instance else "joining"
         return "working" if self.asked is not None else "idle"
 
     def account(self, now: float) -> str:
