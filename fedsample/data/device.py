@@ -51,6 +51,14 @@ class Rows:
     split: Split
     schema: Schema
 
+    @property
+    def arrays(self) -> tuple[Array, Array, Array, Array]:
+        """This client's x, y, held-out x and held-out y as the source holds them: what a fingerprint is made of."""
+        table, train, test = self.table, self.split.train[0], self.split.test
+        x_test = table.x if table.x_test is None else table.x_test
+        y_test = table.y if table.y_test is None else table.y_test
+        return table.x[train], table.y[train], x_test[test], y_test[test]
+
     def fit(self, agreed: Schema) -> FederatedData:
         """This client's rows as all clients agreed to see them, not yet standardised.
 

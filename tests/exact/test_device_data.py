@@ -150,6 +150,10 @@ def test_npz_is_used_as_it_is(tmp_path: Path) -> None:
     assert isinstance(share, FederatedData)
     np.testing.assert_array_equal(share.x, x)
     assert share.y_test.tolist() == [2, 0]
+    assert isinstance(holding, Rows)
+    np.testing.assert_array_equal(holding.arrays[2], x[:2])
+    assert [len(array) for array in holding.arrays] == [6, 6, 2, 2]
+    assert holding.arrays[3].tolist() == [7, 1]
 
 
 # --- shares of what everybody has -----------------------------------------------------------------------------------
