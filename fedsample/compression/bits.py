@@ -2,11 +2,13 @@
 
 Of the n - n % 8 first codes, each whole low byte is a plane of bytes; of the w % 8 bits above, four, two and one are a
 plane in which code j shares its byte with codes j + m, j + 2 m, ..., so that packing is a shift and an or of whole
-slices. The up to seven last codes follow as a string of bits, lowest first, padded with zeros to a byte.
+slices: with row r of eight rows of m codes, (r % 4) m, (r % 2) m and 0 are where its part of the three planes begins.
+All planes of a piece are made while it is in the cache. The up to seven last codes follow as a string of bits, lowest first, padded with zeros to a byte.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from fedsample.errors import DataError
 
 Codes = NDArray[Any]
-_CHUNK = 1 << 16
+_CHUNK = 1 << 15
 
 
 def width_of(values: int) -> int:
@@ -33,23 +35,25 @@ def pack(codes: Codes, width: int) -> bytes:
     whole = len(codes) - len(codes) % 8
     main, tail = codes[:whole], codes[whole:]
     parts: list[Codes] = []
-    shift = 0
-    while width - shift >= 8:
-        parts.append(_low_bytes(main, shift))
-        shift += 8
-    for bits in (4, 2, 1):
-        if (width - shift) & bits:
-            plane = _low_bytes(main, shift).reshape(8 // bits, -1)
-            low = (1 << bits) - 1
-            shared = np.empty(plane.shape[1], dtype=np.uint8)
-            for at in range(0, len(shared), _CHUNK):
-                columns = plane[:, at : at + _CHUNK]
-                byte = columns[0] & low
-                for row in range(1, len(columns)):
-                    byte |= (columns[row] & low) << (bits * row)
-                shared[at : at + _CHUNK] = byte
-            parts.append(shared)
-            shift += bits
+    if width == 8 * codes.dtype.itemsize == 8:
+        parts.append(main.view(np.uint8))
+    else:
+        planes = [(shift, size, np.empty(whole * size // 8, dtype=np.uint8)) for shift, size in _planes(width)]
+        for row, start, end in _rows(whole):
+            piece = main[start:end]
+            for shift, size, plane in planes:
+                part = plane[_columns(row, start, end, size, whole)]
+                if size == 8:
+                    np.copyto(part, piece >> shift if shift else piece, casting="unsafe")
+                    continue
+                field = (piece >> shift).astype(np.uint8) if shift else piece.astype(np.uint8)
+                field &= (1 << size) - 1
+                turn = row // size
+                if turn == 0:
+                    part[...] = field
+                else:
+                    part |= field << turn * size
+        parts.extend(plane for _, _, plane in planes)
     if len(tail) and width:
         string = (tail.astype(np.int64)[:, None] >> np.arange(width)) & 1
         parts.append(np.packbits(string.astype(np.uint8).ravel(), bitorder="little"))
@@ -64,24 +68,26 @@ def unpack(data: bytes, count: int, width: int, dtype: Any) -> Codes:
     """
     if len(data) != size_of(count, width):
         raise DataError(f"{len(data)} bytes of codes, expected {size_of(count, width)} ({count} of {width} bits)")
-    codes = np.zeros(count, dtype=dtype)
+    codes = np.empty(count, dtype=dtype)
     raw = np.frombuffer(data, dtype=np.uint8)
     whole = count - count % 8
-    main = codes[:whole]
-    shift = at = 0
-    while width - shift >= 8:
-        _add_bytes(main, raw[at : at + whole], shift)
-        at += whole
-        shift += 8
-    for bits in (4, 2, 1):
-        if (width - shift) & bits:
-            length = whole * bits // 8
-            shared, low = raw[at : at + length], (1 << bits) - 1
-            for row in range(8 // bits):
-                plane = (shared >> (bits * row)) & low if row else shared & low
-                _add_bytes(main[row * length : (row + 1) * length], plane, shift)
-            at += length
-            shift += bits
+    planes = []
+    at = 0
+    for shift, size in _planes(width):
+        planes.append((shift, size, raw[at : at + whole * size // 8]))
+        at += whole * size // 8
+    if width == 0:
+        codes[...] = 0
+    for row, start, end in _rows(whole):
+        piece = codes[start:end]
+        for number, (shift, size, plane) in enumerate(planes):
+            part = plane[_columns(row, start, end, size, whole)]
+            turn = row // size
+            field = part if size == 8 else (part >> turn * size) & ((1 << size) - 1)
+            if number == 0:
+                piece[...] = field
+            else:
+                piece |= field.astype(piece.dtype) << shift
     tail = count - whole
     if tail and width:
         string = np.unpackbits(raw[at:], bitorder="little")
@@ -92,21 +98,26 @@ def unpack(data: bytes, count: int, width: int, dtype: Any) -> Codes:
     return codes
 
 
-def _low_bytes(codes: Codes, shift: int) -> NDArray[np.uint8]:
-    """Eight bits of each code from bit `shift` on."""
-    if shift == 0 and codes.dtype.itemsize == 1:
-        return codes.view(np.uint8)
-    out = np.empty(len(codes), dtype=np.uint8)
-    for at in range(0, len(codes), _CHUNK):
-        piece = codes[at : at + _CHUNK]
-        np.copyto(out[at : at + _CHUNK], piece >> shift if shift else piece, casting="unsafe")
-    return out
+def _planes(width: int) -> list[tuple[int, int]]:
+    """(first bit of a code, bits) of each plane, in their order on the wire."""
+    planes = [(shift, 8) for shift in range(0, width - 7, 8)]
+    at = 8 * len(planes)
+    for size in (4, 2, 1):
+        if (width - at) & size:
+            planes.append((at, size))
+            at += size
+    return planes
 
 
-def _add_bytes(codes: Codes, plane: Codes, shift: int) -> None:
-    """Put the bytes of a plane at bit `shift` of codes that are still zero there."""
-    if shift == 0:
-        codes[...] = plane
-        return
-    for at in range(0, len(codes), _CHUNK):
-        codes[at : at + _CHUNK] |= plane[at : at + _CHUNK].astype(codes.dtype) << shift
+def _rows(whole: int) -> Iterator[tuple[int, int, int]]:
+    """(row, from, to): pieces of the eight rows, those of the same columns one after the other."""
+    length = whole // 8
+    for column in range(0, length, _CHUNK):
+        for row in range(8):
+            yield row, row * length + column, row * length + min(length, column + _CHUNK)
+
+
+def _columns(row: int, start: int, end: int, size: int, whole: int) -> slice:
+    """Where codes `start` to `end` of a row lie in the plane of `size` bits: 8 / size codes share a byte."""
+    before = row // size * (whole * size // 8)
+    return slice(start - before, end - before)

@@ -55,8 +55,8 @@ class _Rounding(Compressor):
         """What the entries are rounded by."""
 
     @abstractmethod
-    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
-        """Integer codes of some entries and their coins."""
+    def _encode(self, values: Tensor, random: Tensor, out: Tensor) -> None:
+        """Write the integer codes of some entries, using up their coins."""
 
     @abstractmethod
     def _decode(self, codes: Tensor, out: Tensor) -> None:
@@ -71,7 +71,7 @@ class _Rounding(Compressor):
         codes = empty(tuple(vector.shape), _CODES[vector.dtype], vector.device)
         coins = self._coins(keys.own, vector.shape[-1], vector.dtype)
         for start, end in pieces(vector.shape[-1], vector.device):
-            codes[..., start:end] = self._encode(vector[..., start:end].contiguous(), coins.take(start, end))
+            self._encode(vector[..., start:end].contiguous(), coins.take(start, end), codes[..., start:end])
         return Packet(codes, None)
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
@@ -125,7 +125,7 @@ class _Rounding(Compressor):
     def _broken(self, codes: Codes, dtype: torch.dtype) -> bool:
         exponent = codes.dtype.type(self._exponent(dtype))
         return any(
-            bool(((codes[start:end] & exponent) == exponent).any())
+            int((codes[start:end] & exponent).max()) == int(exponent)
             for start, end in pieces(len(codes), torch.device("cpu"))
         )
 
@@ -152,14 +152,12 @@ class Natural(_Rounding):
     def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
         return Coins(key, d, 23, torch.int32) if dtype == torch.float32 else Coins(key, d, 52, torch.int64)
 
-    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
-        if values.dtype == torch.float32:
-            return _cut(values, random, 23).bitwise_and_(0x1FF)
-        return _cut(values, random, 52).bitwise_and_(0xFFF)
+    def _encode(self, values: Tensor, random: Tensor, out: Tensor) -> None:
+        _cut(values, random, 23 if values.dtype == torch.float32 else 52, out)
 
     def _decode(self, codes: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
-            torch.bitwise_left_shift(codes.to(torch.int32), 23, out=out.view(torch.int32))
+            out.copy_((codes * 128).view(torch.bfloat16))  # sign and exponent where bfloat16 has them
         else:
             torch.bitwise_left_shift(codes.to(torch.int64), 52, out=out.view(torch.int64))
 
@@ -186,24 +184,33 @@ class Bfloat16(_Rounding):
     def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
         return Coins(key, d, 16, torch.int32) if dtype == torch.float32 else Coins(key, d, 45, torch.int64)
 
-    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
-        return _cut(values, random, 16) if values.dtype == torch.float32 else _cut_double(values, random)
+    def _encode(self, values: Tensor, random: Tensor, out: Tensor) -> None:
+        if values.dtype == torch.float32:
+            _cut(values, random, 16, out)
+        else:
+            out.copy_(_cut_double(values, random))
 
     def _decode(self, codes: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
-            torch.bitwise_left_shift(codes.to(torch.int32), 16, out=out.view(torch.int32))
+            out.copy_(codes.view(torch.bfloat16))
         else:
             out.copy_((codes << 16).view(torch.float32))
 
 
-def _cut(values: Tensor, random: Tensor, low: int) -> Tensor:
+def _cut(values: Tensor, random: Tensor, low: int, out: Tensor) -> None:
     """Floats as integers whose `low` last bits are rounded away at random; NaN and infinity stay what they are."""
     whole = torch.int32 if values.dtype == torch.float32 else torch.int64
     patterns = values.view(whole)
     infinite = 0x7F800000 if whole == torch.int32 else 0x7FF0000000000000
     if values.device.type != "cpu" or not math.isfinite(float(values.sum())):  # an infinite sum may be of finite values
         random.masked_fill_((patterns & infinite) == infinite, 0)
-    return random.add_(patterns).bitwise_right_shift_(low)
+    random.add_(patterns)
+    if values.device.type == "cpu":  # torch's shifts do not use the CPU's vectors, and keep the sign
+        bits = random.numpy().view(f"u{whole.itemsize}")
+        np.right_shift(bits, low, out=bits)
+        np.copyto(out.numpy(), bits, casting="unsafe")
+    else:
+        out.copy_((random >> low) & ((1 << (8 * whole.itemsize - low)) - 1))
 
 
 def _cut_double(values: Tensor, random: Tensor) -> Tensor:

@@ -508,7 +508,7 @@ def test_a_large_subset_is_ascending_distinct_and_the_same_alone_and_in_a_batch(
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_every_large_subset_is_equally_likely(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsample.random, "_SORTED", 2)
+    monkeypatch.setattr(fedsample.random, "_ALONE", 2)
     n, count = 5, 6000
     rows = key(7, chain=torch.arange(count)).subset(n, k)
     codes, seen = (2**rows).sum(-1).unique(return_counts=True)
@@ -519,7 +519,7 @@ def test_every_large_subset_is_equally_likely(k: int, monkeypatch: pytest.Monkey
 
 
 def test_the_first_distinct_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsample.random, "_SORTED", 2)
+    monkeypatch.setattr(fedsample.random, "_ALONE", 2)
     for seed in range(200):
         n, k = 20, 1 + seed % 10
         sequence = key(seed).integers(n, 400).tolist()
