@@ -8,7 +8,7 @@ All planes of a piece are made while it is in the cache. The up to seven last co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ def size_of(count: int, width: int) -> int:
     return (count * width + 7) // 8
 
 
-def pack(codes: Codes, width: int) -> bytes:
-    """The bytes of integer codes (n,) in 0, ..., 2^width - 1."""
+def pack(codes: Codes, width: int, check: Callable[[Codes], None] | None = None) -> bytes:
+    """The bytes of integer codes (n,) in 0, ..., 2^width - 1; `check` sees them, piece by piece in the cache."""
     whole = len(codes) - len(codes) % 8
     main, tail = codes[:whole], codes[whole:]
     parts: list[Codes] = []
@@ -60,8 +60,10 @@ def pack(codes: Codes, width: int) -> bytes:
     return b"".join(part.data for part in parts)
 
 
-def unpack(data: bytes, count: int, width: int, dtype: Any) -> Codes:
-    """(count,) codes of `dtype` (wide enough) from the bytes that `pack` made.
+def unpack(
+    data: bytes, count: int, width: int, dtype: Any, check: Callable[[Codes], None] | None = None
+) -> Codes:
+    """(count,) codes of `dtype` (wide enough) from the bytes that `pack` made; `check` sees them, piece by piece.
 
     Raises:
         DataError: if the length is wrong or the padding is not zero.
