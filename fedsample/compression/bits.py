@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedsample.errors import DataError
 
 Codes = NDArray[Any]
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 
 
 def width_of(values: int) -> int:
@@ -47,7 +47,8 @@ def pack(codes: Codes, width: int, check: Callable[[Codes], None] | None = None)
                     np.copyto(part, piece >> shift if shift else piece, casting="unsafe")
                     continue
                 field = (piece >> shift).astype(np.uint8) if shift else piece.astype(np.uint8)
-                field &= (1 << size) - 1
+                if shift + size < width:
+                    field &= (1 << size) - 1
                 turn = row // size
                 if turn == 0:
                     part[...] = field

@@ -157,7 +157,7 @@ class Natural(_Rounding):
 
     def _decode(self, codes: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
-            out.copy_((codes * 128).view(torch.bfloat16))  # sign and exponent where bfloat16 has them
+            out.copy_(_up(codes, 7).view(torch.bfloat16))  # sign and exponent where bfloat16 has them
         else:
             torch.bitwise_left_shift(codes.to(torch.int64), 52, out=out.view(torch.int64))
 
@@ -195,6 +195,11 @@ class Bfloat16(_Rounding):
             out.copy_(codes.view(torch.bfloat16))
         else:
             out.copy_((codes << 16).view(torch.float32))
+
+
+def _up(codes: Tensor, by: int) -> Tensor:
+    """Left shift of a piece, by numpy on a CPU, whose shifts use its vectors."""
+    return torch.from_numpy(codes.numpy() << by) if codes.device.type == "cpu" else codes << by
 
 
 def _cut(values: Tensor, random: Tensor, low: int, out: Tensor) -> None:
