@@ -2,12 +2,13 @@
 
 Of the n - n % 8 first codes, each whole low byte is a plane of bytes; of the w % 8 bits above, four, two and one are a
 plane in which code j shares its byte with codes j + m, j + 2 m, ..., so that packing is a shift and an or of whole
-slices: with row r of eight rows of m codes, (r % 4) m, (r % 2) m and 0 are where its part of the three planes begins.
-All planes of a piece are made while it is in the cache. The up to seven last codes follow as a string of bits, lowest first, padded with zeros to a byte.
+slices; all planes of a piece are made while it is in the cache. The up to seven last codes follow as a string of bits,
+lowest first, padded with zeros to a byte.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,40 +31,58 @@ def size_of(count: int, width: int) -> int:
     return (count * width + 7) // 8
 
 
-def pack(codes: Codes, width: int, check: Callable[[Codes], None] | None = None) -> bytes:
-    """The bytes of integer codes (n,) in 0, ..., 2^width - 1; `check` sees them, piece by piece in the cache."""
+def pack(
+    codes: Codes, width: int, head: bytes = b"", plus: int = 0, check: Callable[[Codes], None] | None = None
+) -> bytes:
+    """`head`, then integer codes (n,) with codes + plus in 0, ..., 2^width - 1.
+
+    Args:
+        codes: signed or unsigned. width: bits of a code. head: bytes in front. plus: what is added to every code.
+        check: called with the codes, piece by piece while they are in the cache, to raise what it finds.
+    """
+    # The stream's own bytes are filled in place and handed out: no second copy, which costs more than the packing.
+    stream = io.BytesIO(bytes(len(head) + size_of(len(codes), width)))
+    _fill(stream.getbuffer(), codes, width, head, plus, check)
+    return stream.getvalue()
+
+
+def _fill(
+    view: memoryview, codes: Codes, width: int, head: bytes, plus: int, check: Callable[[Codes], None] | None
+) -> None:
+    view[: len(head)] = head
+    raw = np.frombuffer(view, dtype=np.uint8, offset=len(head))
     whole = len(codes) - len(codes) % 8
-    main, tail = codes[:whole], codes[whole:]
-    parts: list[Codes] = []
-    if width == 8 * codes.dtype.itemsize == 8:
-        parts.append(main.view(np.uint8))
-    else:
-        planes = [(shift, size, np.empty(whole * size // 8, dtype=np.uint8)) for shift, size in _planes(width)]
-        for row, start, end in _rows(whole):
-            piece = main[start:end]
-            for shift, size, plane in planes:
-                part = plane[_columns(row, start, end, size, whole)]
-                if size == 8:
-                    np.copyto(part, piece >> shift if shift else piece, casting="unsafe")
-                    continue
-                field = (piece >> shift).astype(np.uint8) if shift else piece.astype(np.uint8)
-                if shift + size < width:
-                    field &= (1 << size) - 1
-                turn = row // size
-                if turn == 0:
-                    part[...] = field
-                else:
-                    part |= field << turn * size
-        parts.extend(plane for _, _, plane in planes)
+    planes, used = _planes(raw, whole, width)
+    unsigned = np.dtype(f"u{codes.itemsize}")
+    add = unsigned.type(plus)
+    for row, start, end in _rows(whole):
+        piece = codes[start:end]
+        if check:
+            check(piece)
+        piece = piece.view(unsigned) + add if plus else piece.view(unsigned)
+        for shift, size, plane in planes:
+            part = plane[_columns(row, start, end, size, whole)]
+            field = piece >> shift if shift else piece
+            if size == 8:
+                np.copyto(part, field, casting="unsafe")
+                continue
+            field = field.astype(np.uint8)
+            if shift + size < width:
+                field &= (1 << size) - 1
+            turn = row // size
+            if turn:
+                part |= field << turn * size
+            else:
+                part[...] = field
+    tail = codes[whole:]
     if len(tail) and width:
-        string = (tail.astype(np.int64)[:, None] >> np.arange(width)) & 1
-        parts.append(np.packbits(string.astype(np.uint8).ravel(), bitorder="little"))
-    return b"".join(part.data for part in parts)
+        if check:
+            check(tail)
+        string = ((tail.astype(np.int64) + plus)[:, None] >> np.arange(width)) & 1
+        raw[used:] = np.packbits(string.astype(np.uint8).ravel(), bitorder="little")
 
 
-def unpack(
-    data: bytes, count: int, width: int, dtype: Any, check: Callable[[Codes], None] | None = None
-) -> Codes:
+def unpack(data: bytes, count: int, width: int, dtype: Any, check: Callable[[Codes], None] | None = None) -> Codes:
     """(count,) codes of `dtype` (wide enough) from the bytes that `pack` made; `check` sees them, piece by piece.
 
     Raises:
@@ -74,11 +93,7 @@ def unpack(
     codes = np.empty(count, dtype=dtype)
     raw = np.frombuffer(data, dtype=np.uint8)
     whole = count - count % 8
-    planes = []
-    at = 0
-    for shift, size in _planes(width):
-        planes.append((shift, size, raw[at : at + whole * size // 8]))
-        at += whole * size // 8
+    planes, used = _planes(raw, whole, width)
     if width == 0:
         codes[...] = 0
     for row, start, end in _rows(whole):
@@ -91,25 +106,29 @@ def unpack(
                 piece[...] = field
             else:
                 piece |= field.astype(piece.dtype) << shift
+        if check:
+            check(piece)
     tail = count - whole
     if tail and width:
-        string = np.unpackbits(raw[at:], bitorder="little")
+        string = np.unpackbits(raw[used:], bitorder="little")
         if string[tail * width :].any():
             raise DataError("the padding of a packet's last byte is not zero; the bytes are damaged")
         weights = np.left_shift(1, np.arange(width, dtype=np.int64))
         codes[whole:] = string[: tail * width].reshape(tail, width).astype(np.int64) @ weights
+        if check:
+            check(codes[whole:])
     return codes
 
 
-def _planes(width: int) -> list[tuple[int, int]]:
-    """(first bit of a code, bits) of each plane, in their order on the wire."""
-    planes = [(shift, 8) for shift in range(0, width - 7, 8)]
-    at = 8 * len(planes)
-    for size in (4, 2, 1):
-        if (width - at) & size:
-            planes.append((at, size))
-            at += size
-    return planes
+def _planes(raw: Codes, whole: int, width: int) -> tuple[list[tuple[int, int, Codes]], int]:
+    """(first bit of a code, bits, bytes) of each plane, in their order on the wire; and how many bytes they take."""
+    sizes = [8] * (width // 8) + [size for size in (4, 2, 1) if width & size]
+    planes = []
+    shift = 0
+    for size in sizes:
+        planes.append((shift, size, raw[whole * shift // 8 : whole * (shift + size) // 8]))
+        shift += size
+    return planes, whole * width // 8
 
 
 def _rows(whole: int) -> Iterator[tuple[int, int, int]]:

@@ -116,8 +116,7 @@ class QSGD(Compressor):
             DataError: if the norm is not finite: an entry was NaN or infinite, or the norm overflows.
         """
         levels = packet.values.detach().cpu().contiguous().numpy()
-        shifted = levels.view(f"u{levels.itemsize}") + levels.dtype.type(self.levels).view(f"u{levels.itemsize}")
-        return values_to_bytes(_required(packet)) + bits.pack(shifted, self.width)
+        return bits.pack(levels, self.width, values_to_bytes(_required(packet)), self.levels)
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
         """Levels and norm.

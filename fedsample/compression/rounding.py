@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -100,14 +101,9 @@ class _Rounding(Compressor):
         Raises:
             DataError: if one of them is not finite: NaN, infinite, or too large for the format.
         """
-        codes = packet.values.detach().cpu().contiguous().numpy()
         dtype = _FLOATS[packet.values.dtype]
-        if self._broken(codes, dtype):
-            raise DataError(
-                "a packet holds NaN or infinite values; the gradient that made it is not finite, or is too large for "
-                f"the format of {self.name}"
-            )
-        return bits.pack(codes.view(f"u{codes.itemsize}"), self._width(dtype))
+        check = self._refuse(dtype, "the gradient that made it is not finite, or is too large for its format")
+        return bits.pack(packet.values.detach().cpu().contiguous().numpy(), self._width(dtype), check=check)
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
         """The codes.
@@ -116,18 +112,20 @@ class _Rounding(Compressor):
             DataError: if the length is wrong or a code is not finite.
         """
         require_length(data, self.bits(d, dtype) // 8, f"{d} codes of {self._width(dtype)} bits")
+        check = self._refuse(dtype, "it is refused")
         form = _CODES[dtype].itemsize
-        codes = bits.unpack(data, d, self._width(dtype), np.dtype(f"u{form}")).view(f"i{form}")
-        if self._broken(codes, dtype):
-            raise DataError("a packet holds NaN or infinite values and is refused")
-        return Packet(torch.from_numpy(codes), None)
+        codes = bits.unpack(data, d, self._width(dtype), np.dtype(f"u{form}"), check)
+        return Packet(torch.from_numpy(codes.view(f"i{form}")), None)
 
-    def _broken(self, codes: Codes, dtype: torch.dtype) -> bool:
-        exponent = codes.dtype.type(self._exponent(dtype))
-        return any(
-            int((codes[start:end] & exponent).max()) == int(exponent)
-            for start, end in pieces(len(codes), torch.device("cpu"))
-        )
+    def _refuse(self, dtype: torch.dtype, why: str) -> Callable[[Codes], None]:
+        """What raises where codes are not finite."""
+        exponent = self._exponent(dtype)
+
+        def check(codes: Codes) -> None:
+            if len(codes) and int((codes & codes.dtype.type(exponent)).max()) == exponent:
+                raise DataError(f"a {self.name} packet holds NaN or infinite values; {why}")
+
+        return check
 
 
 @dataclass(frozen=True)
