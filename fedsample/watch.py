@@ -70,7 +70,7 @@ class Watch:
             "fleet/arrived": float(aggregate.arrived.sum()) / clients,
         }
         if "value" in aggregate.sums:
-            potential = aggregate.sums["value"].cpu() + sampler.prior.potential(before.params).cpu()
+            potential = aggregate.sums["value"].cpu() + sampler.prior.potential(before.seen).cpu()
             result["mcmc/log_posterior"] = -float(potential.mean())
         if sampler.temperature > 0:
             move = (state.params - before.params).to(torch.float64)
