@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ def _enough(n: int, k: int) -> int:
     The wait for another one after i is geometric with success 1 - i / n.
     """
     seen = np.arange(k) / n
-    return math.ceil((1 / (1 - seen)).sum() + 6 * math.sqrt((seen / (1 - seen) ** 2).sum())) + 2 * (k > 1)
+    mean, variance = float((1 / (1 - seen)).sum()), float((seen / (1 - seen) ** 2).sum())
+    return math.ceil(mean + 6 * math.sqrt(variance)) + 2 * (k > 1)
 
 
 def _pick(positions: Tensor, n: int, k: int) -> Tensor | None:
@@ -64,7 +66,7 @@ def _pick_on_cpu(positions: Tensor, n: int, k: int) -> Tensor | None:
     """The same by numpy, whose sorts use the CPU's vectors, in half the memory where it suffices."""
     count = positions.shape[-1]
     bits = (count - 1).bit_length()
-    kind = np.dtype(np.uint32 if (n - 1).bit_length() + bits <= 32 else np.int64)
+    kind: np.dtype[Any] = np.dtype(np.uint32 if (n - 1).bit_length() + bits <= 32 else np.int64)
     tagged = positions.numpy().astype(kind)
     tagged <<= kind.type(bits)
     tagged |= np.arange(count, dtype=kind)
