@@ -33,6 +33,8 @@ from fedsample.compression import (
     TopK,
     bits,
     build,
+    pieces,
+    qsgd,
 )
 from fedsample.errors import ConfigError, DataError
 from fedsample.estimators import Diana
@@ -661,3 +663,18 @@ def test_independence_is_stated() -> None:
     }
     assert [name for name in NAMES[:10] if make(name, 16).everyone] == ["permk"]
     assert Identity().alpha(3) == 1
+
+
+@pytest.mark.parametrize("levels", [1, 7, 127, 32_767])
+def test_fixed_point_by_numpy_is_that_of_torch_and_never_passes_the_top(levels: int) -> None:
+    """Vectors with one large entry reach the top exactly; numpy leaves out the clamp that torch applies."""
+    whole, fraction = qsgd._fixed_point(torch.float32, levels)
+    top = levels << fraction
+    for seed in range(200):
+        scale = 10.0 ** (seed % 75 - 37)
+        vector = gaussian(5, torch.float32, seed) * torch.tensor([1.0, 1e-3, 1e-5, 1e-9, 0.0]) * scale
+        norm = pieces.two_norm(vector).unsqueeze(-1)
+        if float(norm) > 0:
+            fast = qsgd._scaled_on_cpu(vector, norm, top, whole)
+            assert torch.equal(fast, qsgd._scaled(vector, norm, top, whole))
+            assert int(fast.abs().max()) <= top
