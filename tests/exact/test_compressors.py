@@ -675,6 +675,10 @@ def test_fixed_point_by_numpy_is_that_of_torch_and_never_passes_the_top(levels: 
         vector = gaussian(5, torch.float32, seed) * torch.tensor([1.0, 1e-3, 1e-5, 1e-9, 0.0]) * scale
         norm = pieces.two_norm(vector).unsqueeze(-1)
         if float(norm) > 0:
-            fast = qsgd._scaled_on_cpu(vector, norm, top, whole)
-            assert torch.equal(fast, qsgd._scaled(vector, norm, top, whole))
-            assert int(fast.abs().max()) <= top
+            drawn = []
+            for draw in (qsgd._draw_on_cpu, qsgd._draw):
+                for coin in (0, 1 << fraction - 1, (1 << fraction) - 1):
+                    drawn.append(torch.empty(5, dtype=torch.int32))
+                    draw(vector, norm, top, fraction, torch.full((5,), coin, dtype=whole), drawn[-1])
+            assert torch.equal(torch.stack(drawn[:3]), torch.stack(drawn[3:]))
+            assert int(torch.stack(drawn).abs().max()) <= levels
