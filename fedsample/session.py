@@ -62,6 +62,8 @@ class Session:
         self._phase = "before"  # the first round, "in" the chain, or "after" its last round
         self._data = ""
         self._opener = opener
+        self.display: type[Progress] = Progress
+        self.command = "fedsample simulate"
         self._arrivals: dict[int, list[int]] | None = None
         self.forks: frozenset[int] = frozenset()
         self.scores: dict[str, float] = {}
@@ -131,7 +133,7 @@ class Session:
     @property
     def advice(self) -> str:
         """How to go on."""
-        return f"Go on with: fedsample simulate --resume --out {shlex.quote(str(self.path))}"
+        return f"Go on with: {self.command} --resume --out {shlex.quote(str(self.path))}"
 
     def _sample(self) -> dict[str, Any]:
         began = time.perf_counter()
@@ -140,7 +142,7 @@ class Session:
         self._use_threads()
         store = CheckpointStore(self.directory.checkpoint)
         checkpoint = self._checkpoint(store) if self._resumed else None
-        progress = Progress(self.experiment.rounds, checkpoint.round if checkpoint else 0, self._progress_mode)
+        progress = self.display(self.experiment.rounds, checkpoint.round if checkpoint else 0, self._progress_mode)
         with progress:
             problem, fleet = self._federation(progress)
             if checkpoint is not None:
@@ -358,6 +360,11 @@ class Session:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the chain has reached its last round."""
+        return self._phase == "after"
 
     @property
     def stopped(self) -> str | None:

@@ -110,7 +110,7 @@ class Progress:
         if rate > 0:
             pace = f"{rate:,.0f} rounds/s" if rate >= 10 else f"{rate:.2g} rounds/s"
             words = [pace, f"ETA {_clock((self.total - self._round) / rate)}"]
-        words.append(f"up {_bytes(self._up)}, down {_bytes(self._down)}")
+        words.append(f"up {size_of(self._up)}, down {size_of(self._down)}")
         words += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
         try:
             console = self._terminal()
@@ -175,7 +175,8 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _bytes(count: int) -> str:
+def size_of(count: int) -> str:
+    """Bytes for a person to read."""
     if count < 1e6:
         return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

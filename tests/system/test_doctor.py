@@ -23,10 +23,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from fedsample.cli import main
-from fedsample.fleets.grpc import authority, certs, credentials, doctor, frames
+from fedsample.fleets.grpc import authority, certs, credentials, doctor
 from fedsample.fleets.grpc.fedsample_pb2 import ProbeRequest
 from fedsample.fleets.grpc.identity import ClientIdentity, ServerIdentity
-from fedsample.fleets.grpc.probe import PROTOCOL, probe_call, probe_handler
+from fedsample.fleets.grpc.probe import probe_call, probe_handler
+from fedsample.fleets.grpc.version import PROTOCOL
 
 STEPS = ["certificates", "dns", "tcp", "tls", "service", "clock", "identity", "protocol", "round trip"]
 
@@ -279,10 +280,6 @@ def test_another_version(fleet: Path, examine: Callable[..., Examination], monke
     with serving(credentials.server_credentials(fleet / "server"), probe_handler()) as port:
         seen = examine(port, "--certs", fleet / "client-0")
         seen.fails("protocol", f"server speaks version {PROTOCOL} .* this machine {PROTOCOL + 1} .*install the same")
-
-
-def test_the_probe_and_the_stream_are_of_one_version() -> None:
-    assert PROTOCOL == frames.PROTOCOL  # which the probe does not import: it would load torch
 
 
 def test_another_service(fleet: Path, examine: Callable[..., Examination]) -> None:

@@ -21,16 +21,17 @@ from typing import Any
 import grpc
 import grpc.aio
 
-import fedsample
 from fedsample.clients.resident import Resident
 from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import PROTOCOL, Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
+from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 
 LIMIT = 1 << 33  # bytes that a request's arrays may have
 FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
 _OPTIONS = [
-    ("grpc.enable_http_proxy", 0),
+    *DIRECT,
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -145,7 +146,7 @@ class Attendant:
             channel = grpc.aio.secure_channel(self.target, self._credentials, options=_OPTIONS)
         async with channel:
             connect = channel.stream_stream(
-                "/fedsample.v1.Fleet/Connect",
+                f"/{SERVICE}/Connect",
                 request_serializer=pb.DeviceFrame.SerializeToString,
                 response_deserializer=pb.ServerFrame.FromString,
             )
@@ -153,7 +154,7 @@ class Attendant:
             try:
                 hello = pb.Hello(
                     protocol=PROTOCOL,
-                    software=f"fedsample {fedsample.__version__}",
+                    software=SOFTWARE,
                     instance=self._instance,
                     client=max(0, self.claimed),
                 )

@@ -24,7 +24,8 @@ from fedsample.fleets.grpc.credentials import Material, client_credentials, day,
 from fedsample.fleets.grpc.fedsample_pb2 import ProbeReply, ProbeRequest
 from fedsample.fleets.grpc.handshake import HandshakeFailed, handshake
 from fedsample.fleets.grpc.identity import ClientIdentity
-from fedsample.fleets.grpc.probe import DIRECT, PROTOCOL, SOFTWARE, probe_call
+from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE, probe_call
+from fedsample.fleets.grpc.version import PROTOCOL
 
 # A certificate holds for hours and days; logs of two machines are compared in seconds.
 CLOCK_LIMIT_S = 60.0

@@ -8,6 +8,7 @@ since are replayed, which is exact because every draw is keyed. One that has los
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,8 @@ class GrpcFleet(RemoteFleet):
     """The devices of a run.
 
     Args:
-        desk: where they are asked. deadline: seconds that a round waits for estimates; None: until all are there.
-            quorum: answers that it waits for all the same. snapshot_rounds: see
+        desk: where they are asked. quorum: answers after which a round goes on; None: all. deadline: seconds that it
+            waits for all the same; None: none. snapshot_rounds: see
             `Recovers`. The rest: see `RemoteFleet`.
     """
 
@@ -59,7 +60,8 @@ class GrpcFleet(RemoteFleet):
     ) -> None:
         """Devices that are here have been told the setup."""
         super().__init__(n, uplink, seed, chains, like, downlink=downlink, blocks=blocks, arrival=arrival)
-        self.desk, self.hub, self.deadline, self.quorum = desk, desk.hub, deadline, quorum
+        self.desk, self.hub, self.deadline = desk, desk.hub, deadline
+        self.quorum = n if quorum is None else quorum
         self._kept: Callable[[], list[int]] = list
         self.snapshot_rounds = snapshot_rounds
         self.scores: Callable[[Tensor], dict[str, float]] = lambda counts: {}
@@ -76,12 +78,11 @@ class GrpcFleet(RemoteFleet):
             Rollback, Fork: if a device is back that has lost its memory. ClientError: if one failed.
         """
         parcels, dispatch = self.compose(request)
-        estimate = ESTIMATE in request.outputs
-        kind = messages.TRAIN if estimate else messages.EXACT_QUERY
-        hasty = estimate and not self._whole(request)
+        kind = messages.TRAIN if ESTIMATE in request.outputs else messages.EXACT_QUERY
+        hasty = self._hasty(request)
         answers = self.desk.ask(
             kind, parcels, request.round, self._limit(request), deadline=self.deadline if hasty else None,
-            quorum=self.quorum,
+            quorum=self.quorum if hasty else None,
         )  # fmt: skip
         aggregate = self.collect(dispatch, answers)
         self._round = request.round
@@ -169,8 +170,12 @@ class GrpcFleet(RemoteFleet):
         upload = self._upload if ESTIMATE in request.outputs else 0
         return sum(-(-form.bits // 8) for form in forms.values()) + upload + SLACK
 
+    def _hasty(self, request: Request) -> bool:
+        """Whether a round may go on without who is slow."""
+        return ESTIMATE in request.outputs and self.quorum < self.n and not self._whole(request)
+
     def _bear(self, missing: list[int], request: Request) -> None:
-        if ESTIMATE not in request.outputs or self.deadline is None or self._whole(request):
+        if not self._hasty(request):
             raise QuorumError(
                 f"round {request.round}: clients {missing} of {self.n} did not answer, and the round needs everyone"
             )
@@ -232,6 +237,10 @@ def fleet_on(desk: Desk, experiment: Experiment, problem: Problem) -> GrpcFleet:
     clients = problem.clients
     like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
     uplink, downlink = links(experiment, problem)
+    section = experiment.fleet
+    share = section.quorum
+    quorum = share if isinstance(share, int) else math.ceil(share * clients.n)
     return GrpcFleet(
-        desk, clients.n, uplink, experiment.seed, experiment.chains, like, downlink=downlink, blocks=clients.blocks
-    )
+        desk, clients.n, uplink, experiment.seed, experiment.chains, like, downlink=downlink, blocks=clients.blocks,
+        arrival=1 - section.loss, deadline=section.deadline, quorum=quorum, snapshot_rounds=section.snapshot_rounds,
+    )  # fmt: skip

@@ -18,7 +18,6 @@ from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.wire import Array, Field, Parcel
 
-PROTOCOL = 1
 PIECE = 1 << 20  # bytes of data in a piece
 HEAD = 1 << 21  # bytes of a head, at most
 SMALL = 1 << 16  # below this, arrays are copied out of the message; above, they are views of it

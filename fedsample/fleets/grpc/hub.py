@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import grpc
 import grpc.aio
 
-import fedsample
 from fedsample.errors import ClientError, FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import PIECE, PROTOCOL, Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.frames import PIECE, Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.probe import SOFTWARE, probe_handler
 from fedsample.fleets.grpc.seat import Asked, Batch, Seat, Stream
+from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 
-SERVICE = "fedsample.v1.Fleet"
 STAGE = 256 << 20  # bytes of large answers that may wait to be added, all clients together
 COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
 _HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong
@@ -112,11 +112,10 @@ class Hub:
             "Connect": grpc.stream_stream_rpc_method_handler(
                 self._connect, pb.DeviceFrame.FromString, pb.ServerFrame.SerializeToString
             ),
-            "Probe": grpc.unary_unary_rpc_method_handler(
-                self._probe, pb.ProbeRequest.FromString, pb.ProbeReply.SerializeToString
-            ),
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, handlers), probe_handler(lambda: len(self.seats)))
+        )
         try:
             if self._credentials is None:
                 self.port = self._server.add_insecure_port(self.address)
@@ -163,8 +162,8 @@ class Hub:
 
         Args:
             messages: by client. limit: bytes that the arrays of one answer may have. welcome: called with each newcomer
-                while waiting; may raise. None: newcomers wait. deadline: seconds after which who has not answered is
-                left out. enough: answers after which nobody else is waited for once the deadline has passed; None: any.
+                while waiting; may raise. None: newcomers wait. enough: answers after which nobody else is waited for;
+                None: all are. deadline: seconds that all are waited for all the same; None: none.
 
         Raises:
             ClientError: if a client failed. Abandoned: if the run is to stop while someone is away.
@@ -210,7 +209,8 @@ class Hub:
                         raise Abandoned(f"the round was given up while waiting for {_listed(away)}")
             batch.wake.clear()
             self._greet(welcome)
-            if until is not None and time.monotonic() >= until and total - len(batch.left) >= (enough or 0):
+            late = until is None or time.monotonic() >= until
+            if enough is not None and late and total - len(batch.left) >= enough:
                 answer = batch.answers.pop(client, None)
                 if answer is None:
                     self.seats[client].late += 1
@@ -363,16 +363,6 @@ class Hub:
         task = self._loop.create_task(notify())
         task.add_done_callback(lambda done: done.exception())
 
-    async def _probe(self, request: pb.ProbeRequest, context: grpc.aio.ServicerContext) -> pb.ProbeReply:
-        who = self._identify(context, -1)
-        return pb.ProbeReply(
-            protocol=PROTOCOL,
-            software=f"fedsample {fedsample.__version__}",
-            unix_ms=int(time.time() * 1000),
-            you=who.refusal or f"client {who.client}",
-            clients=self.invitation.clients,
-        )
-
     async def _connect(self, frames: Any, context: grpc.aio.ServicerContext) -> None:
         """One stream from its Hello to its end."""
         try:
@@ -417,7 +407,7 @@ class Hub:
         stream.send(
             pb.ServerFrame(
                 welcome=pb.Welcome(
-                    protocol=PROTOCOL, software=f"fedsample {fedsample.__version__}", run=invitation.run,
+                    protocol=PROTOCOL, software=SOFTWARE, run=invitation.run,
                     nonce=invitation.nonce, config=invitation.config, client=seat.client, clients=invitation.clients,
                 )
             )

@@ -15,10 +15,9 @@ from fedsample import __version__
 from fedsample.errors import CertificateError
 from fedsample.fleets.grpc.fedsample_pb2 import ProbeReply, ProbeRequest
 from fedsample.fleets.grpc.identity import identity_of
+from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 
-PROTOCOL = 1  # as in frames.py, which loads torch
 SOFTWARE = f"fedsample {__version__}"
-SERVICE = "fedsample.v1.Fleet"
 METHOD = "Probe"
 
 # The device's and the server's machine are asked as they are: a proxy between them would answer for the wrong one.
