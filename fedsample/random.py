@@ -28,6 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsample.distinct import alone, sort, together
+
 SERVER = -1  # the client index under which the server draws
 
 _GAMMA = 0x9E3779B97F4A7C15
@@ -36,8 +38,9 @@ _FOLD = 0xD1B54A32D192ED03  # an odd constant that keeps fold(value) apart from 
 _MASK = (1 << 64) - 1
 _CPU = torch.device("cpu")
 _PIECE = 1 << 15  # words made at once on a CPU: they and their scratch stay in its cache
-_SORTED = 1 << 16  # from this many positions on, a subset is drawn position by position instead of by sorting all
+_ALONE = 1 << 16  # from this many positions on, subsets are drawn one key after the other: each fills the cache
 _local = threading.local()
+_27, _30, _31, _FACTOR_1, _FACTOR_2 = (np.uint64(each) for each in (27, 30, 31, _MIX_1, _MIX_2))
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 
 # Minimax polynomials of log, sin and cos on their reduced ranges; coefficients published with FreeBSD's msun / fdlibm
@@ -95,13 +98,13 @@ def _mix(words: Tensor) -> Tensor:
 
 def _mix_(words: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> None:
     """The same in place, by numpy, whose 64-bit shifts use the CPU's vectors."""
-    np.right_shift(words, np.uint64(30), out=scratch)
+    np.right_shift(words, _30, out=scratch)
     np.bitwise_xor(words, scratch, out=words)
-    np.multiply(words, np.uint64(_MIX_1), out=words)
-    np.right_shift(words, np.uint64(27), out=scratch)
+    np.multiply(words, _FACTOR_1, out=words)
+    np.right_shift(words, _27, out=scratch)
     np.bitwise_xor(words, scratch, out=words)
-    np.multiply(words, np.uint64(_MIX_2), out=words)
-    np.right_shift(words, np.uint64(31), out=scratch)
+    np.multiply(words, _FACTOR_2, out=words)
+    np.right_shift(words, _31, out=scratch)
     np.bitwise_xor(words, scratch, out=words)
 
 
@@ -113,13 +116,6 @@ def _scratch(size: int) -> NDArray[np.uint64]:
         _local.words = np.empty(_PIECE, dtype=np.uint64)
     words: NDArray[np.uint64] = _local.words
     return words[:size]
-
-
-def _sort(words: Tensor) -> Tensor:
-    """Ascending along the last axis; equal entries are the same, so every sort gives the same."""
-    if words.device.type == "cpu":
-        return torch.from_numpy(np.sort(words.numpy(), axis=-1))
-    return torch.sort(words, dim=-1).values
 
 
 def _mix_int(word: int) -> int:
@@ -255,11 +251,20 @@ class Key:
 
     def uniform(self, n: int, start: int = 0) -> Tensor:
         """(..., n) float64, uniform on the multiples of 2^-53 in [0, 1); from words `start`, start + 1, ..."""
-        return _shift(self.integers64(n, start), 11).to(torch.float64) * 2.0**-53
+        return self._scaled(n, start, 2.0**-53)
 
     def integers(self, high: int, n: int, start: int = 0) -> Tensor:
         """(..., n) int64, uniform on 0, ..., high - 1 to within high / 2^53; from words `start`, start + 1, ..."""
-        return (self.uniform(n, start) * high).to(torch.int64).clamp_(max=high - 1)
+        return self._scaled(n, start, high * 2.0**-53).to(torch.int64).clamp_(max=high - 1)
+
+    def _scaled(self, n: int, start: int, unit: float) -> Tensor:
+        """(..., n) float64: the words' upper 53 bits times `unit`, in which a power of two changes no rounding."""
+        words = self.integers64(n, start)
+        if words.device.type != "cpu":
+            return _shift(words, 11).to(torch.float64) * unit
+        upper = words.numpy().view(np.uint64)
+        np.right_shift(upper, np.uint64(11), out=upper)
+        return torch.from_numpy(np.asarray(upper * np.float64(unit)))
 
     def bernoulli(self, probability: float, n: int | None = None) -> Tensor:
         """(...) or (..., n) bool, True with the given probability, to within 2^-53."""
@@ -285,62 +290,23 @@ class Key:
         return (self.integers64(n) & ~mask) | torch.arange(n, dtype=torch.int64, device=self.device), mask
 
     def subset(self, n: int, k: int) -> Tensor:
-        """(..., k) int64: k of the positions 0, ..., n - 1 without replacement, every subset equally likely.
+        """(..., k) int64, ascending: k of the positions 0, ..., n - 1 without replacement, every subset equally likely.
 
-        Their order means nothing. Below 65,536 positions these are the positions of the k smallest of n words. From
-        there on they are the first k distinct values of a sequence of independent uniform positions, ascending: by
-        symmetry again every subset is equally likely, to within the n / 2^53 of `integers`, for about k words
-        instead of n. Above n / 2 the complement is drawn.
+        These are the first k distinct values of `integers(n, ...)`, by symmetry equally likely to within its n / 2^53,
+        for little more than k words; above n / 2 the complement is drawn. See `distinct.py`.
         """
-        if n >= _SORTED:
-            rows = [self._first_distinct(n, k, word) for word in self.tensor().flatten()]
-            return torch.stack(rows).view(*self.shape, k)
-        words, mask = self._tagged(n)
-        if self.device.type == "cpu":
-            return _sort(words)[..., :k] & mask
-        return torch.topk(words, k, dim=-1, largest=False, sorted=True).values & mask
-
-    def _first_distinct(self, n: int, k: int, word: Tensor) -> Tensor:
-        """(k,) ascending: the first k distinct of uniform positions drawn one after the other.
-
-        Each batch draws as many as are missing, so that it cannot pass the k-th; only distinct ones are kept.
-        """
-        single = Key(word, self.device)
-        if 2 * k > n:
-            left = torch.ones(n, dtype=torch.bool, device=self.device)
-            left[self._first_distinct(n, n - k, word)] = False
-            return left.nonzero().squeeze(-1)
-        kind = torch.int32 if n < 1 << 31 else torch.int64
-        kept = torch.empty(0, dtype=kind, device=self.device)  # ascending, from the first batch
-        late = kept  # ascending, the few from later batches
-        drawn = 0
-        while len(kept) + len(late) < k:
-            missing = k - len(kept) - len(late)
-            fresh = _distinct(_sort(single.integers(n, missing, start=drawn).to(kind)))
-            drawn += missing
-            if len(kept) == 0:
-                kept = fresh
-                continue
-            at = torch.searchsorted(kept, fresh).clamp_(max=len(kept) - 1)
-            late = _distinct(_sort(torch.cat([late, fresh[kept[at] != fresh]])))
-        return _sort(torch.cat([kept, late])).to(torch.int64)
+        if n < _ALONE:
+            return together(lambda count, start: self.integers(n, count, start), self.shape, n, k, self.device)
+        rows = [
+            alone(lambda count, start, one=Key(word, self.device): one.integers(n, count, start), n, k, self.device)  # type: ignore[misc]
+            for word in self.tensor().flatten()
+        ]
+        return torch.stack(rows).view(*self.shape, k)
 
     def permutation(self, n: int) -> Tensor:
         """(..., n) int64: a permutation of 0, ..., n - 1, every one equally likely."""
         words, mask = self._tagged(n)
-        return _sort(words) & mask
-
-
-def _distinct(ascending: Tensor) -> Tensor:
-    """Without repetitions."""
-    if len(ascending) < 2:
-        return ascending
-    if ascending.device.type == "cpu":
-        values = ascending.numpy()
-        return torch.from_numpy(values[np.concatenate([[True], values[1:] != values[:-1]])])
-    new = torch.ones(len(ascending), dtype=torch.bool, device=ascending.device)
-    torch.ne(ascending[1:], ascending[:-1], out=new[1:])
-    return ascending[new]
+        return sort(words) & mask
 
 
 def key(

@@ -2,11 +2,14 @@
 
 Of the n - n % 8 first codes, each whole low byte is a plane of bytes; of the w % 8 bits above, four, two and one are a
 plane in which code j shares its byte with codes j + m, j + 2 m, ..., so that packing is a shift and an or of whole
-slices. The up to seven last codes follow as a string of bits, lowest first, padded with zeros to a byte.
+slices; all planes of a piece are made while it is in the cache. The up to seven last codes follow as a string of bits,
+lowest first, padded with zeros to a byte.
 """
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,85 +31,115 @@ def size_of(count: int, width: int) -> int:
     return (count * width + 7) // 8
 
 
-def pack(codes: Codes, width: int) -> bytes:
-    """The bytes of integer codes (n,) in 0, ..., 2^width - 1."""
+def pack(
+    codes: Codes, width: int, head: bytes = b"", plus: int = 0, check: Callable[[Codes], None] | None = None
+) -> bytes:
+    """`head`, then integer codes (n,) with codes + plus in 0, ..., 2^width - 1.
+
+    Args:
+        codes: signed or unsigned. width: bits of a code. head: bytes in front. plus: what is added to every code.
+        check: called with the codes, piece by piece while they are in the cache, to raise what it finds.
+    """
+    # The stream's own bytes are filled in place and handed out: no second copy, which costs more than the packing.
+    stream = io.BytesIO(bytes(len(head) + size_of(len(codes), width)))
+    _fill(stream.getbuffer(), codes, width, head, plus, check)
+    return stream.getvalue()
+
+
+def _fill(
+    view: memoryview, codes: Codes, width: int, head: bytes, plus: int, check: Callable[[Codes], None] | None
+) -> None:
+    view[: len(head)] = head
+    raw = np.frombuffer(view, dtype=np.uint8, offset=len(head))
     whole = len(codes) - len(codes) % 8
-    main, tail = codes[:whole], codes[whole:]
-    parts: list[Codes] = []
-    shift = 0
-    while width - shift >= 8:
-        parts.append(_low_bytes(main, shift))
-        shift += 8
-    for bits in (4, 2, 1):
-        if (width - shift) & bits:
-            plane = _low_bytes(main, shift).reshape(8 // bits, -1)
-            low = (1 << bits) - 1
-            shared = np.empty(plane.shape[1], dtype=np.uint8)
-            for at in range(0, len(shared), _CHUNK):
-                columns = plane[:, at : at + _CHUNK]
-                byte = columns[0] & low
-                for row in range(1, len(columns)):
-                    byte |= (columns[row] & low) << (bits * row)
-                shared[at : at + _CHUNK] = byte
-            parts.append(shared)
-            shift += bits
+    planes, used = _planes(raw, whole, width)
+    unsigned = np.dtype(f"u{codes.itemsize}")
+    add = unsigned.type(plus)
+    for row, start, end in _rows(whole):
+        piece = codes[start:end]
+        if check:
+            check(piece)
+        piece = piece.view(unsigned) + add if plus else piece.view(unsigned)
+        for shift, size, plane in planes:
+            part = plane[_columns(row, start, end, size, whole)]
+            field = piece >> shift if shift else piece
+            if size == 8:
+                np.copyto(part, field, casting="unsafe")
+                continue
+            field = field.astype(np.uint8)
+            if shift + size < width:
+                field &= (1 << size) - 1
+            turn = row // size
+            if turn:
+                part |= field << turn * size
+            else:
+                part[...] = field
+    tail = codes[whole:]
     if len(tail) and width:
-        string = (tail.astype(np.int64)[:, None] >> np.arange(width)) & 1
-        parts.append(np.packbits(string.astype(np.uint8).ravel(), bitorder="little"))
-    return b"".join(part.data for part in parts)
+        if check:
+            check(tail)
+        string = ((tail.astype(np.int64) + plus)[:, None] >> np.arange(width)) & 1
+        raw[used:] = np.packbits(string.astype(np.uint8).ravel(), bitorder="little")
 
 
-def unpack(data: bytes, count: int, width: int, dtype: Any) -> Codes:
-    """(count,) codes of `dtype` (wide enough) from the bytes that `pack` made.
+def unpack(data: bytes, count: int, width: int, dtype: Any, check: Callable[[Codes], None] | None = None) -> Codes:
+    """(count,) codes of `dtype` (wide enough) from the bytes that `pack` made; `check` sees them, piece by piece.
 
     Raises:
         DataError: if the length is wrong or the padding is not zero.
     """
     if len(data) != size_of(count, width):
         raise DataError(f"{len(data)} bytes of codes, expected {size_of(count, width)} ({count} of {width} bits)")
-    codes = np.zeros(count, dtype=dtype)
+    codes = np.empty(count, dtype=dtype)
     raw = np.frombuffer(data, dtype=np.uint8)
     whole = count - count % 8
-    main = codes[:whole]
-    shift = at = 0
-    while width - shift >= 8:
-        _add_bytes(main, raw[at : at + whole], shift)
-        at += whole
-        shift += 8
-    for bits in (4, 2, 1):
-        if (width - shift) & bits:
-            length = whole * bits // 8
-            shared, low = raw[at : at + length], (1 << bits) - 1
-            for row in range(8 // bits):
-                plane = (shared >> (bits * row)) & low if row else shared & low
-                _add_bytes(main[row * length : (row + 1) * length], plane, shift)
-            at += length
-            shift += bits
+    planes, used = _planes(raw, whole, width)
+    if width == 0:
+        codes[...] = 0
+    for row, start, end in _rows(whole):
+        piece = codes[start:end]
+        for number, (shift, size, plane) in enumerate(planes):
+            part = plane[_columns(row, start, end, size, whole)]
+            turn = row // size
+            field = part if size == 8 else (part >> turn * size) & ((1 << size) - 1)
+            if number == 0:
+                piece[...] = field
+            else:
+                piece |= field.astype(piece.dtype) << shift
+        if check:
+            check(piece)
     tail = count - whole
     if tail and width:
-        string = np.unpackbits(raw[at:], bitorder="little")
+        string = np.unpackbits(raw[used:], bitorder="little")
         if string[tail * width :].any():
             raise DataError("the padding of a packet's last byte is not zero; the bytes are damaged")
         weights = np.left_shift(1, np.arange(width, dtype=np.int64))
         codes[whole:] = string[: tail * width].reshape(tail, width).astype(np.int64) @ weights
+        if check:
+            check(codes[whole:])
     return codes
 
 
-def _low_bytes(codes: Codes, shift: int) -> NDArray[np.uint8]:
-    """Eight bits of each code from bit `shift` on."""
-    if shift == 0 and codes.dtype.itemsize == 1:
-        return codes.view(np.uint8)
-    out = np.empty(len(codes), dtype=np.uint8)
-    for at in range(0, len(codes), _CHUNK):
-        piece = codes[at : at + _CHUNK]
-        np.copyto(out[at : at + _CHUNK], piece >> shift if shift else piece, casting="unsafe")
-    return out
+def _planes(raw: Codes, whole: int, width: int) -> tuple[list[tuple[int, int, Codes]], int]:
+    """(first bit of a code, bits, bytes) of each plane, in their order on the wire; and how many bytes they take."""
+    sizes = [8] * (width // 8) + [size for size in (4, 2, 1) if width & size]
+    planes = []
+    shift = 0
+    for size in sizes:
+        planes.append((shift, size, raw[whole * shift // 8 : whole * (shift + size) // 8]))
+        shift += size
+    return planes, whole * width // 8
 
 
-def _add_bytes(codes: Codes, plane: Codes, shift: int) -> None:
-    """Put the bytes of a plane at bit `shift` of codes that are still zero there."""
-    if shift == 0:
-        codes[...] = plane
-        return
-    for at in range(0, len(codes), _CHUNK):
-        codes[at : at + _CHUNK] |= plane[at : at + _CHUNK].astype(codes.dtype) << shift
+def _rows(whole: int) -> Iterator[tuple[int, int, int]]:
+    """(row, from, to): pieces of the eight rows, those of the same columns one after the other."""
+    length = whole // 8
+    for column in range(0, length, _CHUNK):
+        for row in range(8):
+            yield row, row * length + column, row * length + min(length, column + _CHUNK)
+
+
+def _columns(row: int, start: int, end: int, size: int, whole: int) -> slice:
+    """Where codes `start` to `end` of a row lie in the plane of `size` bits: 8 / size codes share a byte."""
+    before = row // size * (whole * size // 8)
+    return slice(start - before, end - before)

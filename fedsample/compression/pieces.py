@@ -37,23 +37,30 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return empty(shape, dtype, device).zero_()
 
 
+def times(codes: Tensor, unit: Tensor) -> Tensor:
+    """Integers (..., d) times unit (..., 1), of unit's dtype: converted and multiplied where they are to lie."""
+    out = empty(tuple(codes.shape), unit.dtype, unit.device)
+    for start, end in pieces(codes.shape[-1], unit.device):
+        out[..., start:end].copy_(codes[..., start:end]).mul_(unit)
+    return out
+
+
 def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
     """Float64 sum of term(vector) (..., d) over its last axis -> (...), in an order that d and the device type fix.
 
-    Pieces are added onto the first one, which is then folded in halves: additions of whole slices, so that one vector
-    alone and the same one within a batch give the same bits.
+    `term` gets entries in float64, to be overwritten. Pieces are added onto the first one, which is then folded in
+    halves: additions of whole slices, so that one vector alone and the same one within a batch give the same bits.
     """
     d = vector.shape[-1]
-    sums: Tensor | None = None
-    for start, end in pieces(d, vector.device):
-        terms = term(vector[..., start:end])
-        if sums is None:
-            sums = terms.double()
-        else:
-            sums[..., : end - start] += terms
-    if sums is None:
+    length = min(d, PIECE // 2) if vector.device.type == "cpu" else d
+    if length == 0:
         raise ValueError("a vector of no entries has nothing to compress")
-    width = sums.shape[-1]
+    sums = term(vector[..., :length].to(torch.float64, copy=True))
+    wide = torch.empty_like(sums)
+    for start in range(length, d, length):
+        piece = wide[..., : min(d - start, length)]
+        sums[..., : piece.shape[-1]] += term(piece.copy_(vector[..., start : start + length]))
+    width = length
     while width > 1:
         half = (width + 1) // 2
         sums[..., : width - half] += sums[..., half:width]
@@ -63,7 +70,7 @@ def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
 
 def one_norm(vector: Tensor) -> Tensor:
     """sum_j |v_j| of (..., d) -> (...) float64."""
-    return total(vector, torch.abs)
+    return total(vector, Tensor.abs_)
 
 
 def two_norm(vector: Tensor) -> Tensor:
@@ -71,5 +78,5 @@ def two_norm(vector: Tensor) -> Tensor:
     if vector.dtype == torch.float64:
         size = vector.abs().amax(-1, keepdim=True)
         safe = torch.where(size > 0, size, 1.0)
-        return total(vector, lambda piece: (piece / safe).square()).sqrt() * size.squeeze(-1)
-    return total(vector, lambda piece: piece.double().square_()).sqrt().to(vector.dtype)
+        return total(vector, lambda piece: piece.div_(safe).square_()).sqrt() * size.squeeze(-1)
+    return total(vector, Tensor.square_).sqrt().to(vector.dtype)

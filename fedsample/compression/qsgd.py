@@ -33,7 +33,7 @@ from fedsample.compression.base import (
     values_to_bytes,
 )
 from fedsample.compression.coins import Coins
-from fedsample.compression.pieces import empty, pieces, two_norm
+from fedsample.compression.pieces import empty, pieces, times, two_norm
 from fedsample.errors import ConfigError, DataError
 
 _MOST = (1 << 15) - 1
@@ -86,20 +86,15 @@ class QSGD(Compressor):
         levels = empty(tuple(vector.shape), self._dtype(), vector.device)
         coins = Coins(keys.own, vector.shape[-1], fraction, whole)
         top = self.levels * unit
+        draw = _draw_on_cpu if vector.dtype == torch.float32 and vector.device.type == "cpu" else _draw
         for start, end in pieces(vector.shape[-1], vector.device):
-            scaled = (vector[..., start:end] / safe).mul_(float(top)).round_()
-            fixed = coins.take(start, end).add_(scaled.to(whole).clamp_(-top, top))
-            levels[..., start:end] = fixed.bitwise_right_shift_(fraction)
+            draw(vector[..., start:end], safe, top, fraction, coins.take(start, end), levels[..., start:end])
         return Packet(levels, None, norm.unsqueeze(-1))
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
         """Levels times |v| / s."""
         norm = _required(packet)
-        out = empty(tuple(packet.values.shape), norm.dtype, norm.device)
-        unit = norm / self.levels
-        for start, end in pieces(d, norm.device):
-            torch.mul(packet.values[..., start:end].to(norm.dtype), unit, out=out[..., start:end])
-        return out
+        return times(packet.values, norm / self.levels)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
         """Level and norm zero."""
@@ -121,8 +116,7 @@ class QSGD(Compressor):
             DataError: if the norm is not finite: an entry was NaN or infinite, or the norm overflows.
         """
         levels = packet.values.detach().cpu().contiguous().numpy()
-        shifted = levels.view(f"u{levels.itemsize}") + levels.dtype.type(self.levels).view(f"u{levels.itemsize}")
-        return values_to_bytes(_required(packet)) + bits.pack(shifted, self.width)
+        return bits.pack(levels, self.width, values_to_bytes(_required(packet)), self.levels)
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
         """Levels and norm.
@@ -149,6 +143,29 @@ def _fixed_point(dtype: torch.dtype, levels: int) -> tuple[torch.dtype, int]:
     if dtype == torch.float32:
         return torch.int32, 30 - levels.bit_length()
     return torch.int64, 62 - levels.bit_length()
+
+
+def _draw(values: Tensor, safe: Tensor, top: int, fraction: int, random: Tensor, out: Tensor) -> None:
+    """Write the levels of some entries, using up their coins."""
+    scaled = (values / safe).mul_(float(top)).round_()
+    out.copy_(random.add_(scaled.to(random.dtype).clamp_(-top, top)).bitwise_right_shift_(fraction))
+
+
+def _draw_on_cpu(values: Tensor, safe: Tensor, top: int, fraction: int, random: Tensor, out: Tensor) -> None:
+    """The same of float32 by numpy, whose shifts use the CPU's vectors, within two arrays that stay in the cache.
+
+    No clamp: a norm summed in float64 and rounded once is never below the magnitude of an entry, so that no quotient
+    exceeds 1. Where an entry is not finite the norm is not either, whatever the levels.
+    """
+    with np.errstate(all="ignore"):
+        scaled = np.divide(values.numpy(), safe.numpy())
+        np.multiply(scaled, np.float32(top), out=scaled)
+        np.rint(scaled, out=scaled)
+        fixed = scaled.view(np.int32)
+        np.copyto(fixed, scaled, casting="unsafe")
+    np.add(fixed, random.numpy(), out=fixed)
+    np.right_shift(fixed, fraction, out=fixed)
+    np.copyto(out.numpy(), fixed, casting="unsafe")
 
 
 def _required(packet: Packet) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -55,8 +56,8 @@ class _Rounding(Compressor):
         """What the entries are rounded by."""
 
     @abstractmethod
-    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
-        """Integer codes of some entries and their coins."""
+    def _encode(self, values: Tensor, random: Tensor, out: Tensor) -> None:
+        """Write the integer codes of some entries, using up their coins."""
 
     @abstractmethod
     def _decode(self, codes: Tensor, out: Tensor) -> None:
@@ -71,7 +72,7 @@ class _Rounding(Compressor):
         codes = empty(tuple(vector.shape), _CODES[vector.dtype], vector.device)
         coins = self._coins(keys.own, vector.shape[-1], vector.dtype)
         for start, end in pieces(vector.shape[-1], vector.device):
-            codes[..., start:end] = self._encode(vector[..., start:end].contiguous(), coins.take(start, end))
+            self._encode(vector[..., start:end].contiguous(), coins.take(start, end), codes[..., start:end])
         return Packet(codes, None)
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
@@ -100,14 +101,9 @@ class _Rounding(Compressor):
         Raises:
             DataError: if one of them is not finite: NaN, infinite, or too large for the format.
         """
-        codes = packet.values.detach().cpu().contiguous().numpy()
         dtype = _FLOATS[packet.values.dtype]
-        if self._broken(codes, dtype):
-            raise DataError(
-                "a packet holds NaN or infinite values; the gradient that made it is not finite, or is too large for "
-                f"the format of {self.name}"
-            )
-        return bits.pack(codes.view(f"u{codes.itemsize}"), self._width(dtype))
+        check = self._refuse(dtype, "the gradient that made it is not finite, or is too large for its format")
+        return bits.pack(packet.values.detach().cpu().contiguous().numpy(), self._width(dtype), check=check)
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
         """The codes.
@@ -116,18 +112,20 @@ class _Rounding(Compressor):
             DataError: if the length is wrong or a code is not finite.
         """
         require_length(data, self.bits(d, dtype) // 8, f"{d} codes of {self._width(dtype)} bits")
+        check = self._refuse(dtype, "it is refused")
         form = _CODES[dtype].itemsize
-        codes = bits.unpack(data, d, self._width(dtype), np.dtype(f"u{form}")).view(f"i{form}")
-        if self._broken(codes, dtype):
-            raise DataError("a packet holds NaN or infinite values and is refused")
-        return Packet(torch.from_numpy(codes), None)
+        codes = bits.unpack(data, d, self._width(dtype), np.dtype(f"u{form}"), check)
+        return Packet(torch.from_numpy(codes.view(f"i{form}")), None)
 
-    def _broken(self, codes: Codes, dtype: torch.dtype) -> bool:
-        exponent = codes.dtype.type(self._exponent(dtype))
-        return any(
-            bool(((codes[start:end] & exponent) == exponent).any())
-            for start, end in pieces(len(codes), torch.device("cpu"))
-        )
+    def _refuse(self, dtype: torch.dtype, why: str) -> Callable[[Codes], None]:
+        """What raises where codes are not finite."""
+        exponent = self._exponent(dtype)
+
+        def check(codes: Codes) -> None:
+            if len(codes) and int((codes & codes.dtype.type(exponent)).max()) == exponent:
+                raise DataError(f"a {self.name} packet holds NaN or infinite values; {why}")
+
+        return check
 
 
 @dataclass(frozen=True)
@@ -152,14 +150,12 @@ class Natural(_Rounding):
     def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
         return Coins(key, d, 23, torch.int32) if dtype == torch.float32 else Coins(key, d, 52, torch.int64)
 
-    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
-        if values.dtype == torch.float32:
-            return _cut(values, random, 23).bitwise_and_(0x1FF)
-        return _cut(values, random, 52).bitwise_and_(0xFFF)
+    def _encode(self, values: Tensor, random: Tensor, out: Tensor) -> None:
+        _cut(values, random, 23 if values.dtype == torch.float32 else 52, out)
 
     def _decode(self, codes: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
-            torch.bitwise_left_shift(codes.to(torch.int32), 23, out=out.view(torch.int32))
+            out.copy_(_up(codes, 7).view(torch.bfloat16))  # sign and exponent where bfloat16 has them
         else:
             torch.bitwise_left_shift(codes.to(torch.int64), 52, out=out.view(torch.int64))
 
@@ -186,24 +182,38 @@ class Bfloat16(_Rounding):
     def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
         return Coins(key, d, 16, torch.int32) if dtype == torch.float32 else Coins(key, d, 45, torch.int64)
 
-    def _encode(self, values: Tensor, random: Tensor) -> Tensor:
-        return _cut(values, random, 16) if values.dtype == torch.float32 else _cut_double(values, random)
+    def _encode(self, values: Tensor, random: Tensor, out: Tensor) -> None:
+        if values.dtype == torch.float32:
+            _cut(values, random, 16, out)
+        else:
+            out.copy_(_cut_double(values, random))
 
     def _decode(self, codes: Tensor, out: Tensor) -> None:
         if out.dtype == torch.float32:
-            torch.bitwise_left_shift(codes.to(torch.int32), 16, out=out.view(torch.int32))
+            out.copy_(codes.view(torch.bfloat16))
         else:
             out.copy_((codes << 16).view(torch.float32))
 
 
-def _cut(values: Tensor, random: Tensor, low: int) -> Tensor:
+def _up(codes: Tensor, by: int) -> Tensor:
+    """Left shift of a piece, by numpy on a CPU, whose shifts use its vectors."""
+    return torch.from_numpy(codes.numpy() << by) if codes.device.type == "cpu" else codes << by
+
+
+def _cut(values: Tensor, random: Tensor, low: int, out: Tensor) -> None:
     """Floats as integers whose `low` last bits are rounded away at random; NaN and infinity stay what they are."""
     whole = torch.int32 if values.dtype == torch.float32 else torch.int64
     patterns = values.view(whole)
     infinite = 0x7F800000 if whole == torch.int32 else 0x7FF0000000000000
     if values.device.type != "cpu" or not math.isfinite(float(values.sum())):  # an infinite sum may be of finite values
         random.masked_fill_((patterns & infinite) == infinite, 0)
-    return random.add_(patterns).bitwise_right_shift_(low)
+    random.add_(patterns)
+    if values.device.type == "cpu":  # torch's shifts do not use the CPU's vectors, and keep the sign
+        bits = random.numpy().view(f"u{whole.itemsize}")
+        np.right_shift(bits, low, out=bits)
+        np.copyto(out.numpy(), bits, casting="unsafe")
+    else:
+        out.copy_((random >> low) & ((1 << (8 * whole.itemsize - low)) - 1))
 
 
 def _cut_double(values: Tensor, random: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from fedsample.compression.base import (
     values_from_bytes,
     values_to_bytes,
 )
-from fedsample.compression.pieces import empty, one_norm, pieces
+from fedsample.compression.pieces import empty, one_norm, pieces, times
 from fedsample.errors import DataError
 
 _WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -75,11 +75,7 @@ class ScaledSign(Compressor):
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
         """Signs times the scale."""
-        scale = _required(packet)
-        out = empty(tuple(packet.values.shape), scale.dtype, scale.device)
-        for start, end in pieces(d, scale.device):
-            torch.mul(packet.values[..., start:end].to(scale.dtype), scale, out=out[..., start:end])
-        return out
+        return times(packet.values, _required(packet))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
         """Positive signs and scale zero."""

@@ -33,6 +33,8 @@ from fedsample.compression import (
     TopK,
     bits,
     build,
+    pieces,
+    qsgd,
 )
 from fedsample.errors import ConfigError, DataError
 from fedsample.estimators import Diana
@@ -508,7 +510,7 @@ def test_a_large_subset_is_ascending_distinct_and_the_same_alone_and_in_a_batch(
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_every_large_subset_is_equally_likely(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsample.random, "_SORTED", 2)
+    monkeypatch.setattr(fedsample.random, "_ALONE", 2)
     n, count = 5, 6000
     rows = key(7, chain=torch.arange(count)).subset(n, k)
     codes, seen = (2**rows).sum(-1).unique(return_counts=True)
@@ -519,7 +521,7 @@ def test_every_large_subset_is_equally_likely(k: int, monkeypatch: pytest.Monkey
 
 
 def test_the_first_distinct_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsample.random, "_SORTED", 2)
+    monkeypatch.setattr(fedsample.random, "_ALONE", 2)
     for seed in range(200):
         n, k = 20, 1 + seed % 10
         sequence = key(seed).integers(n, 400).tolist()
@@ -661,3 +663,22 @@ def test_independence_is_stated() -> None:
     }
     assert [name for name in NAMES[:10] if make(name, 16).everyone] == ["permk"]
     assert Identity().alpha(3) == 1
+
+
+@pytest.mark.parametrize("levels", [1, 7, 127, 32_767])
+def test_fixed_point_by_numpy_is_that_of_torch_and_never_passes_the_top(levels: int) -> None:
+    """Vectors with one large entry reach the top exactly; numpy leaves out the clamp that torch applies."""
+    whole, fraction = qsgd._fixed_point(torch.float32, levels)
+    top = levels << fraction
+    for seed in range(200):
+        scale = 10.0 ** (seed % 75 - 37)
+        vector = gaussian(5, torch.float32, seed) * torch.tensor([1.0, 1e-3, 1e-5, 1e-9, 0.0]) * scale
+        norm = pieces.two_norm(vector).unsqueeze(-1)
+        if float(norm) > 0:
+            drawn = []
+            for draw in (qsgd._draw_on_cpu, qsgd._draw):
+                for coin in (0, 1 << fraction - 1, (1 << fraction) - 1):
+                    drawn.append(torch.empty(5, dtype=torch.int32))
+                    draw(vector, norm, top, fraction, torch.full((5,), coin, dtype=whole), drawn[-1])
+            assert torch.equal(torch.stack(drawn[:3]), torch.stack(drawn[3:]))
+            assert int(torch.stack(drawn).abs().max()) <= levels

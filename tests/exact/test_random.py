@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fedsample
+import fedsample.distinct
+import fedsample.random
 from fedsample.compression import RandK
 from fedsample.estimators import Diana
 from fedsample.fleets.faults import Faults
@@ -114,6 +116,13 @@ class Twin:
         tagged = (self.integers64(n) >> width << width) + np.arange(n, dtype=np.uint64)
         return np.argsort(tagged.view(np.int64), axis=-1)
 
+    def subset(self, n: int, k: int) -> NDArray[np.int64]:
+        """The first k distinct of uniform positions, ascending; above n / 2 all but the first n - k."""
+        rows = self.integers(n, 40 * n).reshape(-1, 40 * n).tolist()
+        few = [set(list(dict.fromkeys(row))[: min(k, n - k)]) for row in rows]
+        chosen = [sorted(row if 2 * k <= n else set(range(n)) - row) for row in few]
+        return np.array(chosen, dtype=np.int64).reshape(*self.words.shape, k)
+
     def normal(self, n: int) -> NDArray[np.float64]:
         pairs = -(-n // 2)
         words = self.integers64(2 * pairs)
@@ -180,7 +189,7 @@ def test_known_draws_of_every_kind() -> None:
     assert k.bernoulli(0.25, 12).int().tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 0]
     assert k.bernoulli(0.25).item() is False
     assert k.rademacher(8).tolist() == [-1, -1, -1, -1, 1, 1, 1, 1]
-    assert k.subset(50, 6).tolist() == [28, 17, 9, 3, 18, 38]
+    assert k.subset(50, 6).tolist() == [2, 21, 30, 35, 39, 44]
     assert k.permutation(8).tolist() == [3, 2, 0, 1, 5, 6, 7, 4]
 
 
@@ -232,7 +241,7 @@ def test_the_numpy_twin_agrees_to_the_bit(coordinates: tuple[Any, ...]) -> None:
         for p in (0.0, 2.0**-53, 0.1, 1 / 3, 0.5, 1 - 2.0**-53, 1.0):
             assert same_bits(k.bernoulli(p, n).numpy(), twin.bernoulli(p, n))
         for chosen in {1, (n + 1) // 2, n}:
-            assert same_bits(k.subset(n, chosen).numpy(), twin.order(n)[..., :chosen])
+            assert same_bits(k.subset(n, chosen).numpy(), twin.subset(n, chosen))
     assert same_bits(k.bernoulli(0.3).numpy(), twin.bernoulli(0.3, 1)[..., 0])
 
 
@@ -456,8 +465,8 @@ def test_extreme_words_make_no_extreme_draws(word: int) -> None:
     assert radius < 8.6
 
 
-def assert_uniform_subsets(subsets: NDArray[np.int64], n: int) -> None:
-    """(N, k) subsets of n: each, and with it each element and each pair, equally likely; and their order."""
+def assert_uniform_subsets(subsets: NDArray[np.int64], n: int, *, ordered: bool = False) -> None:
+    """(N, k) subsets of n: each, and with it each element and each pair, equally likely; `ordered`: each order too."""
     count, k = subsets.shape
     member = np.zeros((count, n))
     np.put_along_axis(member, subsets, 1.0, axis=1)
@@ -467,7 +476,8 @@ def assert_uniform_subsets(subsets: NDArray[np.int64], n: int) -> None:
     pair = k * (k - 1) / (n * (n - 1)) if n > 1 else 0.0
     together = (member.T @ member / count)[~np.eye(n, dtype=bool)]
     assert np.abs(together - pair).max(initial=0) < 5 * math.sqrt(pair * (1 - pair) / count) + 1e-12
-    number = {chosen: i for i, chosen in enumerate(itertools.permutations(range(n), k))}
+    every = itertools.permutations(range(n), k) if ordered else itertools.combinations(range(n), k)
+    number = {chosen: i for i, chosen in enumerate(every)}
     counts = np.bincount([number[tuple(row)] for row in subsets.tolist()], minlength=len(number))
     if len(number) > 1:
         assert scipy.stats.chisquare(counts).pvalue > 1e-6
@@ -482,14 +492,33 @@ def test_every_subset_is_equally_likely(n: int, k: int) -> None:
 
 def test_a_biased_subset_is_caught() -> None:
     draws = key(3, torch.arange(12_000)).integers(5, 1)
-    contiguous = torch.cat([draws, (draws + 1) % 5], dim=1).numpy()  # right for each element, wrong for pairs
+    contiguous = torch.cat([draws, (draws + 1) % 5], dim=1).sort().values.numpy()  # right for each, wrong for pairs
     with pytest.raises(AssertionError):
         assert_uniform_subsets(contiguous, 5)
 
 
 def test_every_permutation_is_equally_likely() -> None:
-    assert_uniform_subsets(key(3, torch.arange(12_000), purpose="p").permutation(4).numpy(), 4)
+    assert_uniform_subsets(key(3, torch.arange(12_000), purpose="p").permutation(4).numpy(), 4, ordered=True)
     assert torch.equal(key(0).permutation(1000).sort().values, torch.arange(1000))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 650, 3000])
+def test_rows_together_alone_and_on_a_device_choose_the_same(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's and torch's picks, and the path of large vectors, of one definition; and when rows need a second look."""
+    keys = key(9, torch.arange(3).unsqueeze(-1), chain=torch.arange(20), purpose="rows")
+    for k in sorted({0, 1, n // 20, n // 3, n // 2, n // 2 + 1, n - 1, n}):
+        rows = keys.subset(n, k)
+        assert rows.shape == (3, 20, k)
+        assert torch.equal(key(9, 2, chain=7, purpose="rows").subset(n, k), rows[2, 7])
+        variants: list[tuple[Any, str, Any]] = [
+            (fedsample.random, "_ALONE", 0),
+            (fedsample.distinct, "_pick_on_cpu", fedsample.distinct._pick),
+            (fedsample.distinct, "_enough", lambda n, k: max(1, k)),
+        ]
+        for module, name, value in variants:
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, value)
+                assert torch.equal(keys.subset(n, k), rows), name
 
 
 def test_large_subsets_are_subsets() -> None:
