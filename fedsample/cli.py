@@ -119,6 +119,9 @@ def simulate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as configured there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it would send.")] = False,
+    check_step: Annotated[
+        bool, typer.Option("--check-step", help="Sample again at half the step, and say whether that confirms it.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; short for --set fleet.device=...")] = None,
     preset: Annotated[str | None, typer.Option(help="Row of `fedsample list presets`; for --set preset=...")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
@@ -156,7 +159,7 @@ def simulate(
         return
     progress: Literal["auto", "quiet"] = "quiet" if quiet else "auto"
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        run = experiment.run(configured, out=out, resume=resume, progress=progress)
+        run = experiment.run(configured, out=out, resume=resume, progress=progress, check_step=check_step)
     if as_json:
         _print_json(run.summary)
     else:

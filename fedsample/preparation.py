@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import ConfigError, RunDirectoryError
-from fedsample.exchange import Fleet, Traffic
 from fedsample.estimators import Uplink
+from fedsample.exchange import Fleet, Traffic
 from fedsample.links import links
 from fedsample.random import SERVER, key
 from fedsample.strategies.curvature import Geometry, explore, survey_geometry
@@ -64,6 +64,7 @@ class Prepared:
             "mixing": self.geometry.mixing,
             "gradient": self.geometry.gradient,
             "force": self.geometry.force,
+            "stiffest": self.geometry.stiffest,
             "start": self.start,
             **metric.tensors(),
         }
@@ -99,12 +100,13 @@ def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
         if n.pop("sha256", None) != _checksum(n, data):
             raise ValueError("the checksum does not match")
         tensors = {name: each.to(device) for name, each in load(data).items()}
-        mean, start, gradient = (tensors.pop(name) for name in ("mean", "start", "gradient"))
+        mean, start, gradient, stiffest = (tensors.pop(name) for name in ("mean", "start", "gradient", "stiffest"))
         mixing, force = tensors.pop("mixing").cpu(), tensors.pop("force").cpu()
         geometry = Geometry(
             metric=restore(n["metric"], mean, tensors),
             mixing=mixing,
             force=force,
+            stiffest=stiffest,
             gradient=gradient,
             traffic=Traffic(*n["traffic"]),
             **{name: n[name] for name in _MEASURED},

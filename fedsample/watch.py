@@ -167,6 +167,7 @@ def summarise(
         "relaxation_rounds": _number(prepared.forecast.relaxation),
         "curvature": prepared.geometry.curvature,
         "predicted_variance_bias": _prediction(experiment, prepared.forecast.bias),
+        "predicted_stiff_bias": _prediction(experiment, prepared.forecast.stiff_bias),
         "predicted_mean_bias": _prediction(experiment, prepared.forecast.mean_bias),
         "predicted_mean_heating": _prediction(experiment, prepared.forecast.mean_heating),
         "predicted_worst_heating": _prediction(experiment, prepared.forecast.worst_heating),

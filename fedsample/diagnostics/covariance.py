@@ -10,11 +10,11 @@ that error uncorrelated between coordinates, with variances N (d,), and mean zer
     diana    N_j = (1/s - 1)   sum_i (H_i D H_i)_jj / (1 + 2 (1 - s) (H_i R)_jj),
              D = E (u_k - u_{k-a})(u_k - u_{k-a})^T over a geometric age a,    R = sum_b (1 - s)^b (T^b kick)_u
 
-where diana's denominator is the correlation of a mask's error with the memory that the same mask renews. T is a function
-of H, so in the eigenbasis of H every one of these is elementwise; N couples that basis to the coordinates in which masks
-act, and is found by iteration. The clients enter through D -> sum_i diag(H_i D H_i) alone, which the server measures as
-the mean of sum_i (H_i y)_j^2 over probes y ~ N(0, D), and through (H_i R)_jj, for which it takes that of the mean
-client: the moments are exact for clients of equal Hessian, whatever that is, and for unequal ones but for the
+where diana's denominator is the correlation of a mask's error with the memory that the same mask renews. T is a
+function of H, so in the eigenbasis of H every one of these is elementwise; N couples that basis to the coordinates in
+which masks act, and is found by iteration. The clients enter through D -> sum_i diag(H_i D H_i) alone, which the server
+measures as the mean of sum_i (H_i y)_j^2 over probes y ~ N(0, D), and through (H_i R)_jj, for which it takes the mean
+client's: the moments are exact for clients of equal Hessian, whatever that is, and for unequal ones but for the
 denominator. Masks of exactly K coordinates are correlated by -1 / (d - 1) of their variance, which is left out.
 """
 
@@ -90,11 +90,15 @@ class Covariance:
     def coordinates(self, diagonal: Array) -> Array:
         """(d,) variances of coordinates from those (d,) of uncorrelated eigendirections of H."""
         vectors = self._spectrum[1]
-        return diagonal if vectors is None else np.square(vectors) @ diagonal
+        if vectors is None:
+            return diagonal
+        result: Array = np.square(vectors) @ diagonal
+        return result
 
     def _matrix(self, diagonal: Array) -> Array:
         vectors = self._spectrum[1]
-        return np.diag(diagonal) if vectors is None else (vectors * diagonal) @ vectors.T
+        result: Array = np.diag(diagonal) if vectors is None else (vectors * diagonal) @ vectors.T
+        return result
 
     def stable(self, step_size: float) -> bool:
         """Whether the mean of the chain is stable; `heating` says whether its second moments are."""
@@ -106,11 +110,21 @@ class Covariance:
 
     def lag(self, step_size: float) -> Array:
         """(d, d) covariance under exact gradients of what an upload is the gradient of: D, or E uu^T for direct."""
-        return self._matrix(self._lag(_modes(self, step_size)))
+        return self._matrix(self.lagging(step_size))
 
-    def lag_root(self, step_size: float) -> Array:
-        """(d, d) a square root of `lag`."""
-        return self._matrix(np.sqrt(np.maximum(self._lag(_modes(self, step_size)), 0.0)))
+    def lagging(self, step_size: float) -> Array:
+        """(d,) the same along the eigendirections of H."""
+        return self._lag(_modes(self, step_size))
+
+    def root_of(self, variances: Array) -> Array:
+        """(d, d) B with B B^T the covariance that has these variances (d,) along the eigendirections of H.
+
+        Probes B s with random signs s have in each such direction not only in the mean the right square: where one
+        direction rules the Hessians, that takes most of their noise away.
+        """
+        vectors, roots = self._spectrum[1], np.sqrt(np.maximum(variances, 0.0))
+        result: Array = np.diag(roots) if vectors is None else vectors * roots
+        return result
 
     def _lag(self, modes: _Modes) -> Array:
         now = modes.thermal(lambda rate: np.ones_like(rate))
@@ -161,7 +175,8 @@ class Covariance:
     def _renewed(self, modes: _Modes) -> Array:
         """(d,) (H_i R)_jj of the mean client."""
         through = self._matrix(modes.sum(lambda rate: 1 / (1 - (1 - self.inclusion) * rate)))
-        return np.einsum("jk,kj->j", self.clients_hessian, through) / self.clients
+        result: Array = np.einsum("jk,kj->j", self.clients_hessian, through) / self.clients
+        return result
 
     def _responses(self, modes: _Modes) -> tuple[Array, Array]:
         """What noise of unit variance, in the eigenbasis, adds to E uu^T and to the covariance that is compressed."""
@@ -181,7 +196,8 @@ class Covariance:
         vectors = self._spectrum[1]
         if vectors is None:
             return np.diag(response[0, 0] * noise)
-        return vectors @ (response * ((vectors.T * noise) @ vectors)) @ vectors.T
+        result: Array = vectors @ (response * ((vectors.T * noise) @ vectors)) @ vectors.T
+        return result
 
 
 class _Modes:
@@ -232,15 +248,32 @@ def _modes(chain: Covariance, step_size: float) -> _Modes:
     return _Modes(values, chain.sampler, chain.friction, step_size, vectors is None)
 
 
-def measured(squares: Array, probed: Array, clients_hessian: Array) -> Spread:
+def measured(
+    squares: Array, probed: Array, clients_hessian: Array, full: Array | None = None, saturation: float = 1.0
+) -> Spread:
     """D -> sum_i diag(H_i D H_i) from its value `squares` (d,) at D = `probed` (d, d).
 
-    Between covariances it changes as that of the clients' mean Hessian does, which is exact for equal clients.
+    Between covariances it changes as that of the clients' mean Hessian does, which is exact for equal clients. Where
+    Hessians vary, gradients at two points differ by the Hessian's mean along the way, which varies less: between two
+    independent points, D = `full`, squared differences of gradients are `saturation` of what the Hessian at one of them
+    says. In between the loss is proportional to D, which for a Gaussian law is exact up to second Hermite order.
     """
 
     def mean_client(lag: Array) -> Array:
-        return np.einsum("jk,jk->j", clients_hessian @ lag, clients_hessian)
+        result: Array = np.einsum("jk,jk->j", clients_hessian @ lag, clients_hessian)
+        return result
 
-    reference = mean_client(probed)
-    ratio = squares / np.maximum(reference, float(reference.max()) * 1e-12)
-    return lambda lag: ratio * mean_client(lag)
+    def floored(values: Array) -> Array:
+        return np.maximum(values, max(float(values.max()) * 1e-12, 1e-300))
+
+    ratio = squares / floored(mean_client(probed))
+    if full is None:
+        return lambda lag: ratio * mean_client(lag)
+    whole = floored(mean_client(full))
+
+    def spread(lag: Array) -> Array:
+        plain = mean_client(lag)
+        result: Array = ratio * plain * (1 - (1 - saturation) * np.minimum(plain / whole, 1.0))
+        return result
+
+    return spread

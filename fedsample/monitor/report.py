@@ -66,6 +66,10 @@ def summary_table(summary: Mapping[str, Any], path: str | Path, reasons: Mapping
             table.add_row(name, Text(_written(key, form, summary, reasons or {})))
         if shown:
             table.add_section()
+    checked = summary.get("step_check")
+    if isinstance(checked, Mapping):
+        table.add_row("half the step", Text(f"{checked['verdict']}: {checked['why']}"))
+        table.add_section()
     table.add_row("run directory", Text(str(path)))
     table.add_row("curves", Text(f"fedsample monitor {shlex.quote(str(path))}"))
     return table

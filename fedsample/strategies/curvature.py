@@ -4,8 +4,9 @@ Draws of the Laplace approximation are not the posterior's: on digits they lie w
 and mixing twice the posterior's own. So each first takes a few exact underdamped steps (BAOAB, one exact gradient each)
 in coordinates that the Hessian whitens, and everything is measured where that ends:
 
-    curvature   largest eigenvalue of the Hessian of U, by Lanczos on summed Hessian-vector products; at the mode as well
+    curvature   largest eigenvalue of the Hessian of U, by Lanczos on summed Hessian-vector products; also at the mode
     spread      sum_i diag(H_i D H_i), the mean of summed squares of products with probes of covariance D
+    saturation  how much less clients' gradients differ between independent draws than the Hessians at one say
 
 Without the Hessian, and in the parameters themselves, there is nothing to whiten by: there the draws come from Lanczos
 at the mode, H^{-1/2} z = |z| V f(T) e_1 with f(t) = t^{-1/2}, and are used as they are.
@@ -30,13 +31,16 @@ from fedsample.strategies.prepare import Survey
 from fedsample.targets import Metric
 from fedsample.targets.metric import Identity
 
-_POINTS = 4
+_POINTS = 12
+_POINTS_OF_MANY = 4  # parameters: memory is n P d
+_MANY = 1000
+_LOOKS = 4  # points at which curvature is measured
 _RELAXING = 8  # steps from a Laplace draw into the posterior's bulk: on digits U is at its mean after six
 _RELAXING_STEP = 0.5
 _PRODUCTS = 12  # of Lanczos for an end of the spectrum
 _PRODUCTS_FOR_DRAWS = 24
-_SIGNS = 8  # probes a point
-_LAGS = 8
+_SIGNS = 4  # probes a point
+_LAGS = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Geometry:
 
     Attributes:
         metric: m and S. curvature: largest eigenvalue of the Hessian of U seen. flattest: its smallest at the mode, or
-            an upper estimate. mean_curvature: mean of its diagonal. mixing: (d,) r_j = sum_i (H_i^2)_jj. share: mean
+            an upper estimate. stiffest: (d,) unit vector of the largest at the mode; zeros where none stands out.
+        mean_curvature: mean of the Hessian's diagonal. mixing: (d,) r_j = sum_i (H_i^2)_jj. share: mean
             curvature that one client contributes to a coordinate. force: (d,) sum_i (grad U_i)^2 at the mode.
         gradient: (d,) summed over clients at the mode, prior not included.
         traffic: bits that it cost, all clients together. exchanges: round trips.
@@ -54,6 +59,7 @@ class Geometry:
     metric: Metric
     curvature: float
     flattest: float
+    stiffest: Tensor
     mean_curvature: float
     mixing: Tensor
     share: float
@@ -68,17 +74,20 @@ class Terrain:
     """Where a target is measured.
 
     Attributes:
-        survey: asks the clients, who hold the metric. points: (P, d) in its coordinates, like the posterior's.
-        tops: largest eigenvalues of the Hessian of U seen on the way. flattest: its smallest at the mode.
-        hessian, clients_hessian: (d, d) float64 at the mode, of U and of the clients' part; None: not known.
+        survey: asks the clients, who hold the metric. temperature: of the posterior. points: (P, d) in the metric's
+            coordinates, like the posterior's. tops: largest eigenvalues of the Hessian of U seen on the way.
+        flattest: its smallest at the mode. stiffest: see `Geometry`. hessian, clients_hessian: (d, d) float64 at the
+            mode, of U and of the clients' part; None: not known.
     """
 
     survey: Survey
     metric: Metric
     keys: Key
+    temperature: float
     points: Tensor
     tops: list[float]
     flattest: float
+    stiffest: Tensor
     hessian: Tensor | None = None
     clients_hessian: Tensor | None = None
 
@@ -92,14 +101,29 @@ class Terrain:
         for i, point in enumerate(self.points):
             count = torch.arange(_SIGNS if root is None else _LAGS, device=point.device)
             draws = self.keys.fold("signs" if root is None else "lags").fold(i).fold(count)
-            probes = draws.rademacher(d, point.dtype) if root is None else draws.normal(d, point.dtype) @ root.T
+            signs = draws.rademacher(d, point.dtype)
+            probes = signs if root is None else signs @ root.T
             names = ("squared_hvp",) if root is not None or self.hessian is not None else ("squared_hvp", "hvp")
             sums = self.survey.ask(point.expand(len(probes), d), *names, vector=probes)
-            squares.append(sums["squared_hvp"].to(torch.float64).mean(0))
+            squares.append(sums["squared_hvp"].to(torch.float64))
             if "hvp" in sums:
                 diagonals.append((sums["hvp"] * probes).to(torch.float64).mean(0))
         diagonal = torch.stack(diagonals).mean(0) if diagonals else torch.zeros_like(squares[0])
         return torch.stack(squares).mean(0), diagonal
+
+    def saturation(self, expected: Tensor | None, root: Tensor) -> float:
+        """What is left of `spread` between independent draws, relative to what the Hessians at single ones say.
+
+        Args:
+            expected: (d,) `spread` for root root^T; None: measured here. root: (d, d), of the covariance at temperature
+                1 of a draw.
+        """
+        if len(self.points) < 2:
+            return 1.0
+        measured = self.survey.ask(self.points, "gradient_variance")["gradient_variance"].to(torch.float64)
+        expected = self.spread(root)[0] if expected is None else expected.to(measured.device)
+        ratio = float(measured.sum() / (self.temperature * expected.sum()))
+        return min(ratio, 1.0) if math.isfinite(ratio) else 1.0
 
 
 def explore(
@@ -113,12 +137,13 @@ def explore(
     """
     keys = key(seed, client=SERVER, purpose="geometry", device=survey.device)
     origin = torch.zeros(1, len(metric.mean), dtype=survey.dtype, device=survey.device)
-    terrain = Terrain(survey, metric, keys, origin, [], math.inf)
-    normal = _normal(terrain, "draw", _POINTS)
+    terrain = Terrain(survey, metric, keys, temperature, origin, [], math.inf, torch.zeros_like(origin[0]))
+    normal = _normal(terrain, "draw", _POINTS if len(metric.mean) <= _MANY else _POINTS_OF_MANY)
     if clients_hessian is not None:
         white = _know(terrain, clients_hessian)
     elif isinstance(metric, Identity) and temperature > 0:
-        runs = _lanczos(terrain, origin.expand(_POINTS, -1), normal, _PRODUCTS_FOR_DRAWS)
+        normal = normal[:_LOOKS]
+        runs = _lanczos(terrain, origin.expand(_LOOKS, -1), normal, _PRODUCTS_FOR_DRAWS)
         _see(terrain, runs)
         terrain.points = math.sqrt(temperature) * torch.stack([run.inverse_root() for run in runs])
         return _look_around(terrain)
@@ -146,6 +171,7 @@ def survey_geometry(terrain: Terrain) -> Geometry:
         metric=metric,
         curvature=max(terrain.tops),
         flattest=terrain.flattest,
+        stiffest=terrain.stiffest,
         mean_curvature=float(whole.mean()),
         mixing=mixing.cpu(),
         share=float(clients.mean()) / survey.fleet.n,
@@ -179,8 +205,11 @@ def _know(terrain: Terrain, clients_hessian: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(terrain.hessian)
     terrain.tops.append(float(values[-1]))
     terrain.flattest = float(values[0])
+    if terrain.tops[0] > 1.01 * terrain.flattest:
+        terrain.stiffest = vectors[:, -1].to(survey.dtype)
     values = values.clamp(min=max(1e-7 * float(values[-1]), 1e-30))
-    return ((vectors * values.rsqrt()) @ vectors.T).to(survey.dtype)
+    root: Tensor = (vectors * values.rsqrt()) @ vectors.T
+    return root.to(survey.dtype)
 
 
 def _relaxed(terrain: Terrain, normal: Tensor, white: Tensor | None, temperature: float) -> Tensor:
@@ -219,13 +248,13 @@ class _Run(NamedTuple):
         floor = 1e-7 * max(float(self.values[-1]), 1e-30)
         roots = np.where(self.values > floor, 1 / np.sqrt(np.maximum(self.values, floor)), 0.0)
         weights = self.length * (self.vectors * roots) @ self.vectors[0]
-        return torch.from_numpy(weights).to(self.basis) @ self.basis
+        result: Tensor = torch.from_numpy(weights).to(self.basis) @ self.basis
+        return result
 
 
 def _look_around(terrain: Terrain) -> Terrain:
     """Add the largest curvature at each point to what was seen."""
-    starts = _normal(terrain, "look", len(terrain.points))
-    runs = _lanczos(terrain, terrain.points, starts, _PRODUCTS)
+    runs = _lanczos(terrain, terrain.points[:_LOOKS], _normal(terrain, "look", _LOOKS), _PRODUCTS)
     terrain.tops += [float(run.values[-1]) + run.residual for run in runs]
     return terrain
 
@@ -234,6 +263,9 @@ def _see(terrain: Terrain, runs: Sequence[_Run]) -> None:
     """Take note of the ends of the spectrum at the mode."""
     terrain.tops += [float(run.values[-1]) + run.residual for run in runs]
     terrain.flattest = min(float(run.values[0]) for run in runs)
+    top = max(runs, key=lambda run: float(run.values[-1]))
+    if float(top.values[-1]) > 1.01 * terrain.flattest:
+        terrain.stiffest = torch.from_numpy(top.vectors[:, -1]).to(top.basis) @ top.basis
 
 
 def _lanczos(terrain: Terrain, points: Tensor, starts: Tensor, products: int) -> list[_Run]:

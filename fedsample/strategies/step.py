@@ -36,8 +36,8 @@ class Forecast:
     """What a step will do; variances relative to the target's, at stationarity.
 
     Attributes:
-        step_size: h. bias: excess in the stiffest direction or the mean over coordinates, whichever is larger; infinite
-            where unstable. mean_bias: mean over the metric's coordinates. mean_heating, worst_heating: mean and largest
+        step_size: h. bias: the larger of the next two; infinite where unstable. stiff_bias: excess along the stiffest
+            direction. mean_bias: mean over the metric's coordinates. mean_heating, worst_heating: mean and largest
             over coordinates of what the uplink adds (without d x d moments: of a coordinate of mean mixing, and of the
             0.9 quantile of mixing). limit: largest stable step. relaxation: rounds in which the slowest direction
             forgets all but 1 / e of where it was.
@@ -45,6 +45,7 @@ class Forecast:
 
     step_size: float
     bias: float
+    stiff_bias: float
     mean_bias: float
     mean_heating: float
     worst_heating: float
@@ -73,18 +74,22 @@ class StepRule:
         """What this step will do."""
         limit, relaxation = self._limit, self.slow.relaxation(step_size)
         if self.covariance is None or self.spread is None:
-            mean_heating, worst_heating = self._heating(self.typical, step_size), self._heating(self._hot, step_size)
-            bias, mean_bias = self.stiff.bias(step_size) + mean_heating, self.typical.bias(step_size)
-            return Forecast(step_size, bias, mean_bias, mean_heating, worst_heating, limit, relaxation)
-        if not self.covariance.stable(step_size):
-            return Forecast(step_size, *(math.inf,) * 4, limit, relaxation)
-        each, along = self.covariance.heating(step_size, self.spread)
-        calm = self.covariance.calm(step_size)
-        heat = each / self.covariance.target
-        mean_bias = float((self.covariance.coordinates(calm) / self.covariance.target - 1 + heat).mean())
-        stiffest = float((calm[-1] + along[-1]) * self.covariance.curvatures[-1] - 1)
-        bias = max(mean_bias, stiffest)
-        return Forecast(step_size, bias, mean_bias, float(heat.mean()), float(heat.max()), limit, relaxation)
+            stiff = self.stiff.bias(step_size) + _above(self.typical, _calm(self.typical), step_size)
+            mean = self.typical.bias(step_size)
+            heating = [_above(each, each.exact(), step_size) for each in (self.typical, self._hot)]
+        else:
+            stiff, mean, *heating = self._moments(step_size, self.covariance, self.spread)
+        return Forecast(step_size, max(stiff, mean), stiff, mean, heating[0], heating[1], limit, relaxation)
+
+    def _moments(self, step_size: float, chain: Covariance, spread: Spread) -> tuple[float, float, float, float]:
+        """Stiffest direction's bias, mean bias, mean heating, largest heating."""
+        if not chain.stable(step_size):
+            return (math.inf,) * 4
+        added, along = chain.heating(step_size, spread)
+        calm, heat = chain.calm(step_size), added / chain.target
+        mean = float((chain.coordinates(calm) / chain.target - 1 + heat).mean())
+        stiff = float((calm[-1] + along[-1]) * chain.curvatures[-1] - 1)
+        return stiff, mean, float(heat.mean()), float(heat.max())
 
     def choose(self, tolerance: float, temperature: float) -> float:
         """The automatic step; at temperature 0 nothing can be biased, and it is half the stability limit."""
@@ -102,9 +107,11 @@ class StepRule:
         """The coordinate that the clients' curvature mixes most."""
         return replace(self.typical, mixing=self.worst.mixing)
 
-    def _heating(self, coordinate: Coordinate, step_size: float) -> float:
-        bias = coordinate.bias(step_size)
-        return bias - _calm(coordinate).bias(step_size) if math.isfinite(bias) else math.inf
+
+def _above(hot: Coordinate, calm: Coordinate, step_size: float) -> float:
+    """By how much the bias of one exceeds the other's."""
+    bias = hot.bias(step_size)
+    return bias - calm.bias(step_size) if math.isfinite(bias) else math.inf
 
 
 def _largest(bias: Callable[[float], float], tolerance: float, high: float) -> float:
@@ -205,7 +212,13 @@ def with_moments(
     if typical.uplink == "dense" or covariance.isotropic:
         probed, squares = covariance.identity, geometry.mixing
     else:
-        root = covariance.lag_root(step_size)
+        root = covariance.root_of(covariance.lagging(step_size))
         probed = root @ root.T
         squares = terrain.spread(torch.from_numpy(root).to(terrain.points))[0].cpu()
-    return replace(rule, covariance=covariance, spread=measured(squares.numpy(), probed, covariance.clients_hessian))
+    full, saturation = None, 1.0
+    if typical.uplink in ("marina", "diana"):
+        root = covariance.root_of(1 / covariance.curvatures)
+        alone = geometry.mixing / covariance.curvatures[-1] if covariance.isotropic else None
+        full, saturation = 2 * root @ root.T, terrain.saturation(alone, torch.from_numpy(root).to(terrain.points))
+    spread = measured(squares.numpy(), probed, covariance.clients_hessian, full, saturation)
+    return replace(rule, covariance=covariance, spread=spread)

@@ -10,12 +10,13 @@ coordinates of the preset's metric, and that along the stiffest direction of the
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import math
-import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,31 +31,30 @@ from fedsample.session import build_fleet, build_sampler
 HMC = Path(__file__).parents[2] / "tests" / "data" / "digits_hmc.npz"
 REFERENCE = ["preset=underdamped-diana", "uplink.name=dense", "uplink.compressor=identity", "step_size=0.1"]
 PRESETS = ("underdamped-diana", "whitened-diana", "underdamped-marina", "langevin-diana", "langevin-marina")
-CHAINS, GROUPS = 64, 8
-SECONDS = 240.0  # of one chain, at most
+GROUPS = 8  # of chains, whose scatter tells the standard errors
 
 
 def run_chain(
-    experiment: Experiment, problem: Problem, prepared: Prepared, start: Tensor, warmup: int, rounds: int, thin: int
+    experiment: Experiment, problem: Problem, prepared: Prepared, start: Tensor, warmup: int, thin: int, seconds: float
 ) -> Tensor:
-    """(rounds / thin, C, d) draws in the model's parameters; stopped early after `SECONDS`."""
+    """(S, C, d) draws in the model's parameters, as many as are made within these seconds, warm-up included."""
     fleet = build_fleet(experiment, problem)
     fleet.set_metric(prepared.geometry.metric)
     sampler = build_sampler(experiment, problem, prepared, fleet.n)
     state, draws, began = sampler.begin(prepared.geometry.metric.invert(start)), [], time.perf_counter()
-    for k in range(1, warmup + rounds + 1):
+    for k in itertools.count(1):
         request = sampler.request(state, observe=False)
         state = sampler.update(state, request, fleet.exchange(request))
         if k > warmup and k % thin == 0:
             draws.append(prepared.geometry.metric.push(state.params))
-        if time.perf_counter() - began > SECONDS:
+        if len(draws) >= 8 and time.perf_counter() - began > seconds:
             break
     return torch.stack(draws).to(torch.float64)
 
 
-def build(overrides: list[str]) -> tuple[Experiment, Problem, Prepared]:
+def build(overrides: list[str], chains: int) -> tuple[Experiment, Problem, Prepared]:
     """An experiment with many chains, and its preparation."""
-    experiment = load({}, [*overrides, f"chains={CHAINS}"])
+    experiment = load({}, [*overrides, f"chains={chains}"])
     problem = build_problem(experiment)
     fleet = build_fleet(experiment, problem)
     one = load({}, overrides)  # what the preset would measure and choose by itself
@@ -75,46 +75,39 @@ def excess(draws: Tensor, reference: Tensor, directions: Tensor) -> tuple[float,
     return float(ratios.mean()) - 1, error
 
 
-def main(names: list[str]) -> None:
+def main(options: argparse.Namespace) -> None:
     """Print a JSON line for the reference and for each preset."""
     torch.set_num_threads(1)
-    experiment, problem, prepared = build(REFERENCE)
+    experiment, problem, prepared = build(REFERENCE, 64)
     white = prepared.geometry.metric
-    begin = white.push(prepared.start.new_empty(CHAINS, problem.d).normal_(generator=torch.Generator().manual_seed(0)))
-    reference = run_chain(experiment, problem, prepared, begin, 300, 4000, 10)
+    begin = white.push(prepared.start.new_empty(64, problem.d).normal_(generator=torch.Generator().manual_seed(0)))
+    reference = run_chain(experiment, problem, prepared, begin, 300, 10, 60.0)
     sd = torch.from_numpy(np.load(HMC)["sd"].astype(np.float64))
     against = float((reference.reshape(-1, problem.d).var(0) / sd**2).mean()) - 1
-    print(json.dumps({"reference": len(reference) * CHAINS, "variance over HMC's, less one": against}), flush=True)
+    print(json.dumps({"reference": len(reference) * 64, "variance over HMC's, less one": against}), flush=True)
     hessian = problem.clients.hessian_sum(white.mean).to(torch.float64)
     stiffest = torch.linalg.eigh(hessian + problem.prior.precision * torch.eye(problem.d))[1][:, -1:]
-    for name in names:
-        experiment, problem, prepared = build([f"preset={name}"])
-        forecast = prepared.forecast
-        whitened = experiment.metric.name == "hessian"
-        slow = forecast.relaxation
-        rounds, thin = math.ceil(max(40 * slow, 4000)), max(1, int(slow / 4))
-        draws = run_chain(experiment, problem, prepared, reference[-1].to(white.mean.dtype), int(slow * 2), rounds, thin)
-        basis = torch.eye(problem.d, dtype=torch.float64)
-        if whitened:  # the metric's coordinates z = S^{-1} (theta - m)
+    for name in options.presets:
+        experiment, problem, prepared = build([f"preset={name}"], options.chains)
+        forecast, basis = prepared.forecast, torch.eye(problem.d, dtype=torch.float64)
+        if experiment.metric.name == "hessian":  # the metric's coordinates z = S^{-1} (theta - m)
             basis = prepared.geometry.metric.unscale(basis.to(white.mean.dtype)).to(torch.float64)
-        mean, mean_error = excess(draws, reference, basis)
-        stiff, stiff_error = excess(draws, reference, stiffest)
-        row: dict[str, Any] = {
+        slow, begin = forecast.relaxation, reference[-1, : options.chains].to(white.mean.dtype)
+        thin = max(1, int(min(slow / 4, 200)))
+        draws = run_chain(experiment, problem, prepared, begin, int(2 * slow), thin, options.seconds)
+        row = {
             "preset": name,
-            "step": forecast.step_size,
-            "relaxation": slow,
+            "predicted": asdict(forecast),
             "draws": list(draws.shape[:2]),
-            "predicted": {
-                "bias": forecast.bias,
-                "mean": forecast.mean_bias,
-                "mean heating": forecast.mean_heating,
-                "largest heating": forecast.worst_heating,
-            },
-            "measured mean": [mean, mean_error],
-            "measured stiffest": [stiff, stiff_error],
+            "measured mean": excess(draws, reference, basis),
+            "measured stiffest": excess(draws, reference, stiffest),
         }
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(PRESETS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", default=list(PRESETS))
+    parser.add_argument("--chains", type=int, default=32, help="of each preset, up to 64")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of each preset's chain")
+    main(parser.parse_args())
