@@ -94,7 +94,7 @@ def main(options: argparse.Namespace) -> None:
             basis = prepared.geometry.metric.unscale(basis.to(white.mean.dtype)).to(torch.float64)
         slow, begin = forecast.relaxation, reference[-1, : options.chains].to(white.mean.dtype)
         thin = max(1, int(min(slow / 4, 200)))
-        draws = run_chain(experiment, problem, prepared, begin, int(2 * slow), thin, options.seconds)
+        draws = run_chain(experiment, problem, prepared, begin, int(slow), thin, options.seconds)
         row = {
             "preset": name,
             "predicted": asdict(forecast),
