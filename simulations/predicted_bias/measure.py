@@ -1,11 +1,11 @@
 """The bias that `auto` predicts on digits against the bias of the chain that it then runs.
 
-A reference without compression and (BAOAB at a step of 0.1, whitened) without discretisation to speak of gives the
+A reference without compression and (BAOAB at a step of 0.25, whitened) without discretisation to speak of gives the
 posterior's covariance; its spread of single parameters is checked against the HMC run of `digits_reference`. Then each
 preset runs at its automatic step from draws of the reference, and two variances are compared with it: the mean over the
 coordinates of the preset's metric, and that along the stiffest direction of the Hessian at the mode.
 
-    OMP_NUM_THREADS=1 python simulations/predicted_bias/measure.py langevin-diana whitened-diana ...
+    OMP_NUM_THREADS=1 python simulations/predicted_bias/measure.py langevin-diana whitened-diana
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedsample.problem import Problem, build_problem
 from fedsample.session import build_fleet, build_sampler
 
 HMC = Path(__file__).parents[2] / "tests" / "data" / "digits_hmc.npz"
-REFERENCE = ["preset=underdamped-diana", "uplink.name=dense", "uplink.compressor=identity", "step_size=0.1"]
+REFERENCE = ["preset=underdamped-diana", "uplink.name=dense", "uplink.compressor=identity", "step_size=0.25"]
 PRESETS = ("underdamped-diana", "whitened-diana", "underdamped-marina", "langevin-diana", "langevin-marina")
 GROUPS = 8  # of chains, whose scatter tells the standard errors
 
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> None:
     experiment, problem, prepared = build(REFERENCE, 64)
     white = prepared.geometry.metric
     begin = white.push(prepared.start.new_empty(64, problem.d).normal_(generator=torch.Generator().manual_seed(0)))
-    reference = run_chain(experiment, problem, prepared, begin, 300, 10, 60.0)
+    reference = run_chain(experiment, problem, prepared, begin, 150, 4, options.reference)
     sd = torch.from_numpy(np.load(HMC)["sd"].astype(np.float64))
     against = float((reference.reshape(-1, problem.d).var(0) / sd**2).mean()) - 1
     print(json.dumps({"reference": len(reference) * 64, "variance over HMC's, less one": against}), flush=True)
@@ -93,7 +93,7 @@ def main(options: argparse.Namespace) -> None:
         if experiment.metric.name == "hessian":  # the metric's coordinates z = S^{-1} (theta - m)
             basis = prepared.geometry.metric.unscale(basis.to(white.mean.dtype)).to(torch.float64)
         slow, begin = forecast.relaxation, reference[-1, : options.chains].to(white.mean.dtype)
-        thin = max(1, int(min(slow / 4, 200)))
+        thin = max(1, int(min(slow / 4, 25)))
         draws = run_chain(experiment, problem, prepared, begin, int(slow), thin, options.seconds)
         row = {
             "preset": name,
@@ -110,4 +110,5 @@ if __name__ == "__main__":
     parser.add_argument("presets", nargs="*", default=list(PRESETS))
     parser.add_argument("--chains", type=int, default=32, help="of each preset, up to 64")
     parser.add_argument("--seconds", type=float, default=200.0, help="of each preset's chain")
+    parser.add_argument("--reference", type=float, default=120.0, help="seconds of the reference's chain")
     main(parser.parse_args())
