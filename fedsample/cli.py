@@ -124,6 +124,9 @@ def simulate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as configured there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it would send.")] = False,
+    check_step: Annotated[
+        bool, typer.Option("--check-step", help="Sample again at half the step, and say whether that confirms it.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; short for --set fleet.device=...")] = None,
     preset: Annotated[str | None, typer.Option(help="Row of `fedsample list presets`; for --set preset=...")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
@@ -167,7 +170,15 @@ def simulate(
     progress: Literal["auto", "quiet"] = "quiet" if quiet else "auto"
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         changes = overrides if replay is not None else []
-        run = experiment.run(configured, out=out, resume=resume, overrides=changes, progress=progress, replay=replay)
+        run = experiment.run(
+            configured,
+            out=out,
+            resume=resume,
+            overrides=changes,
+            progress=progress,
+            replay=replay,
+            check_step=check_step,
+        )
     if as_json:
         print_json(run.summary)
     else:

@@ -385,6 +385,12 @@ def _contradictions(e: Experiment) -> Iterator[_Problem]:
         yield _Problem("start.at", 'a flat prior cannot be drawn from; set model.prior_scale, or start at "mode"')
     if e.uplink.p is not None and e.uplink.name != "marina":
         yield _Problem("uplink.p", f'only marina has full rounds; set uplink.p = "auto" for uplink "{e.uplink.name}"')
+    reduction = e.uplink.variance_reduction
+    if reduction != "none" and e.batch_size is None and e.uplink.name != "direct":
+        yield _Problem(
+            "uplink.variance_reduction",
+            f'"{reduction}" reduces the variance of minibatches, and there are none; set batch_size, or drop it',
+        )
     dealt = data.kind in ("builtin", "csv", "parquet") and data.partition != "natural"
     if dealt and isinstance(fleet.participation, int) and fleet.participation > data.clients:
         yield _Problem("fleet.participation", f"got {fleet.participation} of {data.clients} clients; ask for fewer")

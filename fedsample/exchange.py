@@ -12,7 +12,17 @@ from fedsample.compression import Packet
 from fedsample.targets.metric import Metric
 
 ESTIMATE = "estimate"  # the uplink estimator's upload
-EXACT = ("value", "gradient", "hvp", "squared_hvp", "squared_gradient", "hessian", "diagonal", "factors")
+EXACT = (
+    "value",
+    "gradient",
+    "hvp",
+    "squared_hvp",
+    "squared_gradient",
+    "gradient_variance",
+    "hessian",
+    "diagonal",
+    "factors",
+)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedsample import step_check
 from fedsample.config import Experiment, dump_toml, load
-from fedsample.errors import ConfigError, RunDirectoryError, UnsoundError
+from fedsample.errors import ConfigError, Interrupted, RunDirectoryError, UnsoundError
 from fedsample.links import build_downlink, build_uplink, links
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def run(
     overrides: Sequence[str] = (),
     progress: Mode = "auto",
     replay: str | Path | None = None,
+    check_step: bool = False,
 ) -> Run:
     """Sample, and keep everything in a run directory.
 
@@ -75,6 +78,8 @@ def run(
         source: a configuration as dict, TOML path or `Experiment`; None: the default job. out: the run directory, by
             default runs/<time>-<preset>. resume: go on with the run in `out`, as configured there. overrides:
             "section.key=value" strings, as `--set` takes them. progress: a live bar, plain lines, or nothing.
+            check_step: sample again at half the step, in `out`/check-step, and say in the summary's `step_check`
+            whether that confirms the step; see `fedsample.step_check`.
 
     Raises:
         FedSampleError: whatever went wrong, in words; see `fedsample.errors`.
@@ -87,7 +92,10 @@ def run(
         if out is None or source is not None or overrides:
             raise ConfigError("resume takes everything from the run directory: give `out`, and no configuration")
         with Session.reopen(Path(out), progress) as session:
-            return Run(session.path, session.sample(), session.experiment)
+            if check_step:
+                step_check.half(session.experiment)  # refuses before the chain goes on
+            done = Run(session.path, session.sample(), session.experiment)
+        return _check_step(done, progress) if check_step else done
     if replay is not None:
         if source is not None:
             raise ConfigError("replay takes the configuration from the run: give no other, only overrides")
@@ -97,9 +105,34 @@ def run(
     check(experiment)
     if experiment.fleet.name == "grpc":
         raise ConfigError('fleet.name = "grpc" is served to devices: use `fedsample server`, or fleet "local"')
+    if check_step:
+        step_check.half(experiment)
     path = Path(out) if out is not None else default_path(experiment)
     with Session.create(experiment, path, progress, replay=None if replay is None else Path(replay)) as session:
-        return Run(session.path, session.sample(), session.experiment)
+        done = Run(session.path, session.sample(), session.experiment)
+    return _check_step(done, progress) if check_step else done
+
+
+def _check_step(done: Run, progress: Mode) -> Run:
+    """Sample at half the step, below the run's directory, and add the verdict to its summary."""
+    from fedsample.monitor.directory import RunDirectory
+    from fedsample.session import Session
+
+    below = done.path / step_check.DIRECTORY
+    try:
+        if (below / "config.toml").exists():
+            session = Session.reopen(below, progress)
+        else:
+            session = Session.create(step_check.half(done.experiment), below, progress)
+        with session:
+            other = session.sample()
+    except Interrupted as error:
+        again = f"fedsample simulate --resume --check-step --out {shlex.quote(str(done.path))}"
+        raise Interrupted(f"the run is complete, but its step check was stopped. Go on with: {again}") from error
+    summary = {**done.summary, "step_check": step_check.check(done.path, done.experiment, done.summary, other)}
+    with RunDirectory.open(done.path) as directory:
+        directory.write_json("summary.json", summary)
+    return Run(done.path, summary, done.experiment)
 
 
 def of_run_config(run_config: Mapping[str, bool | float | int | str]) -> Experiment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import ConfigError, RunDirectoryError
+from fedsample.estimators import Uplink
 from fedsample.exchange import Fleet, Traffic
 from fedsample.links import links
 from fedsample.random import SERVER, key
-from fedsample.strategies.prepare import Geometry, Survey, build_metric, find_mode, polish, survey_geometry
-from fedsample.strategies.step import step_rule
+from fedsample.strategies.curvature import Geometry, explore, survey_geometry
+from fedsample.strategies.prepare import Survey, build_metric, find_mode, polish
+from fedsample.strategies.step import Forecast, StepRule, solvable, step_rule, with_moments
+from fedsample.targets import Clients
 from fedsample.targets.metric import Identity, Metric, restore
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from fedsample.problem import Problem
 
 _TENSORS, _NUMBERS = "geometry.safetensors", "geometry.json"
+_MEASURED = ("curvature", "flattest", "mean_curvature", "share", "exchanges")
+_WORTH = 0.25  # share of the chains' planned uploads that the Hessian at the mode may cost
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,19 @@ class Prepared:
     """What is fixed before the first round.
 
     Attributes:
-        geometry: metric and curvature. step_size: h. bias: predicted relative excess of the stationary variance;
-            infinite where unstable. worst: predicted heating of the coordinate that is heated most. limit: largest
-            stable step. start: (C, d) starting points in the metric's coordinates. radius: see `Stability`.
+        geometry: metric and curvature. forecast: the step, and what it will do. start: (C, d) starting points in the
+            metric's coordinates. radius: see `Stability`.
     """
 
     geometry: Geometry
-    step_size: float
-    bias: float
-    worst: float
-    limit: float
+    forecast: Forecast
     start: Tensor
     radius: float
+
+    @property
+    def step_size(self) -> float:
+        """The first step."""
+        return self.forecast.step_size
 
     def save(self, path: Path) -> None:
         """Store it beside the run's configuration."""
@@ -57,6 +63,8 @@ class Prepared:
             "mean": metric.mean,
             "mixing": self.geometry.mixing,
             "gradient": self.geometry.gradient,
+            "force": self.geometry.force,
+            "stiffest": self.geometry.stiffest,
             "start": self.start,
             **metric.tensors(),
         }
@@ -64,11 +72,9 @@ class Prepared:
         write_atomic(path / _TENSORS, data)
         numbers: dict[str, Any] = {
             "metric": metric.name,
-            **{name: getattr(self, name) for name in ("step_size", "bias", "worst", "limit", "radius")},
-            **{
-                name: getattr(self.geometry, name)
-                for name in ("curvature", "mean_curvature", "share", "force", "exchanges")
-            },
+            "radius": self.radius,
+            **asdict(self.forecast),
+            **{name: getattr(self.geometry, name) for name in _MEASURED},
             "traffic": list(self.geometry.traffic),
         }
         numbers["sha256"] = _checksum(numbers, data)
@@ -94,14 +100,18 @@ def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
         if n.pop("sha256", None) != _checksum(n, data):
             raise ValueError("the checksum does not match")
         tensors = {name: each.to(device) for name, each in load(data).items()}
-        mean, mixing, start = tensors.pop("mean"), tensors.pop("mixing").cpu(), tensors.pop("start")
-        gradient = tensors.pop("gradient")
-        metric = restore(n["metric"], mean, tensors)
+        mean, start, gradient, stiffest = (tensors.pop(name) for name in ("mean", "start", "gradient", "stiffest"))
+        mixing, force = tensors.pop("mixing").cpu(), tensors.pop("force").cpu()
         geometry = Geometry(
-            metric, n["curvature"], n["mean_curvature"], mixing, n["share"], n["force"], gradient,
-            Traffic(*n["traffic"]), n["exchanges"],
-        )  # fmt: skip
-        return Prepared(geometry, n["step_size"], n["bias"], n["worst"], n["limit"], start, n["radius"])
+            metric=restore(n["metric"], mean, tensors),
+            mixing=mixing,
+            force=force,
+            stiffest=stiffest,
+            gradient=gradient,
+            traffic=Traffic(*n["traffic"]),
+            **{name: n[name] for name in _MEASURED},
+        )
+        return Prepared(geometry, Forecast(**{f.name: n[f.name] for f in fields(Forecast)}), start, n["radius"])
     except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise RunDirectoryError(
             f"{path}: the run's geometry ({_TENSORS}, {_NUMBERS}) is missing or damaged, and it cannot be resumed: "
@@ -117,21 +127,51 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
     """
     clients = problem.clients
     survey = Survey(fleet, problem.prior, clients.dtype, clients.device)
-    metric = _metric(experiment, problem, survey, progress)
+    metric, hessian = _metric(experiment, problem, survey, progress)
     survey.send(metric)
+    uplink, downlink = links(experiment, problem)
+    participation = _participation(experiment, fleet.n)
     with progress.stage("measuring the curvature"):
-        geometry = survey_geometry(survey, metric, experiment.seed)
-    fleet_section = experiment.fleet
-    away = fleet_section.dropout * fleet_section.dropout_rounds
-    asked = fleet_section.participation
-    participation = (asked / fleet.n if isinstance(asked, int) else asked) * (1 - fleet_section.loss) / (1 + away)
-    rule = step_rule(experiment, *links(experiment, problem), geometry, participation, fleet.n)
-    step = experiment.step_size if isinstance(experiment.step_size, float | str) else experiment.step_size.initial
-    if step == "auto":
-        step = rule.choose(experiment.bias_tolerance, experiment.temperature)
+        whole = solvable(experiment, downlink, participation, clients.d)
+        if hessian is not None:
+            hessian = metric.scale(metric.scale(hessian).T)
+        elif whole and _pays(experiment, uplink, clients):
+            hessian = survey.ask(torch.zeros_like(metric.mean).unsqueeze(0), "hessian")["hessian"]
+        terrain = explore(survey, metric, experiment.seed, experiment.temperature, hessian)
+        geometry = survey_geometry(terrain)
+    with progress.stage("choosing the step"):
+        rule = step_rule(experiment, uplink, downlink, geometry, participation, fleet.n)
+        given = experiment.step_size if isinstance(experiment.step_size, float | str) else experiment.step_size.initial
+        step = _chosen(given, rule, experiment)
+        if whole and hessian is not None:
+            rule = with_moments(rule, terrain, geometry, step, experiment.temperature)
+            step = _chosen(given, rule, experiment)
+        forecast = rule.forecast(step)
+    geometry = replace(geometry, traffic=survey.traffic, exchanges=survey.exchanges)
     start = _start(experiment, metric, geometry, clients.dtype, clients.device)
     spread = float(start.abs().max()) + (1.0 if not isinstance(metric, Identity) else _far(geometry))
-    return Prepared(geometry, float(step), rule.bias(step), rule.worst_heating(step), rule.limit(), start, 1e4 * spread)
+    return Prepared(geometry, forecast, start, 1e4 * spread)
+
+
+def _chosen(given: float | str, rule: StepRule, experiment: Experiment) -> float:
+    return rule.choose(experiment.bias_tolerance, experiment.temperature) if isinstance(given, str) else float(given)
+
+
+def _participation(experiment: Experiment, n: int) -> float:
+    """The probability that a client's upload arrives."""
+    section = experiment.fleet
+    away = section.dropout * section.dropout_rounds
+    asked = section.participation
+    return (asked / n if isinstance(asked, int) else asked) * (1 - section.loss) / (1 + away)
+
+
+def _pays(experiment: Experiment, uplink: Uplink, clients: Clients) -> bool:
+    """Whether the Hessian at the mode is small beside what the chains will send."""
+    p = uplink.sync_probability(2, clients.d)
+    packet = (1 - p) * uplink.bits(experiment.chains, 0, clients.d, clients.dtype)
+    packet += p * uplink.bits(experiment.chains, experiment.chains, clients.d, clients.dtype)
+    width = 8 * torch.empty((), dtype=clients.dtype).element_size()
+    return width * clients.d * (clients.d + 1) / 2 <= _WORTH * experiment.rounds * packet
 
 
 def _far(geometry: Geometry) -> float:
@@ -139,19 +179,26 @@ def _far(geometry: Geometry) -> float:
     return 100.0 / math.sqrt(max(min(geometry.mean_curvature, geometry.curvature), 1e-12))
 
 
-def _metric(experiment: Experiment, problem: Problem, survey: Survey, progress: Progress) -> Metric:
+def _metric(
+    experiment: Experiment, problem: Problem, survey: Survey, progress: Progress
+) -> tuple[Metric, Tensor | None]:
+    """The metric about the mode, and the clients' Hessian there in the model's parameters, where it was asked for.
+
+    Gradient descent from elsewhere needs no mode, and the curvature where it begins; nothing else is measured there.
+    """
     clients = problem.clients
     origin = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
-    if experiment.metric.name == Identity.name and experiment.start.at != "mode":
-        return Identity(origin)
+    descent = experiment.temperature == 0 or experiment.step_size != "auto"
+    if experiment.metric.name == Identity.name and experiment.start.at != "mode" and descent:
+        return Identity(origin), None
     begin = problem.start_mean + problem.start_scale * key(experiment.seed, client=SERVER, purpose="mode").normal(
         clients.d
     )
     with progress.stage("finding the mode"):
         mode = find_mode(survey, begin.to(clients.dtype).to(clients.device))
     with progress.stage(f"fixing the metric ({experiment.metric.name})"):
-        metric = build_metric(survey, experiment.metric.name, mode)
-        return metric if isinstance(metric, Identity) else polish(survey, metric)
+        metric, hessian = build_metric(survey, experiment.metric.name, mode)
+        return metric if isinstance(metric, Identity) else polish(survey, metric), hessian
 
 
 def _start(

@@ -138,10 +138,14 @@ def summarise(
         **_quality(problem, draws),
         **_convergence(functionals, "rhat_max", "ess_bulk_min"),
         "step_size": prepared.step_size,
-        "largest_stable_step": prepared.limit,
+        "largest_stable_step": prepared.forecast.limit,
+        "relaxation_rounds": _number(prepared.forecast.relaxation),
         "curvature": prepared.geometry.curvature,
-        "predicted_variance_bias": _prediction(experiment, prepared.bias),
-        "predicted_worst_heating": _prediction(experiment, prepared.worst),
+        "predicted_variance_bias": _prediction(experiment, prepared.forecast.bias),
+        "predicted_stiff_bias": _prediction(experiment, prepared.forecast.stiff_bias),
+        "predicted_mean_bias": _prediction(experiment, prepared.forecast.mean_bias),
+        "predicted_mean_heating": _prediction(experiment, prepared.forecast.mean_heating),
+        "predicted_worst_heating": _prediction(experiment, prepared.forecast.worst_heating),
         "uplink_bytes_per_client": total.up / 8 / n,
         "downlink_bytes_per_client": total.down / 8 / n,
         "preparation_uplink_bytes_per_client": prepared.geometry.traffic.up / 8 / n,
@@ -152,9 +156,11 @@ def summarise(
 def _prediction(experiment: Experiment, value: float) -> float | None:
     """Predictions are for full gradients, a positive temperature, and absences that do not last."""
     unforeseen = experiment.batch_size is not None or experiment.fleet.dropout > 0
-    if experiment.temperature == 0 or unforeseen or not math.isfinite(value):
-        return None
-    return value
+    return None if experiment.temperature == 0 or unforeseen else _number(value)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _functionals(problem: Problem, draws: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None)
         return {name: clients.gradient(points)}
     if name == "squared_gradient":
         return {name: clients.gradient(points).square()}
+    if name == "gradient_variance":  # of each client's gradient, over the points
+        return {name: clients.gradient(points).var(1)}
     if name == "hessian":
         return {name: mirrored(clients.hessian(points[:1])[:, 0])}
     if name == "diagonal":
@@ -32,7 +34,7 @@ def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None)
     if vector is None:
         raise ValueError(f"{name} needs a vector")
     product = clients.hvp(points, vector)
-    return {name: product if name == "hvp" else product.square()}
+    return {name: product if name == "hvp" else product.square().mean(1)}  # over the vectors, as they all are probes
 
 
 def is_symmetric(name: str) -> bool:

@@ -70,6 +70,13 @@ class Coordinate:
         high = 2.0 / (math.sqrt(self.curvature) if self.sampler == "baoab" else self.curvature)
         return _largest(lambda h: _radius(self._recursion(h)[0]) < 1.0, high)
 
+    def relaxation(self, step_size: float) -> float:
+        """Rounds in which the mean, under exact gradients, loses all but 1 / e of its distance from the mode."""
+        moved, kick, _ = linear_step(self.sampler, self.friction, step_size)
+        moved[:, 0] += self.curvature * kick
+        rate = _radius(moved)
+        return -1 / math.log(rate) if 0 < rate < 1 else math.inf if rate >= 1 else 0.0
+
     def largest_step(self, tolerance: float) -> float:
         """The largest step at which the bias stays within the tolerance."""
         return _largest(lambda h: self.bias(h) <= tolerance, self.limit())
@@ -148,13 +155,17 @@ class Coordinate:
         return after
 
     def _linear(self, h: float) -> tuple[Array, Array, Array]:
-        """The sampler as (u, v) <- moved (u, v) + kick g + noise xi."""
-        if self.sampler == "langevin":
-            return np.diag([1.0, 0.0]), np.array([-h, 0.0]), np.array([math.sqrt(2 * h), 0.0])
-        e = math.exp(-self.friction * h)
-        s = math.sqrt(1 - e * e)
-        drifted = np.array([[1.0, (h / 2) * (1 + e)], [0.0, e]])
-        return drifted, drifted @ np.array([0.0, -h]), np.array([(h / 2) * s, s])
+        return linear_step(self.sampler, self.friction, h)
+
+
+def linear_step(sampler: str, friction: float, h: float) -> tuple[Array, Array, Array]:
+    """A sampler as (u, v) <- moved (u, v) + kick g + noise xi; langevin has no v."""
+    if sampler == "langevin":
+        return np.diag([1.0, 0.0]), np.array([-h, 0.0]), np.array([math.sqrt(2 * h), 0.0])
+    e = math.exp(-friction * h)
+    s = math.sqrt(1 - e * e)
+    drifted = np.array([[1.0, (h / 2) * (1 + e)], [0.0, e]])
+    return drifted, drifted @ np.array([0.0, -h]), np.array([(h / 2) * s, s])
 
 
 def _symmetric(upper: Array) -> Array:

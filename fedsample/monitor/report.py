@@ -23,6 +23,13 @@ _CHAINS = [
     ("ess_bulk_min", "smallest bulk ESS", "{:,.0f}"),
     ("predicted_variance_bias", "predicted variance bias", "{:+.2%}"),
 ]
+_STEP = [
+    ("step_size", "step", "{:.4g}"),
+    ("largest_stable_step", "largest stable step", "{:.4g}"),
+    ("relaxation_rounds", "relaxation time", "{:,.0f} rounds"),
+    ("predicted_mean_heating", "mean heating", "{:+.2%}"),
+    ("predicted_worst_heating", "largest heating", "{:+.2%}"),
+]
 _COST = [
     ("uplink_bytes_per_client", "uplink a client", "{:.3f} MB"),
     ("downlink_bytes_per_client", "downlink a client", "{:.3f} MB"),
@@ -53,12 +60,16 @@ def summary_table(summary: Mapping[str, Any], path: str | Path, reasons: Mapping
     table = Table(title=f"{chains}: {size}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for rows in (_QUALITY, _CHAINS, _COST):
+    for rows in (_QUALITY, _CHAINS, _STEP, _COST):
         shown = [row for row in rows if row[0] in summary]
         for key, name, form in shown:
             table.add_row(name, Text(_written(key, form, summary, reasons or {})))
         if shown:
             table.add_section()
+    checked = summary.get("step_check")
+    if isinstance(checked, Mapping):
+        table.add_row("half the step", Text(f"{checked['verdict']}: {checked['why']}"))
+        table.add_section()
     table.add_row("run directory", Text(str(path)))
     table.add_row("curves", Text(f"fedsample monitor {shlex.quote(str(path))}"))
     return table

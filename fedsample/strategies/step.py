@@ -1,23 +1,56 @@
 """The step: what bias it leaves, how large it may be, and what `auto` chooses.
 
 The stationary variance of a compressed chain is off for two reasons: discretisation, worst in the stiffest direction,
-and heating by the estimator's noise, felt in every coordinate. `auto` is the largest step at which the first at the
-largest curvature and the second at the mean coordinate together stay under the tolerance.
+and heating by the estimator's noise, felt everywhere. Where the Hessian at the mode is known, both follow from all
+d x d moments, and the predicted bias is the larger of two relative excesses of a variance over the target's: that along
+the stiffest eigenvector of the Hessian, and the mean over the metric's coordinates. Where it is not, the predicted bias
+is that of exact gradients at the largest curvature seen plus the heating of a coordinate of mean curvature and mixing.
+`auto` is the largest step at which it stays under the tolerance.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from fedsample.diagnostics.covariance import UPLINKS, Covariance, Spread, measured
 from fedsample.diagnostics.moments import Coordinate
-from fedsample.estimators import Direct, Downlink, Ef21P, Marina, Uplink
+from fedsample.estimators import DenseDownlink, Direct, Downlink, Ef21P, Marina, Uplink
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.strategies.prepare import Geometry
+    from fedsample.strategies.curvature import Geometry, Terrain
+
+MOST_MOMENTS = 1000  # parameters up to which all d x d moments are solved for
+_EVALUATIONS = 16
+_CLOSE = 1e-3  # an automatic step's predicted bias is so close to the tolerance, relatively
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a step will do; variances relative to the target's, at stationarity.
+
+    Attributes:
+        step_size: h. bias: the larger of the next two; infinite where unstable. stiff_bias: excess along the stiffest
+            direction. mean_bias: mean over the metric's coordinates. mean_heating, worst_heating: mean and largest
+            over coordinates of what the uplink adds (without d x d moments: of a coordinate of mean mixing, and of the
+            0.9 quantile of mixing). limit: largest stable step. relaxation: rounds in which the slowest direction
+            forgets all but 1 / e of where it was.
+    """
+
+    step_size: float
+    bias: float
+    stiff_bias: float
+    mean_bias: float
+    mean_heating: float
+    worst_heating: float
+    limit: float
+    relaxation: float
 
 
 @dataclass(frozen=True)
@@ -26,38 +59,82 @@ class StepRule:
 
     Attributes:
         typical: a coordinate of mean curvature and mean mixing. stiff: the direction of largest curvature, without the
-            estimator's noise. worst: largest curvature and largest mixing together.
+            estimator's noise. worst: largest curvature and much mixing together. slow: the direction of smallest
+            curvature, without the estimator's noise. covariance, spread: all second moments, where they are known.
     """
 
     typical: Coordinate
     stiff: Coordinate
     worst: Coordinate
+    slow: Coordinate
+    covariance: Covariance | None = None
+    spread: Spread | None = None
 
-    def bias(self, step_size: float) -> float:
-        """Predicted relative excess of the stationary variance; infinite where the chain is unstable."""
-        return self.stiff.bias(step_size) + self.typical.bias(step_size) - _calm(self.typical).bias(step_size)
+    def forecast(self, step_size: float) -> Forecast:
+        """What this step will do."""
+        limit, relaxation = self._limit, self.slow.relaxation(step_size)
+        if self.covariance is None or self.spread is None:
+            stiff = self.stiff.bias(step_size) + _above(self.typical, _calm(self.typical), step_size)
+            mean = self.typical.bias(step_size)
+            heating = [_above(each, each.exact(), step_size) for each in (self.typical, self._hot)]
+        else:
+            stiff, mean, *heating = self._moments(step_size, self.covariance, self.spread)
+        return Forecast(step_size, max(stiff, mean), stiff, mean, heating[0], heating[1], limit, relaxation)
 
-    def worst_heating(self, step_size: float) -> float:
-        """The heating of the coordinate that the clients' curvature mixes most."""
-        hot = replace(self.typical, mixing=self.worst.mixing)
-        return hot.bias(step_size) - _calm(hot).bias(step_size)
-
-    def limit(self) -> float:
-        """The largest stable step."""
-        return min(self.worst.limit(), self.stiff.limit(), self.typical.limit())
+    def _moments(self, step_size: float, chain: Covariance, spread: Spread) -> tuple[float, float, float, float]:
+        """Stiffest direction's bias, mean bias, mean heating, largest heating."""
+        if not chain.stable(step_size):
+            return (math.inf,) * 4
+        added, along = chain.heating(step_size, spread)
+        calm, heat = chain.calm(step_size), added / chain.target
+        mean = float((chain.coordinates(calm) / chain.target - 1 + heat).mean())
+        stiff = float((calm[-1] + along[-1]) * chain.curvatures[-1] - 1)
+        return stiff, mean, float(heat.mean()), float(heat.max())
 
     def choose(self, tolerance: float, temperature: float) -> float:
         """The automatic step; at temperature 0 nothing can be biased, and it is half the stability limit."""
-        cautious = self.limit() / 2
+        cautious = self._limit / 2
         if temperature == 0:
             return cautious
-        low, high = cautious * 1e-6, cautious
-        if self.bias(high) <= tolerance:
-            return high
-        for _ in range(50):
-            middle = (low * high) ** 0.5
-            low, high = (middle, high) if self.bias(middle) <= tolerance else (low, middle)
-        return low
+        return _largest(lambda h: self.forecast(h).bias, tolerance, cautious)
+
+    @cached_property
+    def _limit(self) -> float:
+        return min(self.worst.limit(), self.stiff.limit(), self.typical.limit())
+
+    @property
+    def _hot(self) -> Coordinate:
+        """The coordinate that the clients' curvature mixes most."""
+        return replace(self.typical, mixing=self.worst.mixing)
+
+
+def _above(hot: Coordinate, calm: Coordinate, step_size: float) -> float:
+    """By how much the bias of one exceeds the other's."""
+    bias = hot.bias(step_size)
+    return bias - calm.bias(step_size) if math.isfinite(bias) else math.inf
+
+
+def _largest(bias: Callable[[float], float], tolerance: float, high: float) -> float:
+    """The largest step up to `high` with a bias under the tolerance, which grows as a power of the step."""
+    found = bias(high)
+    if found <= tolerance:
+        return high
+    low, least = high * 1e-8, math.nan  # the bias there is of no interest yet
+    for _ in range(4 * _EVALUATIONS):
+        if least >= tolerance * (1 - _CLOSE) or high <= low * (1 + 1e-9):
+            break
+        share = 0.5
+        if math.isfinite(found) and least > 0:  # both ends known: along a straight line between their logarithms
+            share = math.log(tolerance / least) / math.log(found / least)
+        elif math.isfinite(found):  # not below order one
+            share = 1 - math.log(2 * found / tolerance) / math.log(high / low)
+        middle = low * (high / low) ** min(max(share - 1e-4, 0.02), 0.98)
+        value = bias(middle)
+        if value <= tolerance:
+            low, least = middle, value
+        else:
+            high, found = middle, value
+    return low
 
 
 def _calm(coordinate: Coordinate) -> Coordinate:
@@ -75,8 +152,9 @@ def step_rule(
     participation: float,
     clients: int,
 ) -> StepRule:
-    """What the moments say of this experiment on this target; `participation` includes lost replies."""
+    """What the moments of single coordinates say; `participation` includes lost replies."""
     d = len(geometry.mixing)
+    anchored = isinstance(uplink, Direct) and uplink.anchored
     typical = Coordinate(
         sampler=experiment.sampler.name,
         uplink=experiment.uplink.name,
@@ -89,7 +167,7 @@ def step_rule(
         inclusion=uplink.compressor.inclusion(d),
         participation=participation,
         sync=uplink.probability(d) if isinstance(uplink, Marina) else 0.0,
-        force=0.0 if isinstance(uplink, Direct) and uplink.anchored else geometry.force,
+        force=0.0 if anchored else float(geometry.force.mean()) / (experiment.temperature or 1.0),
     )
     prior = max(0.0, typical.curvature - clients * geometry.share)
     steep = max(0.0, geometry.curvature - prior) / clients
@@ -97,4 +175,50 @@ def step_rule(
     worst = replace(
         typical, curvature=geometry.curvature, share=steep, mixing=float(torch.quantile(geometry.mixing, 0.9))
     )
-    return StepRule(typical, stiff, worst)
+    flattest = min(max(geometry.flattest, 1e-12 * geometry.curvature), geometry.curvature)
+    slow = replace(typical, uplink="dense", participation=1.0, downlink=1.0, curvature=flattest, share=0.0)
+    return StepRule(typical, stiff, worst, slow)
+
+
+def solvable(experiment: Experiment, downlink: Downlink, participation: float, d: int) -> bool:
+    """Whether all d x d moments can be solved for: few parameters, everyone takes part, nothing lags but memories."""
+    return (
+        d <= MOST_MOMENTS
+        and experiment.uplink.name in UPLINKS
+        and isinstance(downlink, DenseDownlink)
+        and participation == 1.0
+        and experiment.temperature > 0
+    )
+
+
+def with_moments(
+    rule: StepRule, terrain: Terrain, geometry: Geometry, step_size: float, temperature: float
+) -> StepRule:
+    """The rule with all d x d moments, whose probes have the covariance that matters at `step_size`."""
+    if terrain.hessian is None or terrain.clients_hessian is None:
+        raise ValueError("the moments of all coordinates need the Hessian at the mode")
+    typical = rule.typical
+    covariance = Covariance(
+        hessian=terrain.hessian.cpu().numpy(),
+        clients_hessian=terrain.clients_hessian.cpu().numpy(),
+        clients=typical.clients,
+        sampler=typical.sampler,
+        uplink=typical.uplink,
+        inclusion=typical.inclusion,
+        sync=typical.sync,
+        force=geometry.force.numpy() / temperature if typical.force > 0 else 0.0,
+        friction=typical.friction,
+    )
+    if typical.uplink == "dense" or covariance.isotropic:
+        probed, squares = covariance.identity, geometry.mixing
+    else:
+        root = covariance.root_of(covariance.lagging(step_size))
+        probed = root @ root.T
+        squares = terrain.spread(torch.from_numpy(root).to(terrain.points))[0].cpu()
+    full, saturation = None, 1.0
+    if typical.uplink in ("marina", "diana"):
+        root = covariance.root_of(1 / covariance.curvatures)
+        alone = geometry.mixing / covariance.curvatures[-1] if covariance.isotropic else None
+        full, saturation = 2 * root @ root.T, terrain.saturation(alone, torch.from_numpy(root).to(terrain.points))
+    spread = measured(squares.numpy(), probed, covariance.clients_hessian, full, saturation)
+    return replace(rule, covariance=covariance, spread=spread)

@@ -264,7 +264,20 @@ def test_exact_sums_are_the_same_in_both_engines_and_counted() -> None:
     for name in names:
         assert torch.allclose(one.sums[name], other.sums[name], rtol=1e-12, atol=1e-12)
     assert torch.allclose(one.sums["gradient"], clients.gradient(point).sum(0), rtol=1e-12)
-    assert torch.allclose(one.sums["squared_hvp"], clients.hvp(point, point).square().sum(0), rtol=1e-12)
+    assert torch.allclose(one.sums["squared_hvp"], clients.hvp(point, point).square().sum(0)[0], rtol=1e-12)
+
+
+def test_probes_and_points_are_averaged_where_the_data_are() -> None:
+    """The mean over vectors and the variance over points travel as d values, however many there are."""
+    clients = softmax()
+    fleet = Rig(clients, "diana").fleet
+    points = key(4, purpose="points").fold(torch.arange(6)).normal(clients.d)
+    names = frozenset({"squared_hvp", "gradient_variance"})
+    answer = fleet.exchange(Request(0, points, names, vector=points.roll(1, 0)))
+    assert answer.traffic.up == 5 * 64 * 2 * clients.d
+    want = clients.hvp(points, points.roll(1, 0)).square().mean(1).sum(0)
+    assert torch.allclose(answer.sums["squared_hvp"], want, rtol=1e-12)
+    assert torch.allclose(answer.sums["gradient_variance"], clients.gradient(points).var(1).sum(0), rtol=1e-12)
 
 
 # --- the sum over what arrives --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fedsample.clients.worker import Answer, Worker
 from fedsample.compression import LinkKeys
 from fedsample.errors import DataError
 from fedsample.estimators import DenseDownlink, Ef21P, Turn, Uplink
-from fedsample.exchange import ESTIMATE, Request
+from fedsample.exchange import ESTIMATE, EXACT, Request
 from fedsample.fleets.records import ARRAYS, HEADER, parcel_of, records_of
 from fedsample.messages import Missed, Recall
 from fedsample.targets import GeneralizedLinear, Quadratic
@@ -251,9 +251,8 @@ def test_an_answer_there_and_back(name: str, compressor: str, k: float, dtype: t
 def test_exact_outputs_there_and_back() -> None:
     x, y = normal(12, 2), torch.arange(12) % 3
     clients = GeneralizedLinear(x, y, torch.tensor([0, 5, 12]), "categorical", 3)
-    point, vector = normal(1, clients.d), normal(1, clients.d, seed=2)
-    names = frozenset({"value", "gradient", "hvp", "squared_hvp", "squared_gradient", "hessian", "diagonal", "factors"})
-    request = Request(0, point, names, vector=vector)
+    points, vectors = normal(3, clients.d), normal(3, clients.d, seed=2)
+    request = Request(0, points, frozenset(EXACT), vector=vectors)
     forms = messages.exact_forms(request, clients.blocks())
     uplink = uplink_of("dense", "identity", 1.0)
     worker = Worker(clients.client(1), uplink, SEED, CHAINS, torch.tensor([1]))

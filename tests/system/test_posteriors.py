@@ -39,12 +39,13 @@ class TestMainJob:
             assert abs(main_job.summary["ece"] - float(reference["ece"])) <= 0.015
             assert 0.5 * np.abs(predictive - reference["probs"]).sum(1).mean() <= 0.01
 
-    def test_is_as_wide_as_hmc_and_no_wider_than_it_predicts(self, main_job: Run) -> None:
+    def test_is_wider_than_hmc_by_what_it_predicts(self, main_job: Run) -> None:
         """Accuracy cannot tell a posterior from its mode; spread and potential can (at the mode U is 319.6)."""
         with np.load(REFERENCE) as reference:
             draws = main_job.draws.to(torch.float64)
             ratio = (draws.var(dim=(0, 1)).numpy() / reference["sd"].astype(np.float64) ** 2).mean()
-            assert 0.99 <= ratio <= 1.01 + main_job.summary["predicted_variance_bias"]
+            predicted = main_job.summary["predicted_mean_bias"]
+            assert abs(ratio - 1 - predicted) <= predicted / 3
             potential = main_job.target.potential(main_job.draws[:, ::10].reshape(-1, draws.shape[-1]))
             excess = float(potential.mean()) - float(reference["potential_mean"])
             heated = 325 * main_job.summary["predicted_variance_bias"]  # d / 2 = 325 is the thermal part of U
