@@ -20,7 +20,7 @@ import click
 import flwr
 from flwr.app import Array, ArrayRecord, Context, Error, Message, Metadata, RecordDict
 
-from fedsample.errors import ConfigError
+from fedsample.errors import ConfigError, DataError
 from fedsample.fleets.flower_grid import versions
 
 versions.check(flwr.__version__)
@@ -30,6 +30,8 @@ try:
     from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
     from flwr.common.constant import MESSAGE_TTL_TOLERANCE, NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode
     from flwr.common.constant import SUPERLINK_NODE_ID as SERVER
+    from flwr.common.serde import message_from_proto, message_to_proto
+    from flwr.proto.message_pb2 import Message as MessageProto
     from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
     from flwr.supercore.run import Run, RunNotRunningException
     from flwr.supercore.task_identity import TaskIdentity
@@ -168,6 +170,25 @@ def copied_context(context: Context) -> Context:
     twin.node_config, twin.run_config = dict(context.node_config), dict(context.run_config)
     twin.state = copied_records(context.state)
     return twin
+
+
+def packed(message: Message) -> bytes:
+    """A message as Flower writes it, for carriers that leave the process."""
+    return bytes(message_to_proto(message).SerializeToString())
+
+
+def unpacked(data: bytes) -> Message:
+    """Back from `packed`.
+
+    Raises:
+        DataError: if these bytes are no message.
+    """
+    try:
+        return message_from_proto(MessageProto.FromString(data))
+    except Exception as error:  # protobuf's own, which is none of Python's
+        raise DataError(
+            f"{len(data)} bytes that are no message of Flower's ({error}): is the other side of the same version?"
+        ) from error
 
 
 def mark_delivered(message: Message, now: float) -> None:

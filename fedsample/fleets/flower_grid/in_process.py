@@ -17,8 +17,8 @@ from typing import NamedTuple
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsample.fleets.flower_grid import adapter
 from fedsample.fleets.flower_grid.adapter import Value
+from fedsample.fleets.flower_grid.answer import answer
 
 _log = logging.getLogger("flwr")
 
@@ -135,7 +135,9 @@ class InProcess:
                 job = node.jobs.popleft()
                 message_id = job.message.metadata.message_id
                 self._working[message_id] = place
-            job.deliver(self._handle(job.message, node))
+            run_id = job.message.metadata.run_id
+            reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
+            job.deliver(reply)
             with self._lock:
                 replaced = self._working.pop(message_id, None) is None
                 if replaced:
@@ -145,25 +147,6 @@ class InProcess:
                 self._line.put(place)
             if replaced:
                 return
-
-    def _handle(self, message: Message, node: _Node) -> Message:
-        """Run the ClientApp; a context counts only if it succeeds, as in Flower."""
-        run_id = message.metadata.run_id
-        context = adapter.copied_context(self.context(message.metadata.dst_node_id, run_id))
-        original = adapter.envelope(message)
-        try:
-            reply = self._app(message, context)
-            fault = adapter.mismatch(original, reply)
-            if fault is None:
-                reply = adapter.incoming(reply, f"{original.metadata.message_id}-reply")
-        except BaseException as error:  # the client's, whatever it is: the server is told and goes on
-            _log.error("ClientApp of partition %s raised", node.config["partition-id"], exc_info=error)
-            return adapter.raised(original, error)
-        if fault is not None:
-            _log.error("ClientApp of partition %s: %s", node.config["partition-id"], fault)
-            return adapter.no_reply(original, fault)
-        node.contexts[run_id] = context
-        return reply
 
 
 def node_id(place: int) -> int:
