@@ -5,7 +5,6 @@ Also the contract with a version of Flower: `python tests/flower_version.py X.Y.
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 import tomllib
@@ -174,6 +173,7 @@ def test_push_and_pull_by_hand() -> None:
         assert again[0].metadata.reply_to_message_id == ids[0]
         assert "may have expired due to its TTL" in str(again[0].error.reason)
         assert [reply.error.code for reply in grid.pull_messages(["no such id"])] == [MESSAGE_GONE]
+        assert not grid._replies  # nothing is kept that nobody can ask for
 
 
 def answered(replies: list[Message]) -> set[str]:
@@ -182,21 +182,22 @@ def answered(replies: list[Message]) -> set[str]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_replies_come_in_the_order_of_nodes_whoever_is_first(workers: int) -> None:
-    later = [threading.Event() for _ in range(4)]
-    later[3].set()
+    later, turns = [threading.Event() for _ in range(4)], []
 
     def backwards(message: Message, context: Context) -> Message:
         place = int(context.node_config["partition-id"])
         if workers > 1 and place < 3:
             later[place + 1].wait(20)
+        turns.append(place)
         later[place].set()
         return echo(message, context)
 
     with grid_of(client(backwards), 4, workers=4 if workers > 1 else 1) as grid:
         nodes = list(grid.get_node_ids())
-        random.shuffle(nodes)
-        replies = grid.send_and_receive([Message(words(), node, "train") for node in nodes], timeout=20)
+        mixed = [nodes[place] for place in (2, 0, 3, 1)]
+        replies = grid.send_and_receive([Message(words(), node, "train") for node in mixed], timeout=20)
         assert [said(reply)["who"] for reply in replies] == [0, 1, 2, 3]
+    assert turns == ([0, 1, 2, 3] if workers == 1 else [3, 2, 1, 0])
 
 
 def test_node_ids_are_large_distinct_and_the_same_in_every_run() -> None:
@@ -252,19 +253,20 @@ def test_contexts_are_kept_by_node_and_run() -> None:
 
 
 def test_a_failure_leaves_no_trace_in_the_context() -> None:
-    def fail(message: Message, context: Context) -> Message:
+    def fail(message: Message, context: Context) -> Message | None:
         context.state["junk"] = MetricRecord({"n": 1})
         context.run_config["junk"] = 1
-        if said(message)["fail"]:
+        if said(message)["fail"] == "raise":
             raise ValueError("boom")
-        return Message(words(kept=sorted(context.state)), reply_to=message)
+        return Message(words(kept=sorted(context.state)), reply_to=message) if said(message)["fail"] == "no" else None
 
     with grid_of(client(fail), 1) as grid:
-        assert ask(grid, fail=True)[0].has_error()
+        assert ask(grid, fail="raise")[0].has_error()
+        assert ask(grid, fail="silent")[0].has_error()
         (node,) = grid.get_node_ids()
         kept = grid.carrier.context(node, 7)  # type: ignore[attr-defined]
         assert (len(kept.state), kept.run_config) == (0, {"rate": 0.5})
-        assert said(ask(grid, fail=False)[0])["kept"] == ["junk"]
+        assert said(ask(grid, fail="no")[0])["kept"] == ["junk"]
 
 
 def test_configurations_of_runs_and_nodes() -> None:
@@ -741,6 +743,23 @@ def test_a_node_that_leaves_and_one_that_is_given_up() -> None:
         assert (reply.metadata.group_id, reply.metadata.message_type) == ("lost", "train")
         assert list(grid.send_and_receive([Message(words(), 101, "train", group_id="lost")], timeout=0.05)) == []
         assert len(nodes.gave_up) == 1
+
+
+def test_a_node_that_leaves_while_others_are_waited_for() -> None:
+    gate = threading.Event()
+    nodes = Bytes(client(lambda message, context: gate.wait(20) and echo(message, context)), 2)
+    with adapter.identity(7):
+        grid = CarrierGrid(nodes, 7)
+        messages = [Message(words(), node, "train", group_id="lost" if node == 100 else "") for node in nodes.there]
+        leave = threading.Timer(0.05, lambda: nodes.there.remove(100))
+        answer_late = threading.Timer(0.6, gate.set)
+        leave.start()
+        answer_late.start()
+        gone, there = grid.send_and_receive(messages)
+        assert gone.error.code == NODE_GONE
+        assert said(there)["who"] == 1
+    for timer in (leave, answer_late):
+        timer.join()
 
 
 def test_bytes_that_are_no_message() -> None:
