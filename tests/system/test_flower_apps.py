@@ -67,6 +67,41 @@ def test_strategies_differ_from_each_other(ours: dict[str, Any]) -> None:
         assert all(np.abs(point - other).max() > 1e-3 for other in points[:i])
 
 
+SPINNING = {
+    "pyproject.toml": '[tool.flwr.app.components]\nserverapp = "server:app"\nclientapp = "client:app"\n',
+    "server.py": """
+from flwr.app import Message, RecordDict
+from flwr.serverapp import ServerApp
+app = ServerApp()
+@app.main()
+def main(grid, context):
+    messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+    print(len(list(grid.send_and_receive(messages, timeout=2))))
+    raise ValueError("boom")
+""",
+    "client.py": """
+import torch
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+app = ClientApp()
+@app.train()
+def train(message, context):
+    while context.node_config["partition-id"] == 1:
+        torch.ones(10).sum()
+    return Message(RecordDict(), reply_to=message)
+""",
+}
+
+
+def test_a_client_that_computes_for_good_does_not_keep_the_command_from_ending(tmp_path: Path) -> None:
+    for name, text in SPINNING.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "fedsample", "simulate", "--app", str(tmp_path), "--clients", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "1\n"), done.stderr
+    assert done.stderr.endswith("the ServerApp raised ValueError: boom\n")
+
+
 def test_our_own_app_draws_what_the_local_fleet_draws(tmp_path: Path) -> None:
     app = read_app(FLOWER_APP)
     settings = {"rounds": 12, "warmup": 2, "thin": 1, "chains": 2, "data.clients": 3, "uplink.k": 5, "seed": 4}

@@ -12,6 +12,10 @@ from fedsample.fleets.flower_grid import adapter
 _log = logging.getLogger("flwr")
 
 
+class Stopped(BaseException):
+    """Raised in a ClientApp's thread when its run is over: no answer is wanted any longer."""
+
+
 def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message, Context]:
     """A node's reply, and what it remembers afterwards.
 
@@ -21,6 +25,9 @@ def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message,
     Returns:
         The app's reply, or an error with Flower's code if it raises, returns nothing or replies to something else. And
         a new context, or the old one after an error: what failed leaves nothing behind, as in Flower.
+
+    Raises:
+        Stopped: if that is raised in the app.
     """
     who = context.node_config.get(adapter.PARTITION_ID_KEY, context.node_id)
     asked, fresh = adapter.envelope(message), adapter.copied_context(context)
@@ -29,6 +36,8 @@ def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message,
         fault = adapter.mismatch(asked, reply)
         if fault is None:
             return adapter.incoming(reply, f"{asked.metadata.message_id}-reply"), fresh
+    except Stopped:
+        raise
     except BaseException as error:  # the client's, whatever it is: the server is told and goes on
         _log.error("ClientApp of partition %s raised", who, exc_info=error)
         return adapter.raised(asked, error), context

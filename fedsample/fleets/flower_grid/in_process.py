@@ -6,10 +6,12 @@ which nobody can change; so no client sees what another, or the server, does to 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -18,8 +20,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsample.fleets.flower_grid.adapter import Value
-from fedsample.fleets.flower_grid.answer import answer
+from fedsample.fleets.flower_grid.answer import Stopped, answer
 
+_GRACE = 0.5  # seconds that ClientApps have to end when their run does
 _log = logging.getLogger("flwr")
 
 
@@ -68,7 +71,8 @@ class InProcess:
         self._lock = threading.Lock()
         self._line: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # nodes with something to do; None: end
         self._threads = 0
-        self._working: dict[str, int] = {}  # messages being handled, and their nodes
+        self._working: dict[str, int] = {}  # messages that are handled and waited for, and their nodes
+        self._busy: dict[threading.Thread, int] = {}  # threads that run a ClientApp, and their nodes
         self._closed = False
 
     def nodes(self) -> Sequence[int]:
@@ -106,16 +110,25 @@ class InProcess:
             self._start_thread()
 
     def close(self) -> None:
-        """Let threads end when they have nothing to do; what waits in line is dropped."""
+        """End the threads; what waits in line is dropped, and a ClientApp that has not returned is stopped.
+
+        One that computes on would end the process badly: Python takes its interpreter away under a running thread.
+        """
         with self._lock:
             self._closed = True
             for node in self._nodes.values():
                 node.jobs.clear()
-            if self._working:
-                who = ", ".join(str(self._nodes[place].config["partition-id"]) for place in self._working.values())
-                _log.warning("The run is over, and ClientApps of partitions %s have not returned", who)
             for _ in range(self._threads):
                 self._line.put(None)
+            busy = dict(self._busy)
+        for thread in busy:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
+        deadline = time.monotonic() + _GRACE
+        for thread, place in busy.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                partition = self._nodes[place].config["partition-id"]
+                _log.warning("The run is over, and the ClientApp of partition %s has not returned", partition)
 
     # --- threads -------------------------------------------------------------------------------------------------
 
@@ -126,27 +139,32 @@ class InProcess:
 
     def _work(self) -> None:
         """Handle one message of the next node in line, again and again."""
-        while (place := self._line.get()) is not None:
-            node = self._nodes[place]
-            with self._lock:
-                if self._closed or not node.jobs:
-                    node.busy = False
-                    continue
-                job = node.jobs.popleft()
-                message_id = job.message.metadata.message_id
-                self._working[message_id] = place
-            run_id = job.message.metadata.run_id
-            reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
-            job.deliver(reply)
-            with self._lock:
-                replaced = self._working.pop(message_id, None) is None
-                if replaced:
-                    self._threads -= 1
-                more = node.busy = bool(node.jobs)
-            if more:
-                self._line.put(place)
-            if replaced:
-                return
+        try:
+            while (place := self._line.get()) is not None and self._handle_next(place):
+                pass
+        except Stopped:
+            return
+
+    def _handle_next(self, place: int) -> bool:
+        """Handle a node's next message; whether this thread is still wanted."""
+        node, thread = self._nodes[place], threading.current_thread()
+        with self._lock:
+            if self._closed or not node.jobs:
+                node.busy = False
+                return True
+            job = node.jobs.popleft()
+            message_id, run_id = job.message.metadata.message_id, job.message.metadata.run_id
+            self._working[message_id] = self._busy[thread] = place
+        reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
+        job.deliver(reply)
+        with self._lock:
+            del self._busy[thread]
+            replaced = self._working.pop(message_id, None) is None
+            self._threads -= replaced
+            more = node.busy = bool(node.jobs)
+        if more:
+            self._line.put(place)
+        return not replaced
 
 
 def node_id(place: int) -> int:
