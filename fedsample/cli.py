@@ -26,6 +26,9 @@ import click
 import typer
 from typer.core import TyperCommand
 
+from fedsample.cli_certs import certs_app
+from fedsample.cli_doctor import doctor_app
+from fedsample.cli_fleet import client, server
 from fedsample.errors import ConfigError, FedSampleError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Write, show and check configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(certs_app, name="certs")
+app.add_typer(doctor_app, name="doctor")
 
 
 class _WithKeys(TyperCommand):
@@ -122,6 +127,9 @@ def simulate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; short for --set fleet.device=...")] = None,
     preset: Annotated[str | None, typer.Option(help="Row of `fedsample list presets`; for --set preset=...")] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="A run, of devices say: its settings, and who took part in each round.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Short for --set rounds=...")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the final table.")] = False,
     as_json: Json = False,
@@ -158,25 +166,32 @@ def simulate(
                 "--resume takes everything from config.toml in --out: drop FILE, --set, --preset, --seed, --rounds, "
                 "--device and --dry-run"
             )
+    if replay is not None and (resume or file is not None or dry_run):
+        raise click.UsageError("--replay takes its settings from that run: drop FILE, --resume and --dry-run")
     from fedsample.config import load
 
-    configured = None if resume else load(file, overrides)
+    configured = None if resume or replay is not None else load(file, overrides)
     from fedsample import experiment
 
     if configured is not None and dry_run:
         plan = experiment.plan(configured, [])
         if as_json:
-            _print_json(plan)
+            print_json(plan)
         else:
             _print(_grid([{"what": key, "value": value} for key, value in plan.items()], header=False))
         return
     progress: Literal["auto", "quiet"] = "quiet" if quiet else "auto"
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        run = experiment.run(configured, out=out, resume=resume, progress=progress)
+        changes = overrides if replay is not None else []
+        run = experiment.run(configured, out=out, resume=resume, overrides=changes, progress=progress, replay=replay)
     if as_json:
-        _print_json(run.summary)
+        print_json(run.summary)
     else:
         _print(run.table())
+
+
+app.command()(server)
+app.command()(client)
 
 
 @config_app.command()
@@ -233,7 +248,7 @@ def list_table(
         for row in getattr(importlib.import_module(module), function)()
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         width = sum(max(len(str(row[name])) for row in rows) for name in rows[0])
         _print(_grid(rows) if width <= _WIDEST else _cards(rows))
@@ -279,7 +294,7 @@ def _print(renderable: RenderableType) -> None:
     Console().print(renderable)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     """Print strict JSON: what is not a finite number becomes null."""
 
     def finite(item: Any) -> Any:

@@ -80,8 +80,17 @@ class DataConfig(Section):
     test_fraction: Annotated[Risk | None, BeforeValidator(Word("auto"))] = setting(
         None, "share of rows held out; auto: the fixed rule of a built-in set, 0 for npz, else 0.2"
     )
+    holdout: Literal["pooled", "keyed"] = setting(
+        "pooled", "how they are drawn: from all rows, or from each client's own by its key, as devices with files do"
+    )
     standardize: Annotated[bool | None, BeforeValidator(Word("auto"))] = setting(
         None, "scale columns to mean 0, variance 1; auto: as a built-in set documents, not for npz, else yes"
+    )
+    features: Annotated[list[str] | None, BeforeValidator(Word("auto"))] = setting(
+        None, "names of the columns in the order to use; auto: as the file, or the first client, has them"
+    )
+    labels: Annotated[list[int | str] | None, BeforeValidator(Word("auto"))] = setting(
+        None, "all labels that may occur, in any order; auto: those that do"
     )
 
 
@@ -165,7 +174,9 @@ class StartConfig(Section):
 class FleetConfig(Section):
     """Where clients run, and how they fail."""
 
-    name: Literal["local", "flower"] = setting("local", "one process, or Flower's runtime")
+    name: Literal["local", "flower", "grpc"] = setting(
+        "local", "one process, Flower's runtime, or devices (grpc: `fedsample server` sets it)"
+    )
     engine: Literal["batched", "by-client"] = setting("batched", "all clients at once, or one by one")
     participation: Count | Share = setting(
         1.0, "0.6: each client takes part with that probability; 6: six drawn each round; 1.0: all of them"
@@ -173,6 +184,14 @@ class FleetConfig(Section):
     loss: Risk = setting(0.0, "probability that a reply is lost")
     dropout: Risk = setting(0.0, "probability a round that a present client leaves")
     dropout_rounds: Annotated[float, Field(ge=1)] = setting(10.0, "mean number of rounds that it stays away")
+    snapshot_rounds: Count = setting(500, "grpc: rounds between two snapshots of the server and all devices")
+    quorum: Count | Share = setting(
+        1.0,
+        "grpc: 0.8: a round goes on without the slowest fifth of the devices; 8: with eight; 1.0: waits for all",
+    )
+    deadline: Annotated[Positive | None, BeforeValidator(Word("none"))] = setting(
+        None, "grpc: seconds that a round waits for all devices before the quorum is enough"
+    )
     threads: Annotated[Count | None, BeforeValidator(Word("auto"))] = setting(
         None, "CPU threads; auto: as the machine and the shapes suggest"
     )
@@ -337,10 +356,10 @@ def _contradictions(e: Experiment) -> Iterator[_Problem]:
         if data.file is not None:
             kind = {".npz": "npz", ".parquet": "parquet"}.get(Path(data.file).suffix, "csv")
             yield _Problem("data.file", f'built-in data reads no file; set data.kind = "{kind}", or drop data.file')
-    elif data.file is None:
+    elif data.file is None and fleet.name != "grpc":
         yield _Problem("data.file", f'missing; data.kind = "{data.kind}" needs the path of its file')
     if data.kind in ("csv", "parquet"):
-        if data.target is None:
+        if data.target is None and fleet.name != "grpc":
             yield _Problem("data.target", f'missing; data.kind = "{data.kind}" needs the name of the label column')
         if (data.client_column is not None) != (data.partition == "natural"):
             yield _Problem("data.client_column", 'goes with data.partition = "natural": give both or none')
@@ -348,9 +367,20 @@ def _contradictions(e: Experiment) -> Iterator[_Problem]:
         for key in ("target", "client_column"):
             if getattr(data, key) is not None:
                 yield _Problem(f"data.{key}", f'only csv and parquet have it; drop it for data.kind = "{data.kind}"')
+    if data.features is not None and data.kind in ("npz", "quadratic"):
+        yield _Problem("data.features", f'its columns have no names; drop it for data.kind = "{data.kind}"')
+    if data.labels is not None and data.kind == "quadratic":
+        yield _Problem("data.labels", 'there is nothing to predict; drop it for data.kind = "quadratic"')
     if (data.kind == "quadratic") != (model.name == "quadratic"):
         advice = "drop model.name" if data.kind == "quadratic" else 'it needs data.kind = "quadratic"'
         yield _Problem("model.name", f'got "{model.name}" with data.kind = "{data.kind}"; {advice}')
+    patient = fleet.quorum == 1.0 and isinstance(fleet.quorum, float)
+    if fleet.deadline is not None and patient:
+        yield _Problem("fleet.deadline", "needs a fleet.quorum below all devices, such as 0.8, that is enough after it")
+    if fleet.name != "grpc" and not patient:
+        yield _Problem("fleet.quorum", f'simulated devices are never slow; drop it for fleet "{fleet.name}"')
+    if isinstance(fleet.quorum, int) and fleet.quorum > data.clients:
+        yield _Problem("fleet.quorum", f"got {fleet.quorum} of {data.clients} clients; ask for fewer")
     if e.start.at == "prior" and model.prior_scale is None:
         yield _Problem("start.at", 'a flat prior cannot be drawn from; set model.prior_scale, or start at "mode"')
     if e.uplink.p is not None and e.uplink.name != "marina":
@@ -428,7 +458,7 @@ def _near(name: str) -> str:
 
 def _hint(path: str, got: Any) -> str:
     """What else to say about a value that was refused."""
-    if path == "fleet.name" and got in ("ray", "grpc"):
+    if path == "fleet.name" and got == "ray":
         return f'; "{got}" is not part of this version, "local" runs the same chain in one process'
     if isinstance(got, str):
         words = [word for word in get_args(_fields()[path].annotation) if isinstance(word, str)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedsample.config import Experiment, dump_toml, load
-from fedsample.errors import ConfigError, RunDirectoryError
+from fedsample.errors import ConfigError, RunDirectoryError, UnsoundError
 from fedsample.links import build_downlink, build_uplink, links
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Source = Experiment | Mapping[str, Any] | str | Path | None
 Mode = Literal["auto", "plain", "quiet"]
 
+_PATIENT = ("fleet.quorum=1.0", "fleet.deadline=none")  # what only devices have
 _FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}  # read once, when flwr is imported
 
 
@@ -66,6 +67,7 @@ def run(
     resume: bool = False,
     overrides: Sequence[str] = (),
     progress: Mode = "auto",
+    replay: str | Path | None = None,
 ) -> Run:
     """Sample, and keep everything in a run directory.
 
@@ -86,10 +88,17 @@ def run(
             raise ConfigError("resume takes everything from the run directory: give `out`, and no configuration")
         with Session.reopen(Path(out), progress) as session:
             return Run(session.path, session.sample(), session.experiment)
+    if replay is not None:
+        if source is not None:
+            raise ConfigError("replay takes the configuration from the run: give no other, only overrides")
+        kept = tomllib.loads(dump_toml(reread(_config_of(Path(replay)))))
+        source, overrides = kept, ["fleet.name=local", "fleet.engine=by-client", *_PATIENT, *overrides]
     experiment = load(source, overrides)
     check(experiment)
-    path = Path(out) if out is not None else _default_path(experiment)
-    with Session.create(experiment, path, progress) as session:
+    if experiment.fleet.name == "grpc":
+        raise ConfigError('fleet.name = "grpc" is served to devices: use `fedsample server`, or fleet "local"')
+    path = Path(out) if out is not None else default_path(experiment)
+    with Session.create(experiment, path, progress, replay=None if replay is None else Path(replay)) as session:
         return Run(session.path, session.sample(), session.experiment)
 
 
@@ -126,22 +135,35 @@ def check(experiment: Experiment) -> None:
     """
     build_uplink(experiment)
     build_downlink(experiment)
-    if experiment.fleet.name == "flower":
-        for key, value in (("downlink.name", experiment.downlink.name), *_moving(experiment)):
-            if value != "dense":
-                raise ConfigError(
-                    f'{key} = "{value}" is not carried by Flower\'s messages in this version; use fleet "local"'
-                )
-    if experiment.fleet.name == "flower" and (experiment.fleet.loss or experiment.fleet.dropout):
+    section = experiment.fleet
+    if section.name == "grpc":
+        _check_devices(experiment)
+    if section.name == "flower" and (section.loss or section.dropout):
         raise ConfigError(
             'fleet.loss and fleet.dropout simulate faults in fleet "local"; Flower\'s are real: set both to 0'
         )
 
 
-def _moving(experiment: Experiment) -> list[tuple[str, str]]:
-    """The setting that lets a reference move, if it does."""
-    section = experiment.uplink
-    return [("uplink.variance_reduction", "svrg")] if section.variance_reduction == "svrg" else []
+def hasty(experiment: Experiment) -> bool:
+    """Whether rounds go on without devices that are slow."""
+    quorum = experiment.fleet.quorum
+    return not (isinstance(quorum, float) and quorum == 1.0)
+
+
+def _check_devices(experiment: Experiment) -> None:
+    """Refuse what real devices cannot do, and rounds without some of them where that changes the law."""
+    section, uplink = experiment.fleet, experiment.uplink.name
+    if section.dropout or (section.loss and not hasty(experiment)):
+        raise ConfigError(
+            'fleet.loss and fleet.dropout simulate faults in fleet "local"; those of devices are real: set both to 0 '
+            "(with a quorum, fleet.loss states how likely an answer is late)"
+        )
+    if hasty(experiment) and uplink not in ("diana", "ef21") and not section.loss:
+        raise UnsoundError(
+            f"fleet.quorum = {section.quorum}: without knowing how likely a device is late, {uplink} samples another "
+            'posterior, because nothing stands in for who is missing; take uplink.name = "diana", whose memories do, '
+            "or state that probability as fleet.loss"
+        )
 
 
 def build_target(source: Source = None, overrides: Sequence[str] = ()) -> Posterior:
@@ -187,7 +209,15 @@ def _shortened(rows: list[int]) -> str:
     return f"{' '.join(map(str, rows[:12]))} ... (from {min(rows)} to {max(rows)})"
 
 
-def _default_path(experiment: Experiment) -> Path:
+def _config_of(path: Path) -> str:
+    try:
+        return (path / "config.toml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(f"{path} holds no run to replay: {error}; give the directory of a run") from error
+
+
+def default_path(experiment: Experiment) -> Path:
+    """runs/<time>-<preset>."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     base = Path("runs") / f"{stamp}-{experiment.preset}"
     path, number = base, 1

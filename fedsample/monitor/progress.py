@@ -78,6 +78,10 @@ class Progress:
         took = f"done in {_seconds(time.monotonic() - begin)}"
         self._print(took if inline else f"{name} ... {took}")
 
+    def note(self, text: str) -> None:
+        """Say something between two drawings."""
+        self._print(text)
+
     def close(self) -> None:
         """Draw the last state and leave the terminal as it was; harmless a second time."""
         if self._mode != "quiet" and self._begun and self._drawn != self._round:
@@ -106,7 +110,7 @@ class Progress:
         if rate > 0:
             pace = f"{rate:,.0f} rounds/s" if rate >= 10 else f"{rate:.2g} rounds/s"
             words = [pace, f"ETA {_clock((self.total - self._round) / rate)}"]
-        words.append(f"up {_bytes(self._up)}, down {_bytes(self._down)}")
+        words.append(f"up {size_of(self._up)}, down {size_of(self._down)}")
         words += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
         try:
             console = self._terminal()
@@ -171,7 +175,8 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def _bytes(count: int) -> str:
+def size_of(count: int) -> str:
+    """Bytes for a person to read."""
     if count < 1e6:
         return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

@@ -1,0 +1,132 @@
+"""`fedsample server` and `fedsample client`: a run with real devices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from fedsample.errors import ConfigError
+
+PORT = 9092
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Plaintext and no certificates; on loopback only, to try things out.")
+]
+
+
+def server(
+    file: Annotated[Path | None, typer.Argument(help="Configuration in TOML; without it, the default job.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be given again."),
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where devices connect; 0.0.0.0:9092 is every network.")
+    ] = f"127.0.0.1:{PORT}",
+    certs: Annotated[Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem of the server.")] = None,
+    insecure: Insecure = False,
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/<time>-<preset>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as configured there.")] = False,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Sample with real devices: wait for data.clients of them, and serve until the chain has ended.
+
+    Every device needs `fedsample client HOST:PORT`, a certificate and data; what is sampled, and how, is configured
+    here. A device or this server may die at any moment: start it again (the server with --resume).
+    """
+    _either(certs, insecure, "certs/server")
+    if resume and out is None:
+        raise click.UsageError("--resume needs --out DIR, the directory of the run to go on with")
+    if resume and (file is not None or settings):
+        raise click.UsageError("--resume takes everything from config.toml in --out: drop FILE and --set")
+    from fedsample.config import load
+    from fedsample.fleets.grpc.address import parse_address
+
+    address = parse_address(listen, listen=True)
+    experiment = None if resume else load(file, [*(settings or []), "fleet.name=grpc"])
+    from fedsample import experiment as experiments
+    from fedsample.fleets.grpc.host import Host, serve
+    from fedsample.monitor.report import summary_table
+
+    if experiment is not None:
+        experiments.check(experiment)
+        out = out or experiments.default_path(experiment)
+    if out is None:  # click has refused this above
+        raise click.UsageError("--out DIR is missing")
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        path, summary, _ = serve(experiment, out, Host(address, certs), "quiet" if quiet else "auto")
+    if as_json:
+        from fedsample.cli import print_json
+
+        print_json(summary)
+    else:
+        from rich.console import Console
+
+        Console().print(summary_table(summary, path))
+
+
+def client(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the server.")],
+    certs: Annotated[Path | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem of this device.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A csv, parquet or npz file of this device's own, or a built-in set.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Column to predict, of a csv or parquet file.")] = None,
+    partition: Annotated[int | None, typer.Option(min=0, help="Which share of a built-in set.")] = None,
+    partitions: Annotated[int | None, typer.Option(min=1, help="How many shares there are.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Where snapshots lie; by default below $XDG_STATE_HOME or ~/.local/state.")
+    ] = None,
+    insecure: Insecure = False,
+    index: Annotated[
+        int | None,
+        typer.Option("--client", min=0, help="Which client this is, with --insecure only."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")] = "cpu",
+    attempts: Annotated[
+        int | None, typer.Option(min=1, help="Failures to connect in a row after which to give up; by default never.")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Take part as one device, until the run has ended.
+
+    The server configures everything; this device gives its rows' gradients, never its rows. When the connection or the
+    server goes, it waits and comes back. SIGTERM ends it; started again, it goes on.
+    """
+    _either(certs, insecure, "certs/client-0")
+    if insecure and index is None:
+        raise click.UsageError("--insecure has no certificate that says which client this is: add --client N")
+    if certs is not None and index is not None:
+        raise click.UsageError("the certificate says which client this is: drop --client")
+    from fedsample.fleets.grpc.presence import Presence, take_part
+
+    presence = Presence(
+        address, certs, -1 if index is None else index, state or _state_home(), device, data, target, partition,
+        partitions, attempts, quiet,
+    )  # fmt: skip
+    typer.echo(take_part(presence))
+
+
+def _either(certs: Path | None, insecure: bool, example: str) -> None:
+    if (certs is None) != insecure:
+        raise click.UsageError(
+            f"give --certs {example} (made by `fedsample certs init`), or --insecure on loopback, and not both"
+        )
+
+
+def _state_home() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    if not os.path.isabs(base):
+        raise ConfigError(f"XDG_STATE_HOME is {base!r}, expected an absolute path; or give --state DIR")
+    return Path(base) / "fedsample"

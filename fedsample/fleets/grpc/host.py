@@ -1,0 +1,184 @@
+"""A run with real devices, from the server's side: listen, gather everyone, agree on the data, then sample."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedsample.clients.resident import FIT, SCALE, SPREAD
+from fedsample.config import dump_toml
+from fedsample.data.device import agreed_schema
+from fedsample.data.schema import Schema
+from fedsample.diagnostics.counts import scores
+from fedsample.errors import CertificateError, RunDirectoryError
+from fedsample.fleets.grpc.address import Address, check_insecure
+from fedsample.fleets.grpc.credentials import server_credentials
+from fedsample.fleets.grpc.desk import Desk
+from fedsample.fleets.grpc.fleet import GrpcFleet, fleet_on, gather, sums_of
+from fedsample.fleets.grpc.hub import Hub, Identified, Invitation
+from fedsample.fleets.grpc.identity import ClientIdentity, identity_of
+from fedsample.fleets.grpc.version import run_id
+from fedsample.monitor.fleet import FleetProgress
+from fedsample.remote_problem import remote_problem
+from fedsample.wire import Parcel, header, pack_tensors
+
+if TYPE_CHECKING:
+    from fedsample.config import Experiment
+    from fedsample.experiment import Mode
+    from fedsample.monitor.progress import Progress
+    from fedsample.problem import Problem
+    from fedsample.session import Session
+
+_RUN, _SETUP = "run.json", "setup.json"
+_SUMS = 1 << 24  # bytes of sums over rows that one device may send
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a server listens, and how.
+
+    Attributes:
+        address: to listen at. certs: folder of the server's certificate; None: plaintext, on loopback only.
+        opened: called with the hub once it listens.
+    """
+
+    address: Address
+    certs: Path | None
+    opened: Callable[[Hub], None] = lambda hub: None
+
+    def open(self, session: Session, progress: Progress, stack: ExitStack) -> tuple[Problem, GrpcFleet]:
+        """Listen, wait for everyone, agree on the data -> the server's problem, and the fleet.
+
+        Raises:
+            FedSampleError: if the address, the certificates or the devices' data cannot be used.
+        """
+        experiment = session.experiment
+        hub = self._listen(session, progress)
+        stack.callback(lambda: hub.stop("the run has ended", finished=session.finished))
+        if isinstance(progress, FleetProgress):
+            progress.watch(hub.seats)
+        self.opened(hub)
+        desk = Desk(hub)
+        with progress.stage(f"waiting for {experiment.data.clients} devices at {self.address.host}:{hub.port}"):
+            schemas = gather(hub)
+        kept = _read(session.path / _SETUP)
+        with progress.stage("agreeing on the data"):
+            if kept is None:
+                agreed = agreed_schema(experiment, [Schema.from_json(text) for text in schemas.values()])
+                sums = _agree(desk, agreed)
+                session.directory.write_json(_SETUP, {"schema": agreed.to_json(), "sums": sums})
+            else:
+                agreed, sums = Schema.from_json(kept["schema"]), kept["sums"]
+                desk.tell(FIT, Parcel(header(schema=agreed.to_json())))
+                desk.tell(SCALE, _scale(sums))
+        problem = remote_problem(experiment, agreed, experiment.data.clients)
+        fleet = fleet_on(desk, experiment, problem)
+        fleet.scores = partial(_scores, likelihood=problem.likelihood)
+        return problem, fleet
+
+    def _listen(self, session: Session, progress: Progress) -> Hub:
+        invitation = _invitation(session)
+        if self.certs is None:
+            address, credentials = check_insecure(self.address, listen=True), None
+        else:
+            address, credentials = self.address, server_credentials(self.certs)
+        hub = Hub(invitation, str(address), credentials, _claimed if credentials is None else _certified)
+        hub.say = progress.note
+        hub.stopping = lambda: session.stopped is not None
+        hub.start()
+        return hub
+
+
+def _invitation(session: Session) -> Invitation:
+    """The run's identity: made when it begins, and kept beside it."""
+    path = session.path / _RUN
+    kept = _read(path)
+    if kept is None:
+        kept = {"nonce": secrets.token_hex(16), "config": dump_toml(session.experiment)}
+        session.directory.write_json(_RUN, kept)
+    nonce, config = bytes.fromhex(kept["nonce"]), str(kept["config"])
+    return Invitation(run_id(nonce, config), nonce, config, session.experiment.data.clients)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise RunDirectoryError(f"{path} is damaged ({error}): restore it from a copy, or start a new run") from error
+
+
+def _agree(desk: Desk, agreed: Schema) -> dict[str, list[float]]:
+    """Round 0: columns and labels; means and squares as sums over clients, if rows are standardised -> the sums."""
+    fit = Parcel(header(schema=agreed.to_json(), sums=True if agreed.standardize else None))
+    answers = desk.tell(FIT, fit, _SUMS)
+    sums = {}
+    if agreed.standardize:
+        first = sums_of(answers, "sums")
+        answers = desk.tell(SPREAD, Parcel(header(), pack_tensors({"first": first})), _SUMS)
+        sums = {"first": first.tolist(), "second": sums_of(answers, "sums").tolist()}
+    desk.tell(SCALE, _scale(sums))
+    return sums
+
+
+def _scale(sums: dict[str, list[float]]) -> Parcel:
+    tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in sums.items()}
+    return Parcel(header(), pack_tensors(tensors))
+
+
+def _scores(counts: torch.Tensor, likelihood: str | None) -> dict[str, float]:
+    if likelihood is None or float(counts[0]) == 0:
+        return {}
+    return {name: value for name, value in scores(counts, likelihood).items() if value is not None}
+
+
+def _claimed(context: Any, claimed: int) -> Identified:
+    """On a plaintext connection a client is who it says."""
+    return Identified(claimed)
+
+
+def _certified(context: Any, claimed: int) -> Identified:
+    """A client is who its certificate says."""
+    try:
+        identity = identity_of(context.auth_context())
+    except CertificateError as error:
+        return Identified(-1, str(error))
+    if not isinstance(identity, ClientIdentity):
+        return Identified(-1, "a server's certificate: a device needs a client's")
+    return Identified(identity.client)
+
+
+def serve(
+    experiment: Experiment | None, path: Path, host: Host, mode: Mode = "auto"
+) -> tuple[Path, dict[str, Any], Experiment]:
+    """Sample with the devices that connect -> the run directory, its summary, the resolved configuration.
+
+    Args:
+        experiment: the configuration; None: go on with the run in `path`. path: the run directory. host: where to
+            listen. mode: how much is shown.
+
+    Raises:
+        FedSampleError: whatever went wrong, in words. Interrupted: on Ctrl-C or SIGTERM.
+    """
+    from fedsample.session import Session
+
+    if experiment is None:
+        manager = Session.reopen(path, mode, opener=host.open)
+    else:
+        manager = Session.create(experiment, path, mode, opener=host.open)
+    with manager as session:
+        session.display = FleetProgress
+        session.command = f"fedsample server --listen {host.address} " + (
+            "--insecure" if host.certs is None else f"--certs {shlex.quote(str(host.certs))}"
+        )
+        return session.path, session.sample(), session.experiment

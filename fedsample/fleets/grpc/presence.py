@@ -1,0 +1,130 @@
+"""A device in a process of its own: its options, its state on the disk, its signals, and its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedsample.clients.holding import Held, Source
+from fedsample.clients.resident import Resident
+from fedsample.errors import Interrupted, RunDirectoryError
+from fedsample.experiment import reread
+from fedsample.fleets.grpc import fedsample_pb2 as pb
+from fedsample.fleets.grpc.address import check_insecure, parse_address
+from fedsample.fleets.grpc.attend import Attendant, Refused, Watching, prepare_threads
+from fedsample.fleets.grpc.credentials import client_credentials
+from fedsample.fleets.grpc.version import run_id
+from fedsample.monitor.fleet import device_display
+
+if TYPE_CHECKING:
+    from io import BufferedWriter
+
+
+class Presence(NamedTuple):
+    """What a device is started with.
+
+    Attributes:
+        address: of the server. certs: folder; None: plaintext. claimed: which client, in plaintext. state: folder for
+            all runs of all devices on this machine. device: where to compute. data, target, partition, partitions: see
+            `Source`. attempts: None: for ever. quiet: show nothing.
+    """
+
+    address: str
+    certs: Path | None
+    claimed: int
+    state: Path
+    device: str
+    data: str | None
+    target: str | None
+    partition: int | None
+    partitions: int | None
+    attempts: int | None
+    quiet: bool
+
+
+def take_part(presence: Presence) -> str:
+    """Serve until the run has ended -> the server's farewell.
+
+    Raises:
+        FedSampleError: if the server refuses, or the device's data or certificates cannot be used. Interrupted: on
+            Ctrl-C or SIGTERM.
+    """
+    from rich.console import Console
+
+    if presence.certs is None:
+        address, credentials = check_insecure(presence.address), None
+    else:
+        address, credentials = parse_address(presence.address), client_credentials(presence.certs)
+    watching = Watching(str(address))
+    folders: list[BufferedWriter] = []
+
+    def found(welcome: pb.Welcome) -> Resident:
+        if welcome.run != run_id(welcome.nonce, welcome.config):
+            raise Refused("the server's run does not belong to its configuration: it is not a fedsample server's")
+        experiment = reread(welcome.config)
+        place = experiment.fleet.model_copy(update={"device": presence.device})
+        experiment = experiment.model_copy(update={"fleet": place})
+        prepare_threads(experiment.fleet.threads or 1)
+        source = Source(presence.data, presence.target, presence.partition, presence.partitions)
+        held = Held(experiment, welcome.client, welcome.clients, source)
+        folder = presence.state / _name(welcome)
+        folders.append(_locked(folder))
+        return Resident(folder, welcome.run, experiment, welcome.client, welcome.clients, held)
+
+    attendant = Attendant(
+        str(address), credentials, presence.claimed, found, attempts=presence.attempts, watching=watching
+    )
+    try:
+        with device_display(watching, Console(stderr=True), quiet=presence.quiet):
+            return asyncio.run(_until_told(attendant))
+    finally:
+        attendant.close()
+        for lock in folders:
+            lock.close()
+
+
+async def _until_told(attendant: Attendant) -> str:
+    """Attend until the run ends, or a signal comes."""
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told.set)
+    attending, waiting = asyncio.create_task(attendant.attend()), asyncio.create_task(told.wait())
+    done, _ = await asyncio.wait({attending, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if attending in done:
+        waiting.cancel()
+        return attending.result()
+    attending.cancel()
+    await asyncio.gather(attending, return_exceptions=True)
+    raise Interrupted("stopped; start it again with the same options, and the run goes on")
+
+
+def _name(welcome: pb.Welcome) -> str:
+    """The folder of one run of one device: another client on this machine has another."""
+    return f"{welcome.run.hex()}-client-{welcome.client}"
+
+
+def _locked(folder: Path) -> BufferedWriter:
+    """Hold a device's folder for as long as the file is open.
+
+    Raises:
+        RunDirectoryError: if another process has it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "ab")
+    except OSError as error:
+        raise RunDirectoryError(f"{folder} cannot be used ({error.strerror}): choose another with --state") from error
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RunDirectoryError(
+            f"another process is this device already (it holds {folder}): end it first, or choose another --state"
+        ) from None
+    return lock
