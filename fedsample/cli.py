@@ -148,7 +148,7 @@ def simulate(
     With --app any Flower app runs in this process, as it is.
     """
     if folder is not None or clients is not None or run_config:
-        from fedsample.app_command import simulate_app
+        from fedsample.cli_app import simulate_app
 
         given: dict[str, object] = {"FILE": file, "--set": settings or None, "--out": out, "--preset": preset}
         given |= {"--device": device, "--seed": seed, "--rounds": rounds, "--resume": resume or None}
