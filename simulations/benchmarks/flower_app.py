@@ -3,8 +3,8 @@
     python simulations/benchmarks/flower_app.py [--out FILE] [--only overhead|cnn] [--clients 10 100] [--rounds 3]
 
 `overhead`: a quickstart app, a perceptron that all clients train and evaluate in each round, in Flower's simulation
-runtime and on our Grid. Both must end with the same parameters. The clients do next to nothing: what is left is what
-carrying messages costs. Starting Ray is not counted, nor is a first round.
+runtime and on our Grid; and the same with clients that give back what they get, where nothing is left but the cost of
+carrying messages. Both ways must end with the same parameters. Starting Ray is not counted, nor is a first round.
 
 `cnn`: the CNN of McMahan et al. (2017, arXiv 1602.05629), 1.66 M parameters, 100 clients of 500 images, 10 of
 them in a round, one local epoch with batches of 32. Each round on our Grid is followed by the same round as a plain
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ RTOL = 1e-5
 # --- against Flower's runtime -----------------------------------------------------------------------------------------
 
 
-def quickstart(rounds: int, found: dict[str, Any]) -> ServerApp:
+def quickstart(rounds: int, idle: bool, found: dict[str, Any]) -> ServerApp:
     """FedAvg with all clients in every round; leaves its parameters and its seconds a round in `found`."""
     app = ServerApp()
 
@@ -57,9 +57,10 @@ def quickstart(rounds: int, found: dict[str, Any]) -> ServerApp:
         clients = len(wait_for_nodes(grid))
         strategy = FedAvg(min_available_nodes=clients)
         first = ArrayRecord(started(perceptron()).state_dict())
-        strategy.start(grid, first, num_rounds=1)  # processes start, imports and data are made
+        configs = {name: ConfigRecord({"idle": idle}) for name in ("train_config", "evaluate_config")}
+        strategy.start(grid, first, num_rounds=1, **configs)  # processes start, imports and data are made
         start = time.perf_counter()
-        result = strategy.start(grid, first, num_rounds=rounds)
+        result = strategy.start(grid, first, num_rounds=rounds, **configs)
         found["seconds"] = (time.perf_counter() - start) / rounds
         found["arrays"] = result.arrays.to_numpy_ndarrays()
 
@@ -83,7 +84,7 @@ def in_flowers_runtime(app: ServerApp, clients: int) -> None:
     run_simulation(app, client_app, clients, backend_config=backend)
 
 
-def overhead(clients: int, rounds: int) -> dict[str, Any]:
+def overhead(clients: int, rounds: int, idle: bool) -> dict[str, Any]:
     """One row: seconds a round in Flower's runtime and on our Grid, with the same parameters at the end.
 
     Raises:
@@ -94,14 +95,14 @@ def overhead(clients: int, rounds: int) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in each of Ray's processes
     try:
-        in_flowers_runtime(quickstart(rounds, flower), clients)
-        run_flower(quickstart(rounds, ours), client_app, clients)
+        in_flowers_runtime(quickstart(rounds, idle, flower), clients)
+        run_flower(quickstart(rounds, idle, ours), client_app, clients)
     finally:
         torch.set_num_threads(threads)
     for got, want in zip(ours["arrays"], flower["arrays"], strict=True):
         np.testing.assert_allclose(got, want, rtol=RTOL, atol=1e-7)
     return {
-        "name": f"perceptron, {clients} clients, train and evaluate",
+        "name": f"{'idle' if idle else 'perceptron'}, {clients} clients, train and evaluate",
         "clients": clients,
         "rounds": rounds,
         "flower_seconds": round(flower["seconds"], 4),
@@ -199,7 +200,8 @@ def measure(
     log.setLevel(logging.ERROR)
     try:
         table = [cohort_round(cnn_rounds)] if only in (None, "cnn") else []
-        return [*(overhead(n, rounds) for n in clients if only in (None, "overhead")), *table]
+        sizes = [(n, idle) for n in clients for idle in (True, False)] if only in (None, "overhead") else []
+        return [*(overhead(n, rounds, idle) for n, idle in sizes), *table]
     finally:
         log.setLevel(level)
 

@@ -78,7 +78,10 @@ def job(context: Context) -> tuple[nn.Module, Rows, int]:
 
 @client_app.train()
 def local_epoch(message: Message, context: Context) -> Message:
-    """Train from the server's parameters."""
+    """Train from the server's parameters, or give them back where the server says `idle`."""
+    if message.content["config"].get("idle"):
+        content = RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})})
+        return Message(content, reply_to=message)
     model, data, client = job(context)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     loss = train(model, data, client, int(message.content["config"]["server-round"]))
@@ -89,7 +92,9 @@ def local_epoch(message: Message, context: Context) -> Message:
 
 @client_app.evaluate()
 def local_accuracy(message: Message, context: Context) -> Message:
-    """How well the server's parameters do here."""
+    """How well the server's parameters do here, or nothing where the server says `idle`."""
+    if message.content["config"].get("idle"):
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
     model, (inputs, labels), _ = job(context)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     with torch.no_grad():
