@@ -23,6 +23,7 @@ from fedsample.errors import (
 if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.experiment import Run, build_target, run
+    from fedsample.fleets.flower_grid import FlowerRun, run_flower
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "DivergenceError",
     "Experiment",
     "FedSampleError",
+    "FlowerRun",
     "Interrupted",
     "QuorumError",
     "Run",
@@ -41,13 +43,16 @@ __all__ = [
     "__version__",
     "build_target",
     "run",
+    "run_flower",
 ]
 
 _LAZY = {
     "Experiment": "fedsample.config",
+    "FlowerRun": "fedsample.fleets.flower_grid",
     "Run": "fedsample.experiment",
     "build_target": "fedsample.experiment",
     "run": "fedsample.experiment",
+    "run_flower": "fedsample.fleets.flower_grid",
 }
 
 

@@ -136,13 +136,29 @@ def simulate(
     rounds: Annotated[int | None, typer.Option(help="Short for --set rounds=...")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the final table.")] = False,
     as_json: Json = False,
+    folder: Annotated[Path | None, typer.Option("--app", help="Run the Flower app in this folder instead.")] = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="With --app: how many nodes; 10 by default.")] = None,
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", metavar="'KEY=VALUE ...'", help="With --app: as in `flwr run`.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Sample in one process: all clients here, messages counted as if sent.
 
     FILE is a configuration in TOML. Without it: the posterior of softmax regression on scikit-learn's digits, unevenly
     split over 10 clients. `fedsample config show --help` lists all settings and their environment variables.
+
+    With --app any Flower app runs in this process, as it is.
     """
+    if folder is not None or clients is not None or run_config:
+        from fedsample.cli_app import simulate_app
+
+        given: dict[str, object] = {"FILE": file, "--set": settings or None, "--out": out, "--preset": preset}
+        given |= {"--device": device, "--seed": seed, "--rounds": rounds, "--resume": resume or None}
+        given |= {"--dry-run": dry_run or None, "--json": as_json or None, "--replay": replay}
+        others = [name for name, value in given.items() if value is not None]
+        simulate_app(folder, clients, run_config or [], others, quiet=quiet)
+        return
     short = {"preset": preset, "seed": seed, "rounds": rounds, "fleet.device": device}
     overrides = [*(settings or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
     if resume:

@@ -62,13 +62,13 @@ class Roster:
             ClientError: the first, in client order, of those that failed.
         """
         client_of = {node: client for client, node in enumerate(self.nodes)}
-        found = {client_of[reply.metadata.src_node_id]: reply for reply in replies}
+        there = [reply for reply in replies if reply.has_content() or reply.error.code not in _ABSENT]
+        found = {client_of[reply.metadata.src_node_id]: reply for reply in there}  # the others come from the SuperLink
         answers = {}
         for client, reply in sorted(found.items()):
-            if reply.has_content():
-                answers[client] = parcel_of(reply.content, f"the answer of client {client}")
-            elif reply.error.code not in _ABSENT:
+            if reply.has_error():
                 raise _failed(reply, client, round)
+            answers[client] = parcel_of(reply.content, f"the answer of client {client}")
         return answers
 
     def broadcast(self, kind: str, contents: Sequence[Parcel]) -> list[Parcel]:

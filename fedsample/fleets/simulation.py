@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedsample.errors import ConfigError, FedSampleError
+from fedsample.fleets.flower_grid.adapter import identity
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -32,7 +33,6 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and warns about until then
 }
-_alone = threading.Lock()  # Flower's task identity is one for the process
 
 
 @contextmanager
@@ -58,17 +58,12 @@ def simulation(app: ClientApp, nodes: int, *, gpu: bool = False) -> Iterator[Gri
             "fleet.name = 'flower' runs in Flower's simulation runtime, which needs Ray: pip install 'fedsample[ray]', "
             "or set fleet.name = 'local'"
         )
-    if not _alone.acquire(blocking=False):
-        raise ConfigError("a Flower simulation is running in this process: wait for its end, or use another process")
-    try:
-        with _environment(), _quiet():
-            host = _Host(app, nodes, gpu)
-            try:
-                yield host.grid()
-            finally:
-                host.end()
-    finally:
-        _alone.release()
+    with identity(None), _environment(), _quiet():
+        host = _Host(app, nodes, gpu)
+        try:
+            yield host.grid()
+        finally:
+            host.end()
 
 
 class _Host:

@@ -6,8 +6,7 @@ ids, and replies come back in reverse order. What Flower keeps to itself (serial
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import Context, Message, RecordDict
@@ -15,7 +14,6 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedsample.fleets.records import parcel_of
 
@@ -97,14 +95,3 @@ class LoopbackGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         raise NotImplementedError
-
-
-@contextmanager
-def identity() -> Iterator[None]:
-    """A task identity, without which Flower makes no message; it is process-wide, so the old one is put back."""
-    before = TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id
-    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
-    try:
-        yield
-    finally:
-        TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id = before

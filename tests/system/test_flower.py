@@ -24,7 +24,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
-from loopback import LoopbackGrid, identity
+from loopback import LoopbackGrid
 from torch import Tensor
 
 import fedsample
@@ -40,6 +40,7 @@ from fedsample.exchange import Fleet, Request, Traffic
 from fedsample.experiment import of_run_config
 from fedsample.fleets import simulation
 from fedsample.fleets.flower import FlowerFleet, fleet_on
+from fedsample.fleets.flower_grid.adapter import identity
 from fedsample.fleets.local import LocalFleet
 from fedsample.links import links
 from fedsample.monitor.draws import load_draws
@@ -59,7 +60,7 @@ SMALL += ["chains=3", "monitor.every=7"]
 
 @pytest.fixture(autouse=True)
 def _identity() -> Iterator[None]:
-    with identity():
+    with identity(1):
         yield
 
 
@@ -479,7 +480,7 @@ def test_without_ray_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch
 
 def test_one_simulation_at_a_time() -> None:
     with (
-        simulation._alone,
+        identity(None),
         pytest.raises(ConfigError, match="a Flower simulation is running in this process"),
         simulation.simulation(client_app(experiment_of()), 1),
     ):

@@ -1,0 +1,339 @@
+"""All of Flower that is not public API, in one place: what changes when Flower moves is here and nowhere else.
+
+Metadata and message ids, the identity of the running task, error codes and their reasons, `Run`, the grammar of
+`--run-config`, and what Flower's sampling waits for. The rest of fedsample uses `flwr.app`, `flwr.serverapp` and
+`flwr.clientapp` as documented.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+import click
+import flwr
+from flwr.app import Array, ArrayRecord, Context, Error, Message, Metadata, RecordDict
+
+from fedsample.errors import ConfigError, DataError
+from fedsample.fleets.flower_grid import versions
+
+versions.check(flwr.__version__)
+try:
+    from flwr.app.message import make_message
+    from flwr.clientapp.client_app import LoadClientAppError
+    from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
+    from flwr.common.constant import MESSAGE_TTL_TOLERANCE, NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode
+    from flwr.common.constant import SUPERLINK_NODE_ID as SERVER
+    from flwr.common.serde import message_from_proto, message_to_proto
+    from flwr.proto.message_pb2 import Message as MessageProto
+    from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
+    from flwr.supercore.run import Run, RunNotRunningException
+    from flwr.supercore.task_identity import TaskIdentity
+except ImportError as error:
+    raise ConfigError(
+        f"flwr {flwr.__version__} has moved something that fedsample needs ({error}); pip install 'flwr==1.41.0'"
+    ) from error
+
+__all__ = ["NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "SERVER", "Run", "RunNotRunningException"]
+
+Value = bool | float | int | str  # what Flower's configurations hold
+_TASK = 1  # every ServerApp's; there is one a run
+
+
+# --- who is running ---------------------------------------------------------------------------------------------------
+
+_FIELDS = ("_run_id", "_task_id", "_node_id")  # those without an underscore cannot be read before they are set
+_guard = threading.Lock()
+_running: list[int | None] = []  # runs under way, oldest first; None: in Flower's own runtime
+_before: tuple[int | None, ...] = (None, None, None)
+
+
+@contextmanager
+def identity(run_id: int | None) -> Iterator[None]:
+    """For as long as it lasts, `Message(...)` can be made in the name of a run's ServerApp.
+
+    Flower keeps the identity in one place for the whole process. Runs of ours may share it, since `outgoing` puts each
+    message's own run in its place. Flower's own runtime (`run_id` None) sets it and trusts it, so there is one of those
+    at a time and the others leave the identity to it. What was there at first is put back when the last run ends.
+
+    Raises:
+        ConfigError: if Flower's own runtime would run twice.
+    """
+    global _before
+    with _guard:
+        if run_id is None and None in _running:
+            raise ConfigError(
+                "a Flower simulation is running in this process: wait for its end, or use another process"
+            )
+        if not _running:
+            _before = tuple(getattr(TaskIdentity, name) for name in _FIELDS)
+        _running.append(run_id)
+        _become()
+    try:
+        yield
+    finally:
+        with _guard:
+            _running.remove(run_id)
+            if _running:
+                _become()
+            else:
+                for name, value in zip(_FIELDS, _before, strict=True):
+                    setattr(TaskIdentity, name, value)
+
+
+def _become() -> None:
+    """Take the identity of the youngest run, unless Flower's runtime holds it."""
+    youngest = _running[-1]
+    if youngest is not None and None not in _running:
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = youngest, _TASK, SERVER
+
+
+def empty_run(run_id: int) -> Run:
+    """A run as `Grid.run` shows it."""
+    run = Run.create_empty(run_id)
+    run.primary_task_id = _TASK
+    return run
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def outgoing(message: Message, run_id: int, message_id: str) -> Message:
+    """What a node receives when the ServerApp sends this message, which gets its id, as in Flower.
+
+    Raises:
+        ValueError: if it is no message to be sent: a reply, or one that lives no time.
+    """
+    metadata = message.metadata
+    metadata.__dict__.update(_message_id=message_id, _run_id=run_id, _src_node_id=SERVER, _src_task_id=_TASK)
+    if metadata.reply_to_message_id != "" or metadata.ttl <= 0:
+        raise ValueError(f"Invalid message: {message}")
+    return copied(message)
+
+
+def incoming(reply: Message, message_id: str) -> Message:
+    """What the ServerApp receives when a node sends this reply."""
+    reply.metadata.__dict__["_message_id"] = message_id
+    return copied(reply)
+
+
+def copied(message: Message) -> Message:
+    """The same message, of which nothing that can be changed is shared."""
+    metadata = _copied_metadata(message)
+    if message.has_error():
+        return make_message(metadata=metadata, error=Error(message.error.code, message.error.reason))
+    return make_message(metadata=metadata, content=copied_records(message.content))
+
+
+def envelope(message: Message) -> Message:
+    """The same message without content: what a reply is checked against, whatever the app does to what it is given."""
+    return make_message(metadata=_copied_metadata(message), content=RecordDict())
+
+
+def _copied_metadata(message: Message) -> Metadata:
+    twin = Metadata.__new__(Metadata)
+    twin.__dict__.update(message.metadata.__dict__)
+    return twin
+
+
+def copied_records(records: RecordDict) -> RecordDict:
+    """Other records with the same values; of an array's bytes, which nobody can change, there is still one copy."""
+    fresh = records.copy()
+    for name, record in records.items():
+        twin = record.copy()
+        if isinstance(twin, ArrayRecord):
+            for key, array in twin.items():
+                twin[key] = _copied_array(array)
+        else:
+            lists = {key: list(value) for key, value in twin.items() if isinstance(value, list)}
+            twin.update(lists)  # type: ignore[arg-type]  # of the kind that was there
+        fresh[name] = twin
+    return fresh
+
+
+def _copied_array(array: Array) -> Array:
+    twin = Array.__new__(type(array))
+    data = array.data if isinstance(array.data, bytes) else bytes(array.data)
+    twin.__dict__.update(dtype=array.dtype, shape=tuple(array.shape), stype=array.stype, data=data)
+    return twin
+
+
+def copied_context(context: Context) -> Context:
+    """Another context with the same values."""
+    twin = copy.copy(context)
+    twin.node_config, twin.run_config = dict(context.node_config), dict(context.run_config)
+    twin.state = copied_records(context.state)
+    return twin
+
+
+def packed(message: Message) -> bytes:
+    """A message as Flower writes it, for carriers that leave the process."""
+    return bytes(message_to_proto(message).SerializeToString())
+
+
+def unpacked(data: bytes) -> Message:
+    """Back from `packed`.
+
+    Raises:
+        DataError: if these bytes are no message.
+    """
+    try:
+        return message_from_proto(MessageProto.FromString(data))
+    except Exception as error:  # protobuf's own, which is none of Python's
+        raise DataError(
+            f"{len(data)} bytes that are no message of Flower's ({error}): is the other side of the same version?"
+        ) from error
+
+
+def mark_delivered(message: Message, now: float) -> None:
+    """Note when a message reached the other side."""
+    message.metadata.delivered_at = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now))
+
+
+def mismatch(message: Message, reply: object) -> str | None:
+    """Why something is no reply to a message; None: it is one."""
+    if not isinstance(reply, Message):
+        return f"the ClientApp returned {type(reply).__name__}, expected a Message that replies to what it was given"
+    got, sent = reply.metadata, message.metadata
+    if got.reply_to_message_id != sent.message_id or got.run_id != sent.run_id or got.src_node_id != sent.dst_node_id:
+        return (
+            f"the ClientApp's Message replies to message {got.reply_to_message_id!r} of run {got.run_id}, expected "
+            f"{sent.message_id!r} of run {sent.run_id}: make it with Message(content, reply_to=message)"
+        )
+    if reply.has_content() == reply.has_error():
+        return "the ClientApp's Message holds neither content nor an error"
+    if got.created_at + got.ttl - sent.created_at - sent.ttl > MESSAGE_TTL_TOLERANCE:
+        return f"the ClientApp's Message lives {got.ttl:g} s, longer than what it replies to"
+    return None
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def raised(message: Message, error: BaseException) -> Message:
+    """Flower's reply when a ClientApp raises."""
+    if isinstance(error, LoadClientAppError):
+        reason = "An exception was raised when attempting to load `ClientApp`"
+        return _error_reply(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, reason)
+    try:
+        text = str(error)
+    except Exception:  # an exception that cannot be printed is still one
+        text = "no message"
+    return _error_reply(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error)}:<'{text}'>")
+
+
+def no_reply(message: Message, reason: str) -> Message:
+    """The reply for a ClientApp that gives none, or one to something else."""
+    return _error_reply(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+
+
+def _error_reply(message: Message, code: int, reason: str) -> Message:
+    left = max(message.metadata.created_at + message.metadata.ttl - time.time(), 0.001)
+    return Message(Error(code, reason), reply_to=message, ttl=left)
+
+
+@cache
+def _reasons() -> dict[str, tuple[int, str]]:
+    """Code and reason of what Flower's SuperLink says in a node's place."""
+    from flwr.server.superlink.linkstate import utils  # loads a database: late
+
+    return {
+        "message": (ErrorCode.MESSAGE_UNAVAILABLE, utils.MESSAGE_UNAVAILABLE_ERROR_REASON),
+        "reply": (ErrorCode.REPLY_MESSAGE_UNAVAILABLE, utils.REPLY_MESSAGE_UNAVAILABLE_ERROR_REASON),
+        "node": (ErrorCode.NODE_UNAVAILABLE, utils.NODE_UNAVAILABLE_ERROR_REASON),
+    }
+
+
+def unavailable(what: str, run_id: int, message_id: str, sent: Metadata | None = None) -> Message:
+    """The SuperLink's reply in a node's place.
+
+    Args:
+        what: "message": expired, or never sent. "reply": it came and has expired. "node": it is gone.
+        run_id: of the grid. message_id: of what was asked. sent: its metadata, where they are known.
+    """
+    code, reason = _reasons()[what]
+    metadata = Metadata(
+        run_id=run_id,
+        message_id=f"{message_id}-{what}",
+        src_node_id=SERVER,
+        dst_node_id=SERVER,
+        reply_to_message_id=message_id,
+        group_id="" if sent is None else sent.group_id,
+        created_at=time.time(),
+        ttl=0 if sent is None else max(sent.created_at + sent.ttl - time.time(), 0),
+        message_type=SYSTEM_MESSAGE_TYPE if sent is None else sent.message_type,
+    )
+    metadata.delivered_at = ""
+    return make_message(metadata=metadata, error=Error(code, reason))
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # as in Flower's own parser, which drops what is no pair
+
+
+def flat(config: Mapping[str, object], what: str) -> dict[str, Value]:
+    """Nested tables as dotted keys.
+
+    Raises:
+        ConfigError: if a value is no bool, int, float or str.
+    """
+    try:
+        return dict(flatten_dict(dict(config)))
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
+def overridden(config: dict[str, Value], overrides: Sequence[str]) -> dict[str, Value]:
+    """A run configuration with what `--run-config` says: 'key=value ...', or one TOML file.
+
+    Raises:
+        ConfigError: if it cannot be read, or names a key that the app does not have.
+    """
+    for line in overrides:
+        rest = "" if line.endswith(".toml") else _PAIR.sub("", line).strip()
+        if rest:
+            raise ConfigError(
+                f"--run-config {line!r}: {rest!r} is no key=value; text wants quotes, as in key='some text'"
+            )
+    try:
+        parsed = parse_config_args(list(overrides))
+    except (click.ClickException, ValueError, OSError) as error:
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        raise ConfigError(f"--run-config {' '.join(overrides)!r}: {text}") from error
+    try:
+        return dict(fuse_dicts(dict(config), parsed))
+    except ValueError:
+        unknown = sorted(parsed.keys() - config.keys())
+        known = ", ".join(sorted(config)) or "none"
+        raise ConfigError(
+            f"--run-config sets {', '.join(unknown)}, and the app has no such key in [tool.flwr.app.config]; it has: "
+            f"{known}"
+        ) from None
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def awaited_nodes() -> int:
+    """How many nodes Flower's sampling waits for, where `get_node_ids` is called by it; else 0.
+
+    Flower looks again every second, or for a day, until there are that many.
+    """
+    frame = sys._getframe(2)
+    for _ in range(3):
+        if frame.f_code.co_name == "sample_nodes":  # flwr.serverapp.strategy
+            return int(frame.f_locals.get("min_available_nodes", 0))
+        if frame.f_code.co_name == "wrapped_method":  # the client manager of strategies from before flwr.serverapp
+            kwargs = frame.f_locals.get("kwargs", {})
+            return max(int(kwargs.get(name) or 0) for name in ("num_clients", "min_num_clients"))
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return 0

@@ -1,0 +1,172 @@
+"""Nodes in this process: ClientApps that run in a few threads, each node with a context of its own.
+
+Messages are handed over as objects, never as bytes. What is handed over is a copy whose arrays share their bytes,
+which nobody can change; so no client sees what another, or the server, does to its records.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedsample.fleets.flower_grid.adapter import Value
+from fedsample.fleets.flower_grid.answer import Stopped, answer
+
+_GRACE = 0.5  # seconds that ClientApps have to end when their run does
+_log = logging.getLogger("flwr")
+
+
+class _Job(NamedTuple):
+    """A message for a node, and who wants the reply."""
+
+    message: Message
+    deliver: Callable[[Message], None]
+
+
+class _Node:
+    """A client: its configuration, its contexts by run, and the messages that wait for their turn."""
+
+    def __init__(self, config: Mapping[str, Value]) -> None:
+        self.config = config
+        self.contexts: dict[int, Context] = {}
+        self.jobs: deque[_Job] = deque()
+        self.busy = False  # with a job, or in line for a thread
+
+
+class InProcess:
+    """A carrier to ClientApps in this process.
+
+    A node takes its messages one by one, in order. With one worker so do all nodes, and whatever the app draws from
+    global generators comes in the same order in every run. A ClientApp that does not return keeps its thread and its
+    node; once nobody waits for it any longer, another thread takes its place for the other nodes.
+
+    Args:
+        app: what every node runs. node_configs: what each node's context says of it, `partition-id` and
+            `num-partitions` among it; the order of clients. run_config: of every context. workers: threads, >= 1.
+    """
+
+    fixed = True
+
+    def __init__(
+        self,
+        app: ClientApp,
+        node_configs: Sequence[Mapping[str, Value]],
+        run_config: Mapping[str, Value],
+        workers: int = 1,
+    ) -> None:
+        """No thread is started before there is something to do."""
+        self._app, self._run_config, self._workers = app, run_config, workers
+        self._nodes = {node_id(place): _Node(config) for place, config in enumerate(node_configs)}
+        self._order = list(self._nodes)
+        self._lock = threading.Lock()
+        self._line: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # nodes with something to do; None: end
+        self._threads = 0
+        self._working: dict[str, int] = {}  # messages that are handled and waited for, and their nodes
+        self._busy: dict[threading.Thread, int] = {}  # threads that run a ClientApp, and their nodes
+        self._closed = False
+
+    def nodes(self) -> Sequence[int]:
+        """Ids of all nodes, in the order of clients."""
+        return self._order
+
+    def context(self, node: int, run_id: int) -> Context:
+        """What a node remembers of a run."""
+        found = self._nodes[node]
+        if run_id not in found.contexts:
+            found.contexts[run_id] = Context(run_id, node, dict(found.config), RecordDict(), dict(self._run_config))
+        return found.contexts[run_id]
+
+    def carry(self, message: Message, deliver: Callable[[Message], None]) -> None:
+        """Put a message in its node's line."""
+        place = message.metadata.dst_node_id
+        node = self._nodes[place]
+        with self._lock:
+            node.jobs.append(_Job(message, deliver))
+            if node.busy:
+                return
+            node.busy = True
+            if self._threads < self._workers:
+                self._start_thread()
+        self._line.put(place)
+
+    def give_up(self, message_id: str) -> None:
+        """Another thread for the one that is busy with this message, if one is."""
+        with self._lock:
+            place = self._working.pop(message_id, None)
+            if place is None or self._closed:
+                return
+            config = self._nodes[place].config
+            _log.warning("ClientApp of partition %s has not returned; going on without it", config["partition-id"])
+            self._start_thread()
+
+    def close(self) -> None:
+        """End the threads; what waits in line is dropped, and a ClientApp that has not returned is stopped.
+
+        One that computes on would end the process badly: Python takes its interpreter away under a running thread.
+        """
+        with self._lock:
+            self._closed = True
+            for node in self._nodes.values():
+                node.jobs.clear()
+            for _ in range(self._threads):
+                self._line.put(None)
+            busy = dict(self._busy)
+        for thread in busy:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
+        deadline = time.monotonic() + _GRACE
+        for thread, place in busy.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                partition = self._nodes[place].config["partition-id"]
+                _log.warning("The run is over, and the ClientApp of partition %s has not returned", partition)
+
+    # --- threads -------------------------------------------------------------------------------------------------
+
+    def _start_thread(self) -> None:
+        """One more; daemons, so that an app that does not return cannot keep the process from ending."""
+        self._threads += 1
+        threading.Thread(target=self._work, name=f"client-{self._threads}", daemon=True).start()
+
+    def _work(self) -> None:
+        """Handle one message of the next node in line, again and again."""
+        try:
+            while (place := self._line.get()) is not None and self._handle_next(place):
+                pass
+        except Stopped:
+            return
+
+    def _handle_next(self, place: int) -> bool:
+        """Handle a node's next message; whether this thread is still wanted."""
+        node, thread = self._nodes[place], threading.current_thread()
+        with self._lock:
+            if self._closed or not node.jobs:
+                node.busy = False
+                return True
+            job = node.jobs.popleft()
+            message_id, run_id = job.message.metadata.message_id, job.message.metadata.run_id
+            self._working[message_id] = self._busy[thread] = place
+        reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
+        job.deliver(reply)
+        with self._lock:
+            del self._busy[thread]
+            replaced = self._working.pop(message_id, None) is None
+            self._threads -= replaced
+            more = node.busy = bool(node.jobs)
+        if more:
+            self._line.put(place)
+        return not replaced
+
+
+def node_id(place: int) -> int:
+    """A node's id: 64 bits that say nothing, as in Flower, but the same in every run."""
+    return int.from_bytes(hashlib.blake2b(f"fedsample node {place}".encode(), digest_size=8).digest(), "little")

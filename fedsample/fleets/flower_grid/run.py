@@ -1,0 +1,106 @@
+"""`run_flower`: a ServerApp and its ClientApps in this process, from start to end."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedsample.errors import ConfigError
+from fedsample.fleets.flower_grid import adapter
+from fedsample.fleets.flower_grid.adapter import Value
+from fedsample.fleets.flower_grid.grid import CarrierGrid
+from fedsample.fleets.flower_grid.in_process import InProcess
+
+NodeConfig = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """What is left when a ServerApp has returned.
+
+    Attributes:
+        context: the ServerApp's; what it keeps of a run lies in `context.state`. clients: the nodes' contexts, by
+            partition. answered: replies with content. failed: replies with an error. seconds: from start to end.
+    """
+
+    context: Context
+    clients: list[Context]
+    answered: int
+    failed: int
+    seconds: float
+
+
+def run_flower(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    num_clients: int,
+    run_config: Mapping[str, object] | None = None,
+    node_config: NodeConfig | Sequence[NodeConfig] | None = None,
+    *,
+    workers: int = 1,
+) -> FlowerRun:
+    """Run a Flower app, as it is, on nodes in this process: no Ray, no SuperLink, no waiting between rounds.
+
+    The ServerApp runs in the caller's thread, the ClientApps in `workers` others. With one worker clients take turns in
+    the order of partitions, and replies are handed over in that order with any number. Several runs may go on at once.
+
+    Args:
+        server_app: any. client_app: any. num_clients: nodes, each with `partition-id` and `num-partitions` in its
+            node configuration. run_config: of all contexts; nested tables become dotted keys. node_config: what else
+            the nodes' configurations hold, the same for all or one for each. workers: ClientApps at a time.
+
+    Returns:
+        The contexts at the end, and what was sent.
+
+    Raises:
+        ConfigError: if an argument cannot be meant, or Flower's own simulation is running in this process. QuorumError:
+            if a strategy waits for more nodes than there are. Whatever the ServerApp raises.
+    """
+    for what, value, kind in (("server_app", server_app, ServerApp), ("client_app", client_app, ClientApp)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{what} is of type {type(value).__name__}, expected a flwr {kind.__name__}")
+    for what, number in (("num_clients", num_clients), ("workers", workers)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ConfigError(f"{what} = {number!r}, expected a number from 1 up")
+    config = adapter.flat(run_config or {}, "run_config")
+    run_id = secrets.randbits(63) | 1
+    nodes = InProcess(client_app, _node_configs(node_config, num_clients), config, workers)
+    grid = CarrierGrid(nodes, run_id)
+    context = Context(run_id, adapter.SERVER, {}, RecordDict(), dict(config))
+    start = time.perf_counter()
+    with adapter.identity(run_id):
+        try:
+            server_app(grid, context)
+        finally:
+            grid.close()
+    clients = [nodes.context(node, run_id) for node in nodes.nodes()]
+    return FlowerRun(context, clients, grid.answered, grid.failed, time.perf_counter() - start)
+
+
+def _node_configs(given: NodeConfig | Sequence[NodeConfig] | None, n: int) -> list[dict[str, Value]]:
+    """The configuration of each node.
+
+    Raises:
+        ConfigError: if there is not one for each, or one says otherwise which partition it is.
+    """
+    each: Sequence[NodeConfig] = [given or {}] * n if given is None or isinstance(given, Mapping) else given
+    if len(each) != n:
+        raise ConfigError(f"node_config holds {len(each)} configurations, expected {n}: one a client, or one for all")
+    configs = []
+    for place, config in enumerate(each):
+        own: dict[str, Value] = {adapter.PARTITION_ID_KEY: place, adapter.NUM_PARTITIONS_KEY: n}
+        said = adapter.flat(config, f"node_config of client {place}")
+        clash = sorted(key for key in own.keys() & said.keys() if own[key] != said[key])
+        if clash:
+            raise ConfigError(
+                f"node_config of client {place} sets {', '.join(clash)} to {said[clash[0]]!r}, expected "
+                f"{own[clash[0]]!r}: leave it out, clients are numbered in order"
+            )
+        configs.append(said | own)
+    return configs

@@ -1,0 +1,29 @@
+"""Which versions of Flower the adapter is written for; loads nothing of it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from fedsample.errors import ConfigError
+
+OLDEST = (1, 41)  # the first that is supported
+NEWEST = (1, 43)  # the first that is not, as in pyproject.toml
+UNCHECKED = "FLOWER_VERSION_UNCHECKED"  # set to 1, it lets any version in: for trying the contract tests on a new one
+
+
+def check(version: str) -> None:
+    """Refuse a version of Flower that the adapter is not written for.
+
+    Raises:
+        ConfigError: with the range and how to get there.
+    """
+    if os.environ.get(UNCHECKED) == "1":
+        return
+    digits = re.match(r"(\d+)\.(\d+)", version)
+    if digits is None or not OLDEST <= (int(digits[1]), int(digits[2])) < NEWEST:
+        oldest, newest = (".".join(map(str, each)) for each in (OLDEST, NEWEST))
+        raise ConfigError(
+            f"flwr {version} is installed, and fedsample uses parts of Flower that change between versions: it knows "
+            f"{oldest} up to, not including, {newest}; pip install 'flwr>={oldest},<{newest}'"
+        )
