@@ -37,6 +37,7 @@ from fedsample.targets.minibatch import draw_rows
 
 _CHUNK = 1 << 25  # array entries that the rows of one call may take
 _MERGE = 1 << 22  # below this many a call is mostly dispatch, and clients are computed together
+_ALONE = 1 << 18  # from this many on a client is computed alone: its convolutions take longer among others
 _PADDING = 1.5  # rows with padding against rows without, for clients computed together
 
 
@@ -168,13 +169,17 @@ class ModuleClients(Clients):
         for at in sorted((at for at, size in enumerate(sizes) if size), key=sizes.__getitem__):
             padded = sizes[at] * (len(run) + 1)
             full = chains * (padded * self._cost + entries + burden[at]) > _MERGE
-            if run and (full or padded > _PADDING * (rows + sizes[at])):
+            if run and (full or padded > _PADDING * (rows + sizes[at]) or self._is_large(sizes[at])):
                 yield run
                 run, rows, entries = [], 0, 0
             run.append(at)
             rows, entries = rows + sizes[at], entries + burden[at]
         if run:
             yield run
+
+    def _is_large(self, rows: int) -> bool:
+        """Whether so many rows of one client and chain are worth a call of their own."""
+        return rows * self._cost >= _ALONE
 
     def _passes(self, clients: list[int], chains: int) -> Iterator[tuple[list[int], _Rows]]:
         """All rows of the clients, in pieces: positions in the list, and their rows."""
@@ -219,8 +224,20 @@ class ModuleClients(Clients):
         else:
             passes = self._minibatches(chosen, keys, batch_size, len(theta))
         for run, rows in passes:
-            result[run] += self._each(grad(self._loss), (theta,), rows)
+            if len(run) == 1 and self._is_large(rows.y.shape[-1]):
+                self._add_alone(result[run[0]], theta, rows)
+            else:
+                result[run] += self._each(grad(self._loss), (theta,), rows)
         return result
+
+    def _add_alone(self, result: Tensor, theta: Tensor, rows: _Rows) -> None:
+        """Add one client's gradients (C, d) chain by chain, by plain reverse mode: what `vmap` makes of it is slower."""
+        for c, point in enumerate(theta):
+            mine = (each[0, c] if rows.y.ndim == 3 else each[0] for each in rows)
+            with torch.enable_grad():
+                leaf = point.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(self._loss(leaf, *mine), leaf)
+            result[c] += gradient
 
     def _minibatches(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[tuple[list[int], _Rows]]:
         """Rows drawn for each client and chain, in pieces."""
