@@ -166,7 +166,12 @@ class FleetConfig(Section):
     """Where clients run, and how they fail."""
 
     name: Literal["local", "flower"] = setting("local", "one process, or Flower's runtime")
-    engine: Literal["batched", "by-client"] = setting("batched", "all clients at once, or one by one")
+    engine: Literal["auto", "batched", "stacked", "compiled", "by-client"] = setting(
+        "auto",
+        "clients all at once, in runs that fit the cache, by C++ compiled here, or one by one as on devices; auto: by "
+        "the shapes",
+    )
+    tune: bool = setting(False, "whether a stopwatch chooses the engine where it is auto; it may choose differently")
     participation: Count | Share = setting(
         1.0, "0.6: each client takes part with that probability; 6: six drawn each round; 1.0: all of them"
     )

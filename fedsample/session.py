@@ -25,6 +25,7 @@ from fedsample.config import Experiment, ScheduleConfig, dump_toml
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.exchange import Fleet, Request, Traffic
 from fedsample.experiment import Mode, digest, reread
+from fedsample.fleets.engines import choose_engine
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
 from fedsample.links import links, refresh_of
@@ -176,7 +177,9 @@ class Session:
     def _fleet(self, problem: Problem, progress: Progress) -> Fleet:
         """The clients, in this process or in Flower's simulation runtime, which lasts as long as the session."""
         if self.experiment.fleet.name == "local":
-            return build_fleet(self.experiment, problem)
+            fleet = build_fleet(self.experiment, problem, strict=self._resumed)
+            self.experiment = _with(self.experiment, fleet={"engine": fleet.engine})
+            return fleet
         from fedsample.fleets.simulation import simulated_fleet
 
         with progress.stage(f"starting {problem.clients.n} Flower nodes"):
@@ -390,19 +393,27 @@ class Chain:
         return (traffic.up + self._setup.up) // 8
 
 
-def build_fleet(experiment: Experiment, problem: Problem) -> LocalFleet:
-    """The simulated federation of an experiment."""
+def build_fleet(experiment: Experiment, problem: Problem, *, strict: bool = False) -> LocalFleet:
+    """The simulated federation of an experiment; `strict` as for `choose_engine`."""
     section = experiment.fleet
     clients = problem.clients
     faults = Faults(clients.n, experiment.seed, section.loss, section.dropout, section.dropout_rounds)
     uplink, downlink = links(experiment, problem)
+    engine = choose_engine(
+        clients,
+        section.engine,
+        chains=experiment.chains,
+        batch_size=experiment.batch_size,
+        tune=section.tune,
+        strict=strict,
+    )
     return LocalFleet(
         clients,
         uplink,
         experiment.seed,
         experiment.chains,
         batch_size=experiment.batch_size,
-        engine=section.engine,
+        engine=engine,
         faults=faults,
         downlink=downlink,
     )

@@ -81,7 +81,7 @@ class Marina(Uplink):
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:
         """The last estimate plus the scaled sum of differences, or the sum of dense gradients."""
-        estimate = state["estimate"] + total / inclusion
+        estimate = state["estimate"] + (total if inclusion == 1 else total / inclusion)
         if sync is not None:
             estimate = torch.where(sync.unsqueeze(-1), total.to(estimate.dtype), estimate)
         return estimate, {"estimate": estimate}

@@ -457,8 +457,18 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 
 def test_public_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fedsample.__all__ == [
-        *["ClientError", "ConfigError", "DataError", "DivergenceError", "Experiment", "FedSampleError", "Interrupted"],
-        *["QuorumError", "Run", "RunDirectoryError", "UnsoundError", "__version__", "build_target", "run"],
+        *["ClientError", "CompileError", "ConfigError", "DataError", "DivergenceError", "Experiment"],
+        *[
+            "FedSampleError",
+            "Interrupted",
+            "QuorumError",
+            "Run",
+            "RunDirectoryError",
+            "UnsoundError",
+            "__version__",
+            "build_target",
+            "run",
+        ],
     ]
     engine = types.ModuleType("fedsample.experiment")
     for name in ("Run", "build_target", "run"):
