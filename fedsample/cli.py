@@ -26,6 +26,8 @@ import click
 import typer
 from typer.core import TyperCommand
 
+from fedsample.cli_certs import certs_app
+from fedsample.cli_doctor import doctor_app
 from fedsample.errors import ConfigError, FedSampleError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Write, show and check configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(certs_app, name="certs")
+app.add_typer(doctor_app, name="doctor")
 
 
 class _WithKeys(TyperCommand):

@@ -80,8 +80,17 @@ class DataConfig(Section):
     test_fraction: Annotated[Risk | None, BeforeValidator(Word("auto"))] = setting(
         None, "share of rows held out; auto: the fixed rule of a built-in set, 0 for npz, else 0.2"
     )
+    holdout: Literal["pooled", "keyed"] = setting(
+        "pooled", "how they are drawn: from all rows, or from each client's own by its key, as devices with files do"
+    )
     standardize: Annotated[bool | None, BeforeValidator(Word("auto"))] = setting(
         None, "scale columns to mean 0, variance 1; auto: as a built-in set documents, not for npz, else yes"
+    )
+    features: Annotated[list[str] | None, BeforeValidator(Word("auto"))] = setting(
+        None, "names of the columns in the order to use; auto: as the file, or the first client, has them"
+    )
+    labels: Annotated[list[int | str] | None, BeforeValidator(Word("auto"))] = setting(
+        None, "all labels that may occur, in any order; auto: those that do"
     )
 
 
@@ -353,6 +362,10 @@ def _contradictions(e: Experiment) -> Iterator[_Problem]:
         for key in ("target", "client_column"):
             if getattr(data, key) is not None:
                 yield _Problem(f"data.{key}", f'only csv and parquet have it; drop it for data.kind = "{data.kind}"')
+    if data.features is not None and data.kind in ("npz", "quadratic"):
+        yield _Problem("data.features", f'its columns have no names; drop it for data.kind = "{data.kind}"')
+    if data.labels is not None and data.kind == "quadratic":
+        yield _Problem("data.labels", 'there is nothing to predict; drop it for data.kind = "quadratic"')
     if (data.kind == "quadratic") != (model.name == "quadratic"):
         advice = "drop model.name" if data.kind == "quadratic" else 'it needs data.kind = "quadratic"'
         yield _Problem("model.name", f'got "{model.name}" with data.kind = "{data.kind}"; {advice}')

@@ -31,6 +31,14 @@ class RunDirectoryError(FedSampleError):
     """A run directory that cannot be written, is not empty, or belongs to another configuration."""
 
 
+class AddressError(ConfigError):
+    """An address that cannot be meant, or one on which plaintext is refused."""
+
+
+class CertificateError(FedSampleError):
+    """A key, certificate or request that cannot be used: missing, expired, of the wrong role, readable by others."""
+
+
 class DivergenceError(FedSampleError):
     """A chain left every bounded region: the step is too large for the curvature that it met."""
 

@@ -126,22 +126,10 @@ def check(experiment: Experiment) -> None:
     """
     build_uplink(experiment)
     build_downlink(experiment)
-    if experiment.fleet.name == "flower":
-        for key, value in (("downlink.name", experiment.downlink.name), *_moving(experiment)):
-            if value != "dense":
-                raise ConfigError(
-                    f'{key} = "{value}" is not carried by Flower\'s messages in this version; use fleet "local"'
-                )
     if experiment.fleet.name == "flower" and (experiment.fleet.loss or experiment.fleet.dropout):
         raise ConfigError(
             'fleet.loss and fleet.dropout simulate faults in fleet "local"; Flower\'s are real: set both to 0'
         )
-
-
-def _moving(experiment: Experiment) -> list[tuple[str, str]]:
-    """The setting that lets a reference move, if it does."""
-    section = experiment.uplink
-    return [("uplink.variance_reduction", "svrg")] if section.variance_reduction == "svrg" else []
 
 
 def build_target(source: Source = None, overrides: Sequence[str] = ()) -> Posterior:

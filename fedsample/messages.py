@@ -1,4 +1,4 @@
-"""What a server and its clients say to each other under Flower, as the content of messages.
+"""What a server and its clients say to each other, as the content of messages, whatever carries them.
 
     train, evaluate, query.exact   a Request -> an Answer
     query.hello                    -> which partition this is, and what it computes
@@ -14,30 +14,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 import fedsample
 from fedsample.clients.exact import is_symmetric
 from fedsample.clients.worker import Answer
-from fedsample.compression import Packet
+from fedsample.compression import Compressor, Packet
 from fedsample.errors import DataError
-from fedsample.estimators import Turn, Uplink, Upload
+from fedsample.estimators import Downlink, Ef21P, Turn, Uplink, Upload
 from fedsample.exchange import ESTIMATE, EXACT, Request
 from fedsample.targets import Metric
 from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker, restore
 from fedsample.wire import (
-    ARRAYS,
     BITS,
     DENSE,
-    HEADER,
     TRIANGLE,
+    Array,
     Form,
     Header,
-    arrays_of,
+    Parcel,
     bits,
     check,
     dense,
@@ -57,7 +56,7 @@ UPLOAD = "upload"
 
 
 class Outgoing:
-    """A request on its way to many clients; its arrays are made once and shared by all messages.
+    """A request on its way to many clients; arrays are made once and shared by all messages.
 
     Args:
         request: what is asked. metric: tag of the metric in whose coordinates, see `metric_tag`; empty: in the model's
@@ -67,27 +66,36 @@ class Outgoing:
     def __init__(self, request: Request, metric: str, *, coins: bool) -> None:
         """Make the arrays."""
         self._request, self._metric = request, metric
-        arrays = {"points": dense(request.points)}
+        self._arrays: dict[str, Array] = {}
         if request.vector is not None:
-            arrays["vector"] = dense(request.vector)
-        self._exact = ArrayRecord(dict(arrays))
+            self._arrays["vector"] = dense(request.vector)
         if coins:
             none = torch.zeros(len(request.points), dtype=torch.bool)
-            arrays["sync"] = bits(none if request.sync is None else request.sync)
-        self._estimate = ArrayRecord(dict(arrays))
-        if request.previous is not None:
-            arrays["previous"] = dense(request.previous)
-        self._whole = ArrayRecord(arrays)
+            self._arrays["sync"] = bits(none if request.sync is None else request.sync)
 
-    def records(self, client: int, *, estimate: bool = True, previous: bool = True) -> RecordDict:
+    def parcel(
+        self, client: int, *, estimate: bool = True, missed: Missed | None = None, previous: bool = True,
+        reference: bool = True,
+    ) -> Parcel:  # fmt: skip
         """The message for one client.
 
         Args:
-            client: which. estimate: whether it is asked for everything, or for the exact outputs only. previous:
-                whether it is told the points of the round before, where there are any, or remembers them.
+            client: which. estimate: whether it is asked for everything, or for the exact outputs only. missed: the
+                increments from the points that it holds to those of the request; None: the points are sent. previous:
+                whether it is told the points of the round before, where there are any, or remembers them. reference:
+                the same for the reference of variance reduction.
         """
         request = self._request
-        arrays = (self._whole if previous else self._estimate) if estimate else self._exact
+        names = ["points"] if missed is None else []
+        names += ["vector"] if request.vector is not None else []
+        if estimate:
+            names += ["sync"] if "sync" in self._arrays else []
+            names += ["previous"] if previous and request.previous is not None else []
+            moved = request.reference is not None and 0 < request.reference_round < request.round
+            names += ["reference"] if reference and moved else []
+        arrays = {name: self._array(name) for name in names}
+        if missed is not None:
+            arrays["increments"] = missed.array
         fields = header(
             round=request.round,
             metric=self._metric,
@@ -95,35 +103,84 @@ class Outgoing:
             epoch=request.epoch,
             applied=0 if request.applied is None else int(request.applied[client]),
             active=request.active[client].tolist() if estimate and request.active is not None else None,
+            track=ESTIMATE in request.outputs,
+            since=None if missed is None else missed.since,
+            reference=request.reference_round if estimate and request.reference is not None else None,
         )
-        return RecordDict({HEADER: fields, ARRAYS: arrays})
+        return Parcel(fields, arrays)
+
+    def _array(self, name: str) -> Array:
+        if name not in self._arrays:
+            self._arrays[name] = dense(getattr(self._request, name))
+        return self._arrays[name]
 
 
-def unpack_request(records: RecordDict, clients: int, chains: int, like: Tensor) -> Request:
+class Missed(NamedTuple):
+    """Increments of the clients' points, for who has missed some rounds.
+
+    Attributes:
+        since: the round whose points the client holds. array: the packets of the rounds after it, one after the other.
+    """
+
+    since: int
+    array: Array
+
+    @classmethod
+    def of(cls, since: int, packets: Sequence[bytes], downlink: Ef21P, dtype: torch.dtype) -> Missed:
+        """From the packets of the rounds since + 1, since + 2, ..., see `Ef21P.pack`."""
+        data = b"".join(packets)
+        name = str(dtype).removeprefix("torch.")
+        return cls(since, Array(name, (len(data) // dtype.itemsize,), packet_stype(downlink.compressor), data))
+
+
+@dataclass
+class Recall:
+    """What a client remembers of the points that it was told.
+
+    Attributes:
+        round, points: the last round that it took part in, and (C, d) its points; 0, None: none.
+        reference_round, reference: since when, and (C, d) where, it reduces the variance of its minibatches.
+    """
+
+    round: int = 0
+    points: Tensor | None = None
+    reference_round: int = 0
+    reference: Tensor | None = None
+
+
+def unpack_request(
+    parcel: Parcel, clients: int, chains: int, like: Tensor, recall: Recall, downlink: Downlink
+) -> Request:
     """What one client is asked; `active` and `applied` hold its own row at every index.
 
     Args:
-        records: from `Outgoing.records`. clients: n. chains: C. like: (d,), whose dtype and device the points have.
+        parcel: from `Outgoing.parcel`. clients: n. chains: C. like: (d,), whose dtype and device the points have.
+        recall: what the client remembers; it is not changed. downlink: how points come back.
 
     Raises:
-        DataError: if the message does not fit.
+        DataError: if the message does not fit, or speaks of points that the client does not remember.
     """
     what = "a request"
-    head, arrays = Header(records, what), arrays_of(records, what)
-    outputs = frozenset(head.texts("outputs"))
+    head, arrays = Header(parcel, what), parcel.arrays
+    outputs, round = frozenset(head.texts("outputs")), head.integer("round")
     if not outputs or not outputs <= {ESTIMATE, *EXACT}:
         raise DataError(f"{what} asks for {sorted(outputs)}, expected some of {[ESTIMATE, *EXACT]}")
-    same_names(arrays, {"points", *({"vector", "previous", "sync"} & set(arrays))}, what)
-    rows = chains if ESTIMATE in outputs else next(iter(arrays["points"].shape), 0)
+    where = "increments" if "increments" in arrays else "points"
+    same_names(arrays, {where, *({"vector", "previous", "sync", "reference"} & set(arrays))}, what)
+    rows = chains if ESTIMATE in outputs or where == "increments" else next(iter(arrays["points"].shape), 0)
     form, mask = Form(DENSE, (rows, len(like)), like.dtype), Form(BITS, (chains,), torch.bool)
     found = {
         name: read(array, mask if name == "sync" else form, f"{what}: {name}").to(like.device)
         for name, array in arrays.items()
+        if name != "increments"
     }
+    points = _advanced(parcel, head, recall, downlink, chains, like) if where == "increments" else found["points"]
     sync, active = found.get("sync"), head.flags("active", chains)
+    since = head.value("reference")
+    reference = None if since is None else _reference(found, head.integer("reference"), round, points, recall)
     return Request(
-        round=head.integer("round"),
-        points=found["points"],
+        round=round,
+        points=points,
         outputs=outputs,
         previous=found.get("previous"),
         sync=sync if sync is not None and bool(sync.any()) else None,
@@ -131,13 +188,71 @@ def unpack_request(records: RecordDict, clients: int, chains: int, like: Tensor)
         applied=torch.tensor([head.integer("applied")], device=like.device).expand(clients),
         epoch=head.integer("epoch"),
         vector=found.get("vector"),
+        reference=reference,
+        reference_round=0 if since is None else head.integer("reference"),
     )
+
+
+def with_previous(request: Request, recall: Recall) -> Request:
+    """The request with the points of the round before, which the client remembers.
+
+    Raises:
+        DataError: if it does not.
+    """
+    if recall.points is None or recall.round != request.round - 1:
+        last = None if recall.points is None else recall.round
+        raise DataError(
+            f"round {request.round} comes without the points of round {request.round - 1}, and those that this client "
+            f"remembers are of round {last!r}: its state was lost; start the run anew, or resume it"
+        )
+    return replace(request, previous=recall.points)
+
+
+def _advanced(parcel: Parcel, head: Header, recall: Recall, downlink: Downlink, chains: int, like: Tensor) -> Tensor:
+    """The points (C, d) of a request that came as increments."""
+    since, round = head.integer("since"), head.integer("round")  # an answer may have got lost: then it knows more
+    if recall.points is None or not since <= recall.round < round or not isinstance(downlink, Ef21P):
+        held = "none" if recall.points is None else f"those of round {recall.round}"
+        raise DataError(
+            f"round {round} comes as increments to the points of round {since}, and this client holds {held}: its "
+            "state was lost; start the run anew, or resume it"
+        )
+    array = parcel.arrays["increments"]
+    form = Form(packet_stype(downlink.compressor), (len(array.data) // like.dtype.itemsize,), like.dtype)
+    check(array, form, "a request: increments")
+    size = chains * downlink.compressor.bits(len(like), like.dtype) // 8
+    if round <= since or len(array.data) != size * (round - since):
+        raise DataError(
+            f"a request with {len(array.data)} bytes of increments for rounds {since + 1} to {round}, expected "
+            f"{max(0, size * (round - since))}"
+        )
+    points = recall.points
+    for step in range(recall.round - since, round - since):
+        points = downlink.advance(points, array.data[step * size : (step + 1) * size], since + step + 1)
+    return points
+
+
+def _reference(found: dict[str, Tensor], since: int, round: int, points: Tensor, recall: Recall) -> Tensor:
+    """(C, d) where variance is reduced: the origin, the round's points, what came along, or what is remembered."""
+    if since == 0:
+        return torch.zeros_like(points)
+    if since == round:
+        return points
+    if "reference" in found:
+        return found["reference"]
+    if recall.reference is None or recall.reference_round != since:
+        held = "none" if recall.reference is None else f"that of round {recall.reference_round}"
+        raise DataError(
+            f"round {round} reduces variance about the points of round {since}, and this client holds {held}: its "
+            "state was lost; start the run anew, or resume it"
+        )
+    return recall.reference
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -> RecordDict:
+def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -> Parcel:
     """What one client sends.
 
     Args:
@@ -154,24 +269,24 @@ def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -
         data = uplink.to_bytes(_first(answer.upload), request.sync, active)
         dtype = request.points.dtype
         shape = (len(data) // dtype.itemsize,)
-        arrays[UPLOAD] = Array(str(dtype).removeprefix("torch."), shape, upload_stype(uplink), data)
-    return RecordDict({HEADER: header(round=request.round, client=client), ARRAYS: ArrayRecord(arrays)})
+        arrays[UPLOAD] = Array(str(dtype).removeprefix("torch."), shape, packet_stype(uplink.compressor), data)
+    return Parcel(header(round=request.round, client=client), arrays)
 
 
 def unpack_answer(
-    records: RecordDict, client: int, turn: Turn | None, round: int, exact: dict[str, Form], uplink: Uplink
+    parcel: Parcel, client: int, turn: Turn | None, round: int, exact: dict[str, Form], uplink: Uplink
 ) -> tuple[Upload | None, dict[str, Tensor]]:
     """A client's upload, if it was asked for one, and its exact outputs.
 
     Args:
-        records: from `pack_answer`. client: who should have sent it. turn: what it was told; None: no estimate was
+        parcel: from `pack_answer`. client: who should have sent it. turn: what it was told; None: no estimate was
             asked of it. round: in which it was asked. exact: the exact outputs that it was asked for.
 
     Raises:
         DataError: if the answer belongs to another request, or anything in it has another form.
     """
     what = f"the answer of client {client} in round {round}"
-    head, arrays = Header(records, what), arrays_of(records, what)
+    head, arrays = Header(parcel, what), parcel.arrays
     for name, value in (("round", round), ("client", client)):
         if head.integer(name) != value:
             raise DataError(f"{what} says {name} {head.integer(name)}: it belongs to another request")
@@ -180,7 +295,9 @@ def unpack_answer(
     if turn is None:
         return None, outputs
     array, dtype = arrays[UPLOAD], turn.point.dtype
-    check(array, Form(upload_stype(uplink), (len(array.data) // dtype.itemsize,), dtype), f"{what}: {UPLOAD}")
+    check(
+        array, Form(packet_stype(uplink.compressor), (len(array.data) // dtype.itemsize,), dtype), f"{what}: {UPLOAD}"
+    )
     return uplink.from_bytes(array.data, turn, turn.point.shape[-1], dtype), outputs
 
 
@@ -209,9 +326,9 @@ def exact_forms(request: Request, blocks: Sequence[Tensor]) -> dict[str, Form]:
     return forms
 
 
-def upload_stype(uplink: Uplink) -> str:
-    """The serialisation of an uplink's uploads."""
-    return f"fedsample.{uplink.compressor.name}.v1"
+def packet_stype(compressor: Compressor) -> str:
+    """The serialisation of a compressor's packets."""
+    return f"fedsample.{compressor.name}.v1"
 
 
 def _first(upload: Upload) -> Upload:
@@ -223,27 +340,53 @@ def _first(upload: Upload) -> Upload:
     return Upload(packet, None if upload.dense is None else upload.dense[0])
 
 
+# --- other tensors ---------------------------------------------------------------------------------------------------
+
+
+def unpack_points(parcel: Parcel, name: str, like: Tensor) -> Tensor:
+    """Points (S, d) of any number, with the dtype and device of `like` (d,).
+
+    Raises:
+        DataError: if they have another form.
+    """
+    same_names(parcel.arrays, [name], name)
+    rows = next(iter(parcel.arrays[name].shape), 0)
+    return read(parcel.arrays[name], Form(DENSE, (rows, len(like)), like.dtype), name).to(like.device)
+
+
+def unpack_vector(parcel: Parcel, name: str, what: str) -> Tensor:
+    """A vector of float64 of any length.
+
+    Raises:
+        DataError: if it is missing or has another form.
+    """
+    if name not in parcel.arrays:
+        raise DataError(f"{what}: {name!r} is missing among {sorted(parcel.arrays)}")
+    array = parcel.arrays[name]
+    return read(array, Form(DENSE, tuple(array.shape)[:1], torch.float64), f"{what}: {name}")
+
+
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def pack_metric(metric: Metric) -> RecordDict:
+def pack_metric(metric: Metric) -> Parcel:
     """The mean m, and what a client needs of S."""
     tensors = {"mean": metric.mean, **metric.wire()}
     arrays = {name: (triangle if name == "root" else dense)(tensor) for name, tensor in tensors.items()}
-    return RecordDict({HEADER: header(metric=metric.name), ARRAYS: ArrayRecord(arrays)})
+    return Parcel(header(metric=metric.name), arrays)
 
 
-def unpack_metric(records: RecordDict, like: Tensor, blocks: Sequence[Tensor]) -> Metric:
+def unpack_metric(parcel: Parcel, like: Tensor, blocks: Sequence[Tensor]) -> Metric:
     """The metric that `pack_metric` sent, without what only the server needs.
 
     Args:
-        records: the message's content. like: (d,), whose dtype and device it has. blocks: the parameter matrices.
+        parcel: the message's content. like: (d,), whose dtype and device it has. blocks: the parameter matrices.
 
     Raises:
         DataError: if it is of no known kind, or an array has another form.
     """
     what = "a metric"
-    name, arrays = Header(records, what).text("metric"), arrays_of(records, what)
+    name, arrays = Header(parcel, what).text("metric"), parcel.arrays
     d, dtype = len(like), like.dtype
     forms = {"mean": Form(DENSE, (d,), dtype)}
     if name == Diagonal.name:
@@ -264,10 +407,10 @@ def unpack_metric(records: RecordDict, like: Tensor, blocks: Sequence[Tensor]) -
     return restore(name, tensors.pop("mean"), tensors)
 
 
-def metric_tag(records: RecordDict) -> str:
+def metric_tag(parcel: Parcel) -> str:
     """Names a metric by its contents, so that server and client know whether they speak of the same one."""
-    state = hashlib.blake2b(Header(records, "a metric").text("metric").encode(), digest_size=16)
-    for name, array in sorted(arrays_of(records, "a metric").items()):
+    state = hashlib.blake2b(Header(parcel, "a metric").text("metric").encode(), digest_size=16)
+    for name, array in sorted(parcel.arrays.items()):
         state.update(f"{name} {array.dtype} {list(array.shape)} ".encode() + array.data)
     return state.hexdigest()
 

@@ -68,10 +68,17 @@ class Problem:
         else:
             arrays = []
         found = hashlib.sha256()
+        if self.data is not None and self.rowless:  # then the arrays say nothing
+            found.update(repr((self.data.feature_names, self.data.class_names)).encode())
         for array in arrays:
             found.update(f"{array.dtype.str}{array.shape}".encode())
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()[:32]
+
+    @property
+    def rowless(self) -> bool:
+        """Whether all rows lie elsewhere, as on a server whose devices hold the data."""
+        return self.data is not None and len(self.data.x) + len(self.data.x_test) == 0
 
     @cached_property
     def test(self) -> tuple[Tensor, Tensor] | None:
@@ -85,7 +92,7 @@ class Problem:
     @cached_property
     def points(self) -> tuple[Tensor, Tensor] | None:
         """The rows whose predictions are followed: the first 32 held-out ones, or of the training rows if none are."""
-        if self.data is None:
+        if self.data is None or self.rowless:
             return None
         if self.test is not None:
             return self.test[0][:_POINTS], self.test[1][:_POINTS]
@@ -218,14 +225,26 @@ def build_problem(experiment: Experiment) -> Problem:
     Raises:
         DataError, ConfigError: if the data or the model cannot be used.
     """
+    from fedsample.data import load, load_quadratic
+    from fedsample.models import task_of
+
+    if experiment.data.kind == "quadratic":
+        precision = GaussianPrior.of_scale(experiment.model.prior_scale).precision
+        quadratics = load_quadratic(experiment.data, precision)
+        return quadratic_problem(experiment, quadratics.lam, quadratics.a)
+    return rows_problem(experiment, load(experiment.data, experiment.seed, task_of(experiment.model.name)))
+
+
+def rows_problem(experiment: Experiment, data: FederatedData) -> Problem:
+    """The target of an experiment on these rows, of all clients, of one, or of none.
+
+    Raises:
+        ConfigError: if the model does not fit the data.
+    """
+    from fedsample.models import build, likelihood_of, parameter_layout, starting_law
+
     dtype, device = DTYPES[experiment.dtype], _device(experiment.fleet.device)
     prior = GaussianPrior.of_scale(experiment.model.prior_scale)
-    if experiment.data.kind == "quadratic":
-        return _quadratic(experiment, prior, dtype, device)
-    from fedsample.data import load
-    from fedsample.models import build, likelihood_of, parameter_layout, starting_law, task_of
-
-    data = load(experiment.data, experiment.seed, task_of(experiment.model.name))
     likelihood = likelihood_of(experiment.model.name, data)
     module = build(experiment.model, data)
     x = torch.from_numpy(np.ascontiguousarray(data.x)).to(dtype).to(device)
@@ -267,12 +286,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _quadratic(experiment: Experiment, prior: GaussianPrior, dtype: torch.dtype, device: torch.device) -> Problem:
-    from fedsample.data import load_quadratic
-
-    data = load_quadratic(experiment.data, prior.precision)
-    curvature = torch.from_numpy(np.ascontiguousarray(data.lam)).to(dtype).to(device)
-    center = torch.from_numpy(np.ascontiguousarray(data.a)).to(dtype).to(device)
+def quadratic_problem(experiment: Experiment, lam: np.ndarray, a: np.ndarray) -> Problem:
+    """The target of an experiment on these potentials: lam (n, d) or (n, d, d), a (n, d)."""
+    dtype, device = DTYPES[experiment.dtype], _device(experiment.fleet.device)
+    prior = GaussianPrior.of_scale(experiment.model.prior_scale)
+    curvature = torch.from_numpy(np.ascontiguousarray(lam)).to(dtype).to(device)
+    center = torch.from_numpy(np.ascontiguousarray(a)).to(dtype).to(device)
     clients = Quadratic(curvature, center)
     zeros = torch.zeros(clients.d, dtype=torch.float64)
     names = tuple(str(i) for i in range(clients.n))

@@ -11,9 +11,8 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,19 +20,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fedsample.chain import Chain, Clock
 from fedsample.config import Experiment, ScheduleConfig, dump_toml
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
-from fedsample.exchange import Fleet, Request, Traffic
+from fedsample.exchange import Fleet, Recovers, Rollback, Traffic
 from fedsample.experiment import Mode, digest, reread
 from fedsample.fleets.engines import choose_engine
-from fedsample.fleets.faults import Faults
+from fedsample.fleets.faults import Faults, Recorded
 from fedsample.fleets.local import LocalFleet
 from fedsample.links import links, refresh_of
 from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.monitor.directory import RunDirectory
 from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
+from fedsample.monitor.jsonl import read_jsonl
 from fedsample.monitor.progress import Progress
 from fedsample.monitor.tensorboard import LAZY_QUEUE, Recorder
+from fedsample.paths import choose_paths
 from fedsample.preparation import Prepared, prepare, restore_prepared
 from fedsample.problem import DTYPES, Problem, build_problem
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
@@ -41,29 +43,16 @@ from fedsample.strategies.schedule import Constant, Cyclical, Polynomial, Schedu
 from fedsample.watch import Watch, summarise
 
 SHARD_ROUNDS = 1000
-_CHECKPOINT_SHARE = 0.02  # of the time, at most, spent on checkpoints
-_ELEMENTARY = "exp expm1 log log1p log2 log10 sin cos tan asin acos atan tanh erf erfc erfinv trunc"
 
-
-@dataclass
-class Clock:
-    """Seconds by phase."""
-
-    exchange: float = 0.0
-    server: float = 0.0
-    record: float = 0.0
-    before: float = 0.0  # seconds of earlier stretches of this run
-
-    @property
-    def total(self) -> float:
-        """Seconds of this stretch and the ones before."""
-        return self.exchange + self.server + self.record + self.before
+Opener = Callable[["Session", Progress, ExitStack], tuple[Problem, Fleet]]
 
 
 class Session:
     """One run directory and everything that works in it; use as a context manager."""
 
-    def __init__(self, experiment: Experiment, directory: RunDirectory, progress: Mode, resumed: bool) -> None:
+    def __init__(
+        self, experiment: Experiment, directory: RunDirectory, progress: Mode, resumed: bool, opener: Opener | None
+    ) -> None:
         """Use `create` or `reopen`."""
         self.experiment, self.directory, self.path = experiment, directory, directory.path
         self._progress_mode: Mode = progress
@@ -73,18 +62,38 @@ class Session:
         self._stop: str | None = None
         self._phase = "before"  # the first round, "in" the chain, or "after" its last round
         self._data = ""
+        self._opener = opener
+        self._arrivals: dict[int, list[int]] | None = None
+        self.forks: frozenset[int] = frozenset()
+        self.scores: dict[str, float] = {}
 
     @classmethod
-    def create(cls, experiment: Experiment, path: Path, progress: Mode) -> Self:
-        """A new run in an empty directory."""
-        return cls(experiment, RunDirectory.create(path), progress, resumed=False)
+    def create(
+        cls, experiment: Experiment, path: Path, progress: Mode, *, opener: Opener | None = None,
+        replay: Path | None = None,
+    ) -> Self:  # fmt: skip
+        """A new run in an empty directory.
+
+        Args:
+            experiment: the configuration. path: the directory. progress: how much is shown. opener: makes the problem
+                and the fleet, where they are not in this process. replay: a run whose participation is followed.
+        """
+        session = cls(experiment, RunDirectory.create(path), progress, resumed=False, opener=opener)
+        if replay is not None:
+            session._follow(replay)
+        return session
+
+    def _follow(self, path: Path) -> None:
+        """Take part when the clients of another run did, and fork where it forked."""
+        self._arrivals = {row["round"]: row["clients"] for row in _rows(path / "participation.jsonl")}
+        self.forks = frozenset(row["round"] for row in _rows(path / "forks.jsonl"))
 
     @classmethod
-    def reopen(cls, path: Path, progress: Mode) -> Self:
+    def reopen(cls, path: Path, progress: Mode, *, opener: Opener | None = None) -> Self:
         """The run that lies in `path`, as configured there."""
         directory = RunDirectory.open(path)
         try:
-            return cls(reread(directory.read_config()), directory, progress, resumed=True)
+            return cls(reread(directory.read_config()), directory, progress, resumed=True, opener=opener)
         except BaseException:
             directory.close()
             raise
@@ -130,60 +139,107 @@ class Session:
         if not self._resumed:
             self.directory.write_config(dump_toml(self.experiment))
         self._use_threads()
-        first = 0
         store = CheckpointStore(self.directory.checkpoint)
         checkpoint = self._checkpoint(store) if self._resumed else None
         progress = Progress(self.experiment.rounds, checkpoint.round if checkpoint else 0, self._progress_mode)
         with progress:
-            with progress.stage("reading the data"):
-                problem = build_problem(self.experiment)
-            check_size(self.experiment, problem)
-            self._data = problem.fingerprint
-            if checkpoint is not None and checkpoint.meta["data"] != self._data:
-                raise RunDirectoryError(
-                    f"the data are not those that the run in {self.path} began with: restore them, or start a new run "
-                    "in another directory with --out"
-                )
-            fleet = self._fleet(problem, progress)
+            problem, fleet = self._federation(progress)
+            if checkpoint is not None:
+                checkpoint = self._shared(fleet, store, checkpoint)
             prepared = self._prepare(problem, fleet, progress, checkpoint)
             store.digest = digest(self.experiment)
-            sampler = build_sampler(self.experiment, problem, prepared, fleet.n)
-            state, traffic, clock = self._start(sampler, fleet, prepared, checkpoint)
-            first = state.round
-            store_draws = DrawStore(self.directory.draws, SHARD_ROUNDS, start=self.experiment.warmup)
-            self._rewind(first, store_draws, checkpoint is not None)
-            self._phase = "in"
-            if checkpoint is None:
-                self._save(store, state, fleet, traffic, clock)
-            watch = Watch(problem, self.experiment)
-            rows = [] if checkpoint is None or self._summed_up(first) else checkpoint.meta["rows"]
-            if rows or first < self.experiment.rounds:
-                self._recall(watch, first)
-            again = None if checkpoint is None else min([first + 1, *(round for round, _, _ in rows)])
-            with Recorder(self.path, again, self.experiment.monitor.tensorboard) as recorder:
-                recorder.describe(dump_toml(self.experiment), _flat(self.experiment), watch.headline)
-                for left, (round, sent, scalars) in zip(range(len(rows), 0, -1), rows, strict=True):
-                    recorder.submit(round, sent, scalars, lazy=watch.job(round) if left <= LAZY_QUEUE else None)
-                chain = Chain(self, sampler, fleet, store, store_draws, recorder, watch, progress, prepared)
-                state, traffic, clock = chain.run(state, traffic, clock)
-                recorder.close(finished=True)
+            while True:
+                try:
+                    traffic, clock, draws = self._stretch(problem, fleet, prepared, store, progress, checkpoint)
+                    break
+                except Rollback as back:
+                    progress.note(str(back))
+                    checkpoint = self._at(store, back.round)
             self._phase = "after"
             with progress.stage("summing up"):
-                summary = summarise(problem, self.experiment, prepared, traffic, clock.total, store_draws)
+                summary = summarise(problem, self.experiment, prepared, traffic, clock.total, draws)
+        summary |= {name: value for name, value in self.scores.items() if summary.get(name) is None}
         summary["seconds_in_all"] = time.perf_counter() - began
         self.directory.write_json("summary.json", summary)
         return summary
 
+    def _stretch(
+        self, problem: Problem, fleet: Fleet, prepared: Prepared, store: CheckpointStore, progress: Progress,
+        checkpoint: Checkpoint | None,
+    ) -> tuple[Traffic, Clock, DrawStore]:  # fmt: skip
+        """From a checkpoint, or the start, to the last round.
+
+        Raises:
+            Rollback: if it must be begun again from an earlier checkpoint.
+        """
+        sampler = build_sampler(self.experiment, problem, prepared, fleet.n)
+        self._rewind(0 if checkpoint is None else checkpoint.round, store, again=checkpoint is not None)
+        state, traffic, clock = self._start(sampler, fleet, prepared, checkpoint)
+        first = state.round
+        draws = DrawStore(self.directory.draws, SHARD_ROUNDS, start=self.experiment.warmup)
+        if checkpoint is not None:
+            draws.resume(first, max(0, (first - self.experiment.warmup) // self.experiment.thin))
+        elif self._resumed:  # it was killed before its first checkpoint: nothing in the directory counts
+            draws.resume(0)
+        if checkpoint is None:
+            self.save(store, state, fleet.state(), traffic, clock)
+        if isinstance(fleet, Recovers):
+            fleet.keep(store.rounds)
+        self._phase = "in"
+        watch = Watch(problem, self.experiment)
+        rows = [] if checkpoint is None or self._summed_up(first) else checkpoint.meta["rows"]
+        if rows or first < self.experiment.rounds:
+            self._recall(watch, first)
+        again = None if checkpoint is None else min([first + 1, *(round for round, _, _ in rows)])
+        with Recorder(self.path, again, self.experiment.monitor.tensorboard) as recorder:
+            recorder.describe(dump_toml(self.experiment), _flat(self.experiment), watch.headline)
+            for left, (round, sent, scalars) in zip(range(len(rows), 0, -1), rows, strict=True):
+                recorder.submit(round, sent, scalars, lazy=watch.job(round) if left <= LAZY_QUEUE else None)
+            chain = Chain(self, sampler, fleet, store, draws, recorder, watch, progress, prepared)
+            state, traffic, clock = chain.run(state, traffic, clock)
+            recorder.close(finished=True)
+        return traffic, clock, draws
+
+    def _federation(self, progress: Progress) -> tuple[Problem, Fleet]:
+        """What is sampled, and the clients: here, in Flower's simulation runtime, or at the ends of streams."""
+        if self._opener is not None:
+            problem, fleet = self._opener(self, progress, self._stack)
+        else:
+            with progress.stage("reading the data"):
+                problem = build_problem(self.experiment)
+            check_size(self.experiment, problem)
+            fleet = self._fleet(problem, progress)
+        self._data = problem.fingerprint
+        return problem, fleet
+
     def _fleet(self, problem: Problem, progress: Progress) -> Fleet:
-        """The clients, in this process or in Flower's simulation runtime, which lasts as long as the session."""
         if self.experiment.fleet.name == "local":
-            fleet = build_fleet(self.experiment, problem, strict=self._resumed)
+            fleet = build_fleet(self.experiment, problem, self._arrivals, strict=self._resumed)
             self.experiment = _with(self.experiment, fleet={"engine": fleet.engine})
             return fleet
         from fedsample.fleets.simulation import simulated_fleet
 
         with progress.stage(f"starting {problem.clients.n} Flower nodes"):
             return self._stack.enter_context(simulated_fleet(self.experiment, problem))
+
+    def _shared(self, fleet: Fleet, store: CheckpointStore, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint that this run goes on from: of these data, and one that the clients can go back to too."""
+        if checkpoint.meta["data"] != self._data:
+            raise RunDirectoryError(
+                f"the data are not those that the run in {self.path} began with: restore them, or start a new run "
+                "in another directory with --out"
+            )
+        common = fleet.common(store.rounds()) if isinstance(fleet, Recovers) else None
+        return checkpoint if common is None or common == checkpoint.round else self._at(store, common)
+
+    def _at(self, store: CheckpointStore, round: int) -> Checkpoint:
+        checkpoint = store.at(round)
+        if checkpoint is None:
+            raise RunDirectoryError(
+                f"the checkpoint of round {round} in {store.folder} is damaged, and the clients remember no other: "
+                "restore it from a copy, or start a new run in another directory with --out"
+            )
+        return checkpoint
 
     def _checkpoint(self, store: CheckpointStore) -> Checkpoint | None:
         checkpoint = store.latest(digest(self.experiment))
@@ -206,7 +262,7 @@ class Session:
         threads = self.experiment.fleet.threads or 1  # small products: a second thread costs more than it brings
         self.experiment = _with(self.experiment, fleet={"threads": threads})
         torch.set_num_threads(1)
-        _choose_paths()
+        choose_paths()
         torch.set_num_threads(threads)
 
     def _prepare(self, problem: Problem, fleet: Fleet, progress: Progress, checkpoint: Checkpoint | None) -> Prepared:
@@ -231,17 +287,25 @@ class Session:
             return sampler.begin(prepared.start), Traffic(), Clock()
         state = State.of_tensors(_below(checkpoint.tensors, "state."), prepared.start.device)
         fleet.restore(_below(checkpoint.tensors, "fleet."))
+        if isinstance(fleet, Recovers):
+            lost = fleet.rewind(state.round)
+            state = self.forked(sampler, state, lost) if lost else state
         return state, Traffic(*checkpoint.meta["traffic"]), Clock(before=checkpoint.meta["seconds"])
 
-    def _rewind(self, round: int, draws: DrawStore, resumed: bool) -> None:
-        if not resumed:
-            if self._resumed:  # it was killed before its first checkpoint: nothing in the directory counts
-                draws.resume(0)
-                self.directory.rewind(0)
-            return
-        self.directory.rewind(round)
-        kept = max(0, (round - self.experiment.warmup) // self.experiment.thin)
-        draws.resume(round, kept)
+    def forked(self, sampler: Sampler, state: State, clients: Sequence[int]) -> State:
+        """The state after some clients have lost their memories for good; logged, if it changes the chain."""
+        before = state.tensors()
+        after = sampler.forked(state)
+        if sampler.uplink.memory((1, 1, 1), state.params.dtype, state.params.device):
+            self.directory.append_fork(state.round + 1, clients)
+            return after
+        return State.of_tensors(before, state.params.device)
+
+    def _rewind(self, round: int, store: CheckpointStore, *, again: bool) -> None:
+        """Cut the directory back to a checkpoint, if it has gone beyond it."""
+        if again or self._resumed:
+            store.rewind(round)
+            self.directory.rewind(round)
 
     def _summed_up(self, round: int) -> bool:
         """Whether the run once ended with this round: then its log is complete."""
@@ -259,17 +323,18 @@ class Session:
 
     # --- stopping and saving ----------------------------------------------------------------------------------------
 
-    def _save(
+    def save(
         self,
         store: CheckpointStore,
         state: State,
-        fleet: Fleet,
+        kept: dict[str, Tensor],
         traffic: Traffic,
         clock: Clock,
         rows: Sequence[tuple[int, int, dict[str, float]]] = (),
     ) -> None:
+        """Write a checkpoint; `kept` is what the fleet remembers."""
         tensors = {f"state.{name}": tensor for name, tensor in state.tensors().items()}
-        tensors |= {f"fleet.{name}": tensor for name, tensor in fleet.state().items()}
+        tensors |= {f"fleet.{name}": tensor for name, tensor in kept.items()}
         meta = {"traffic": list(traffic), "seconds": clock.total, "data": self._data, "rows": list(rows)}
         store.save(state.round, tensors, meta)
 
@@ -303,101 +368,24 @@ class Session:
         return self._stop
 
 
-class Chain:
-    """The loop over rounds."""
+def build_fleet(
+    experiment: Experiment,
+    problem: Problem,
+    arrivals: Mapping[int, Sequence[int]] | None = None,
+    *,
+    strict: bool = False,
+) -> LocalFleet:
+    """The simulated federation of an experiment.
 
-    def __init__(
-        self,
-        session: Session,
-        sampler: Sampler,
-        fleet: Fleet,
-        checkpoints: CheckpointStore,
-        draws: DrawStore,
-        recorder: Recorder,
-        watch: Watch,
-        progress: Progress,
-        prepared: Prepared,
-    ) -> None:
-        """Keep the parts."""
-        self.session, self.experiment = session, session.experiment
-        self.sampler, self.fleet, self.checkpoints, self.draws = sampler, fleet, checkpoints, draws
-        self.recorder, self.watch, self.progress, self.prepared = recorder, watch, progress, prepared
-        self._setup = prepared.geometry.traffic
-
-    def run(self, state: State, traffic: Traffic, clock: Clock) -> tuple[State, Traffic, Clock]:
-        """All remaining rounds."""
-        experiment = self.experiment
-        saved_at, saved_round, cost = time.perf_counter(), state.round, 0.0
-        while state.round < experiment.rounds:
-            observe = (state.round + 1) % experiment.monitor.every == 0 or state.round + 1 == experiment.rounds
-            t0 = time.perf_counter()
-            request = self.sampler.request(state, observe=observe)
-            t1 = time.perf_counter()
-            aggregate = self.fleet.exchange(request)
-            t2 = time.perf_counter()
-            before, state = state, self.sampler.update(state, request, aggregate)
-            traffic = traffic.plus(aggregate.traffic)
-            t3 = time.perf_counter()
-            if not bool(aggregate.arrived.all()):
-                self.session.directory.append_participation(state.round, aggregate.arrived.nonzero().flatten().tolist())
-            kept = state.round - experiment.warmup
-            if kept > 0 and kept % experiment.thin == 0:
-                draw = self.sampler.draw(state)
-                self.sampler.check(state.params, state.round)
-                self.draws.append(state.round, draw)
-                self.watch.see(state.round, draw)
-            if observe:
-                self._log(before, state, request, aggregate, traffic, clock)
-            self.progress.update(state.round, self._sent(traffic), (traffic.down + self._setup.down) // 8)
-            now = time.perf_counter()
-            clock.exchange += t2 - t1
-            clock.server += (t1 - t0) + (t3 - t2)
-            clock.record += now - t3
-            stop = self.session.stopped
-            due = max(experiment.monitor.checkpoint_seconds, cost / _CHECKPOINT_SHARE)
-            if stop or now - saved_at >= due or state.round == experiment.rounds:
-                self._save(state, traffic, clock)
-                saved_at, saved_round = time.perf_counter(), state.round
-                cost = saved_at - now
-                clock.record += cost
-            if stop and state.round < experiment.rounds:
-                raise Interrupted(
-                    f"stopped by {stop} after round {saved_round} of {experiment.rounds}; everything is kept. "
-                    f"{self.session.advice}"
-                )
-        return state, traffic, clock
-
-    def _save(self, state: State, traffic: Traffic, clock: Clock) -> None:
-        """Draws and logs first, then the checkpoint that counts on them."""
-        self.draws.flush()
-        self.session.directory.sync()
-        self.session._save(self.checkpoints, state, self.fleet, traffic, clock, self.recorder.unwritten())
-
-    def _log(
-        self, before: State, state: State, request: Request, aggregate: Any, traffic: Traffic, clock: Clock
-    ) -> None:
-        scalars = self.watch.scalars(self.sampler, before, state, aggregate, self.fleet.n)
-        n = self.fleet.n
-        scalars |= {
-            "comm/up_bytes": self._sent(traffic) / n,
-            "comm/down_bytes": (traffic.down + self._setup.down) / 8 / n,
-            "comm/ratio": traffic.up_dense / max(1, traffic.up),
-            "time/exchange": clock.exchange,
-            "time/server": clock.server,
-            "time/record": clock.record,
-        }
-        self.recorder.submit(state.round, self._sent(traffic) // n, scalars, lazy=self.watch.job(state.round))
-
-    def _sent(self, traffic: Traffic) -> int:
-        """Bytes that all clients together have sent, preparation included."""
-        return (traffic.up + self._setup.up) // 8
-
-
-def build_fleet(experiment: Experiment, problem: Problem, *, strict: bool = False) -> LocalFleet:
-    """The simulated federation of an experiment; `strict` as for `choose_engine`."""
+    Args:
+        experiment: its settings. problem: its clients. arrivals: the clients that took part in rounds by number; None:
+            as the settings say. strict: as for `choose_engine`.
+    """
     section = experiment.fleet
     clients = problem.clients
     faults = Faults(clients.n, experiment.seed, section.loss, section.dropout, section.dropout_rounds)
+    if arrivals is not None:
+        faults = Recorded(**vars(faults), arrivals=arrivals)
     uplink, downlink = links(experiment, problem)
     engine = choose_engine(
         clients,
@@ -473,16 +461,8 @@ def _resolved(section: float | str | ScheduleConfig, step: float) -> float | Sch
     return section.model_copy(update={"initial": step}) if isinstance(section, ScheduleConfig) else step
 
 
-def _choose_paths() -> None:
-    """Call each elementary function once, alone.
-
-    MKL chooses its code path in the first call. Where two threads make that at the same time, one of them may get the
-    values of a less exact path, once: about one run in fifty with two threads then differed from the others.
-    """
-    for dtype in (torch.float32, torch.float64):
-        one = torch.ones(1, dtype=dtype)
-        for name in _ELEMENTARY.split():
-            getattr(torch, name)(one)
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(path))
 
 
 def _with(experiment: Experiment, **changes: Any) -> Experiment:

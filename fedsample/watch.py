@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsample.diagnostics import calibration
 from fedsample.diagnostics.convergence import ess_bulk, rhat
+from fedsample.diagnostics.counts import Evaluator, scores
 from fedsample.exchange import Aggregate, Traffic
 from fedsample.monitor.tensorboard import quantiles
 
@@ -41,9 +42,7 @@ class Watch:
         self._problem, self._experiment = problem, experiment
         self._fresh: deque[tuple[int, Tensor]] = deque(maxlen=_PENDING)  # with their rounds
         self._functionals: list[Tensor] = []  # (C, F) a draw
-        self._predictive: Tensor | None = None
-        self._density: Tensor | None = None
-        self._seen = 0
+        self._evaluator = Evaluator(problem)
         self._judged = 0
         self._lock = threading.Lock()
 
@@ -70,7 +69,7 @@ class Watch:
             "fleet/arrived": float(aggregate.arrived.sum()) / clients,
         }
         if "value" in aggregate.sums:
-            potential = aggregate.sums["value"].cpu() + sampler.prior.potential(before.params).cpu()
+            potential = aggregate.sums["value"].cpu() + sampler.prior.potential(before.seen).cpu()
             result["mcmc/log_posterior"] = -float(potential.mean())
         if sampler.temperature > 0:
             move = (state.params - before.params).to(torch.float64)
@@ -97,38 +96,14 @@ class Watch:
             draws = torch.cat(fresh)  # (S C, d)
             functionals = self._problem.functionals(draws)
             self._functionals += functionals.unflatten(0, (len(fresh), -1)).unbind(0)
-            self._seen += len(draws)
-            result = self._predictions(draws)
+            self._evaluator.see(draws)
+            found = scores(self._evaluator.counts(), self._problem.likelihood)
+            result = {f"round/{name}": score for name, score in found.items() if score is not None}
             count = len(self._functionals)
             if count >= 8 and (count >= _GROWTH * self._judged or round == self._experiment.rounds):
                 self._judged = count
                 result |= _convergence(torch.stack(self._functionals, dim=1), "mcmc/rhat/max", "mcmc/ess/min")
             return result
-
-    def _predictions(self, draws: Tensor) -> dict[str, float]:
-        test = self._problem.test
-        if test is None:
-            return {}
-        predicted = self._problem.predict_test(draws)
-        if self._problem.likelihood == "gaussian":
-            total = predicted.sum(0)
-            self._predictive = total if self._predictive is None else self._predictive + total
-            mean = self._predictive / self._seen
-            return {"round/rmse": calibration.rmse(mean, test[1]), "round/nll": self._gaussian_nll(predicted, test[1])}
-        self._predictive = predicted if self._predictive is None else self._predictive + predicted
-        mean = self._predictive / self._seen
-        return {
-            "round/accuracy": calibration.accuracy(mean, test[1]),
-            "round/nll": calibration.nll(mean, test[1]),
-            "round/ece": calibration.ece(mean, test[1]),
-        }
-
-    def _gaussian_nll(self, means: Tensor, target: Tensor) -> float:
-        """`calibration.gaussian_nll` of all draws so far, given the new ones' predictions (S, M)."""
-        scale = self._problem.noise_scale
-        density = torch.logsumexp(-0.5 * ((means - target) / scale).square(), dim=0)
-        self._density = density if self._density is None else torch.logaddexp(self._density, density)
-        return math.log(self._seen * scale) + 0.5 * math.log(2 * math.pi) - float(self._density.mean())
 
 
 def _convergence(functionals: Tensor, rhat_name: str, ess_name: str) -> dict[str, float]:

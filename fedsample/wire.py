@@ -1,24 +1,27 @@
-"""Tensors and headers as Flower records: raw little-endian bytes behind an `stype` of our own, nothing pickled.
+"""Messages as data: a header of plain values and named arrays of raw little-endian bytes, nothing pickled.
 
-Whatever arrives is read against the form that it must have, and refused with a `DataError` if it has another.
+A `Parcel` is what a server and a client say to each other, whatever carries it: Flower's records or a gRPC stream. What
+arrives is read against the form that it must have, and refused with a `DataError` if it has another.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedsample.errors import DataError
 
 DENSE, TRIANGLE, BITS = "fedsample.dense.v1", "fedsample.triangle.v1", "fedsample.bits.v1"
-HEADER, ARRAYS = "fedsample.header", "fedsample.arrays"  # the two records of a message
 VERSION = 1
+
+Value = bool | int | float | str | bytes
+Field = Value | list[bool] | list[int] | list[float] | list[str]
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _NAMES = {each: str(each).removeprefix("torch.") for each in (torch.float32, torch.float64, torch.bool, *_INTEGERS)}
@@ -27,6 +30,36 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype("<f8"),
     **{each: np.dtype(f"<i{each.itemsize}") for each in _INTEGERS},
 }
+
+
+class Array(NamedTuple):
+    """A tensor that travels.
+
+    Attributes:
+        dtype: such as "float32". shape: of the tensor. stype: how `data` stands for it. data: raw bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stype: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """The content of a message.
+
+    Attributes:
+        header: plain values by name; made by `header`, read by `Header`. arrays: by name.
+    """
+
+    header: Mapping[str, Field]
+    arrays: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> int:
+        """What counts as traffic: the bits of the arrays."""
+        return sum(math.prod(each.shape) if each.stype == BITS else 8 * len(each.data) for each in self.arrays.values())
 
 
 class Form(NamedTuple):
@@ -105,18 +138,12 @@ def check(array: Array, form: Form, what: str) -> None:
         )
 
 
-def wire_bits(records: RecordDict) -> int:
-    """Bits of a message that count as traffic: those of its arrays."""
-    arrays = [array for record in records.array_records.values() for array in record.values()]
-    return sum(math.prod(array.shape) if array.stype == BITS else 8 * len(array.data) for array in arrays)
-
-
-def pack_tensors(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+def pack_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
     """Named tensors, each dense."""
-    return ArrayRecord({name: dense(tensor) for name, tensor in tensors.items()})
+    return {name: dense(tensor) for name, tensor in tensors.items()}
 
 
-def unpack_tensors(record: ArrayRecord, like: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def unpack_tensors(record: Mapping[str, Array], like: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     """What `pack_tensors` made, with the names, shapes, dtypes and devices of `like`.
 
     Raises:
@@ -129,7 +156,7 @@ def unpack_tensors(record: ArrayRecord, like: Mapping[str, Tensor], what: str) -
     }
 
 
-def same_names(record: ArrayRecord, expected: Iterable[str], what: str) -> None:
+def same_names(record: Mapping[str, Array], expected: Iterable[str], what: str) -> None:
     """Refuse arrays of other names.
 
     Raises:
@@ -139,40 +166,24 @@ def same_names(record: ArrayRecord, expected: Iterable[str], what: str) -> None:
         raise DataError(f"{what} holds the arrays {sorted(record)}, expected {sorted(expected)}")
 
 
-def arrays_of(records: RecordDict, what: str) -> ArrayRecord:
-    """The arrays of a message.
-
-    Raises:
-        DataError: if it has none.
-    """
-    record = records.get(ARRAYS)
-    if not isinstance(record, ArrayRecord):
-        raise DataError(f"{what} has no record {ARRAYS!r}: it was not made by fedsample")
-    return record
-
-
-def header(**fields: Any) -> ConfigRecord:
+def header(**fields: Any) -> dict[str, Field]:
     """A header of this version; fields that are None are left out."""
-    return ConfigRecord({"version": VERSION, **{name: value for name, value in fields.items() if value is not None}})
+    return {"version": VERSION, **{name: value for name, value in fields.items() if value is not None}}
 
 
 class Header:
     """The header of a message that has arrived, read field by field.
 
     Args:
-        records: the message's content. what: what it should be, for error messages.
+        parcel: the message's content. what: what it should be, for error messages.
 
     Raises:
-        DataError: if there is none, it is of another version, or a field is not what it must be.
+        DataError: if it is of another version, or a field is not what it must be.
     """
 
-    def __init__(self, records: RecordDict, what: str) -> None:
-        """Find it."""
-        self._what = what
-        record = records.get(HEADER)
-        if not isinstance(record, ConfigRecord):
-            raise DataError(f"{what} has no record {HEADER!r}: it was not made by fedsample")
-        self._record = record
+    def __init__(self, parcel: Parcel, what: str) -> None:
+        """Check the version."""
+        self._what, self._record = what, parcel.header
         version = self.integer("version")
         if version != VERSION:
             raise DataError(f"{what} is of format {version}, expected {VERSION}: install one fedsample everywhere")

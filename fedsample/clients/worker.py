@@ -63,6 +63,10 @@ class Worker:
         self.clients = MetricClients(self.base, metric)
         self.about = Reference(self.base.n)
 
+    def forget_reference(self) -> None:
+        """Gradients kept at the reference of variance reduction are computed again."""
+        self.about = Reference(self.base.n)
+
     def answer(self, request: Request, who: Tensor | None = None) -> Answer:
         """Everything that the request asks for; the estimate of the clients at positions `who` (None: all)."""
         exact: dict[str, Tensor] = {}

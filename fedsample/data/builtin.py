@@ -51,7 +51,7 @@ def read_builtin(name: str | None) -> Table:
     """Load a built-in set by name.
 
     Raises:
-        DataError: there is no such set (names the nearest and lists all).
+        DataError: there is no such set (names the nearest and lists all), or scikit-learn is not installed.
     """
     facts = {fact.name: fact for fact in _FACTS}
     if name is None or name not in facts:
@@ -59,7 +59,13 @@ def read_builtin(name: str | None) -> Table:
             f"there is no built-in dataset {name!r}.{nearest(name or '', facts)} Expected one of {', '.join(facts)}; "
             'for your own data set data.kind = "npz", "csv" or "parquet" and data.file'
         )
-    import sklearn.datasets
+    try:
+        import sklearn.datasets
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"the built-in dataset {name!r} comes with scikit-learn, which is not installed here: pip install "
+            "scikit-learn, or give this machine a file of its own"
+        ) from error
 
     fact = facts[name]
     bunch = getattr(sklearn.datasets, f"load_{name}")()

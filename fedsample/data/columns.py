@@ -1,6 +1,7 @@
 """Tables of named columns: CSV and Parquet, read by pyarrow.
 
-Numbers and booleans are taken as they are; a column of text becomes one 0/1 column per category, categories sorted.
+Numbers and booleans are taken as they are; a column of text becomes positions among its categories, which are sorted.
+One 0/1 column a category comes of them where the clients have agreed on the categories (`fit`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from fedsample.data.base import Array, check_finite
+from fedsample.data.schema import MAX_CATEGORIES
 from fedsample.data.table import Table, nearest
 from fedsample.errors import DataError
-
-MAX_CATEGORIES = 256  # beyond this a column of text is an identifier or a typing error far more often than a feature
 
 
 def read_columns(path: Path, kind: str, target: str | None, client_column: str | None) -> Table:
@@ -48,11 +48,13 @@ def read_columns(path: Path, kind: str, target: str | None, client_column: str |
 
     blocks: list[Array] = []
     feature_names: list[str] = []
+    categories: list[tuple[str, ...] | None] = []
     for name in names:
         if name not in (target, client_column):
-            block, block_names = _feature(_values(frame.column(name), name, path), name, path)
+            block, texts = _feature(_values(frame.column(name), name, path), name, path)
             blocks.append(block)
-            feature_names += block_names
+            feature_names.append(name)
+            categories.append(texts)
     if not blocks:
         raise DataError(f"{path.name} has no column left for features besides {target!r}: add at least one")
     owners = None
@@ -64,12 +66,13 @@ def read_columns(path: Path, kind: str, target: str | None, client_column: str |
             )
     return Table(
         name=path.stem,
-        x=np.concatenate(blocks, axis=1),
+        x=np.stack(blocks, axis=1),
         y=_values(frame.column(target), target, path),
         feature_names=tuple(feature_names),
         owners=owners,
         test_rows=frame.num_rows // 5,
         standardize=True,
+        categories=tuple(categories),
     )
 
 
@@ -122,10 +125,10 @@ def _values(column: Any, name: str, path: Path) -> Array:
     return array
 
 
-def _feature(values: Array, name: str, path: Path) -> tuple[Array, list[str]]:
-    """(N, k) float64 and its k names: the numbers themselves, or one 0/1 column per category."""
+def _feature(values: Array, name: str, path: Path) -> tuple[Array, tuple[str, ...] | None]:
+    """(N,) float64: the numbers themselves, or positions among the categories, which come with them."""
     if values.dtype.kind != "U":
-        return values.astype(np.float64)[:, None], [name]
+        return values.astype(np.float64), None
     categories, codes = np.unique(values, return_inverse=True)
     if len(categories) > MAX_CATEGORIES:
         odd = next((row for row, value in enumerate(values) if not _is_number(str(value))), 0)
@@ -134,7 +137,7 @@ def _feature(values: Array, name: str, path: Path) -> tuple[Array, list[str]]:
             f"{MAX_CATEGORIES} categories: drop it if it is an identifier; if it should hold numbers, row {odd} (the "
             f"first row is 0) reads {str(values[odd])!r}"
         )
-    return np.eye(len(categories))[codes], [f"{name}={category}" for category in categories]
+    return codes.astype(np.float64), tuple(categories.tolist())
 
 
 def _is_number(text: str) -> bool:

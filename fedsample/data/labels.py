@@ -2,91 +2,94 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from fedsample.data.base import Array, Task
+from fedsample.data.schema import MAX_LABELS, Target
 from fedsample.data.table import Table
 from fedsample.errors import DataError
 
 
-class Targets(NamedTuple):
-    """Targets in the form that a model takes.
-
-    Attributes:
-        y: (N,) int64 classes, or float64.
-        y_test: (M,) likewise; None where the table sets no test rows apart.
-        class_names: the source's label of each class, in class order; empty for regression.
-    """
-
-    y: Array
-    y_test: Array | None
-    class_names: tuple[str, ...]
-
-    @property
-    def classes(self) -> int | None:
-        """Number of classes; None for regression."""
-        return len(self.class_names) or None
-
-
-def targets(table: Table, task: Task | None) -> Targets:
-    """Targets of a table for a task.
+def target_of(table: Table, task: Task | None) -> Target:
+    """What a table's targets are, for a task.
 
     The model decides the task: `linear` is regression even on whole numbers, `softmax` and `logistic` are
     classification. Where it leaves the choice open (an MLP, a convolutional network) the source decides, and failing
-    that the values: text and whole numbers are labels, unless more than half of the whole numbers differ from each
-    other; anything else is a measurement. Labels are any integers or text, {-1, 1} as well as {0, 1}; their sorted
-    order gives the classes. Labels of training and test rows together make the classes.
+    that the values of all clients together: text and whole numbers are labels, unless more than half of the whole
+    numbers differ from each other; anything else is a measurement. Labels are any integers or text, {-1, 1} as well as
+    {0, 1}; their sorted order gives the classes. Labels of training and test rows together make the classes.
 
     Args:
         table: what a reader found.
-        task: "classification", "regression", or None to let the table decide.
+        task: "classification", "regression", or None to let the data decide.
 
     Raises:
-        DataError: text or one repeated label where numbers or labels are needed.
+        DataError: text or fractions where numbers or labels are needed, or no rows.
     """
-    y, y_test = table.y, table.y_test
-    every = y if y_test is None else np.concatenate([y, y_test])
-    if not len(y):
+    if not len(table.y):
         raise DataError(f"{table.name} has no rows: expected at least one")
-    task = task or table.task or _guess(every)
-    if task == "regression":
+    every = table.y if table.y_test is None else np.concatenate([table.y, table.y_test])
+    if (task or table.task) == "regression":
         if every.dtype.kind == "U":
             raise DataError(
                 f"the target of {table.name} is text such as {str(every[0])!r}, but the model predicts a number: "
                 "choose model.name = softmax or logistic, or a numeric target"
             )
-        return Targets(y.astype(np.float64), None if y_test is None else y_test.astype(np.float64), ())
+        return Target("number")
     if table.task == "regression":
         raise DataError(f"{table.name} is a regression set, but the model predicts a class: choose model.name = linear")
-    if every.dtype.kind == "f":
-        odd = np.flatnonzero(~_whole(every))
-        if len(odd):
-            raise DataError(
-                f"the target of {table.name} is {every[odd[0]]} in row {int(odd[0])}, but the model predicts a class: "
-                "expected integers or text as labels; for numbers choose model.name = linear"
-            )
-        every = every.astype(np.int64)
-    labels, codes = np.unique(every, return_inverse=True)
-    if len(labels) < 2:
-        raise DataError(f"every row of {table.name} has the label {labels[0].item()!r}: expected at least two classes")
-    codes = codes.astype(np.int64)
-    return Targets(
-        codes[: len(y)],
-        None if y_test is None else codes[len(y) :],
-        tuple(str(label) for label in labels),
-    )
+    odd = np.flatnonzero(~_whole(every)) if every.dtype.kind == "f" else np.array([], dtype=np.int64)
+    if len(odd) and task is None:
+        return Target("number")
+    if len(odd):
+        raise DataError(
+            f"the target of {table.name} is {every[odd[0]]} in row {int(odd[0])}, but the model predicts a class: "
+            "expected integers or text as labels; for numbers choose model.name = linear"
+        )
+    text = every.dtype.kind == "U"
+    labels = np.unique(every if text else every.astype(np.int64))
+    decided = (task or table.task) is not None or text
+    if len(labels) > MAX_LABELS:
+        if not decided:
+            return Target("number")
+        raise DataError(
+            f"the target of {table.name} has {len(labels)} different labels, expected at most {MAX_LABELS}: for "
+            "numbers choose model.name = linear"
+        )
+    return Target("labels" if decided else "undecided", tuple(labels.tolist()))
+
+
+def encode(y: Array, target: Target, name: str) -> Array:
+    """Targets in the form that a model takes: (N,) int64 positions in the agreed labels, or float64 numbers.
+
+    Args:
+        y: (N,) integers, floats or text, as a source holds them.
+        target: what the clients agreed on.
+        name: what the data are called, for the message.
+
+    Raises:
+        DataError: a target that the clients did not agree on.
+    """
+    text = y.dtype.kind == "U"
+    if target.kind == "number":
+        if text:
+            raise DataError(f"the target of {name} is text, but the clients agreed on numbers: convert it")
+        return y.astype(np.float64)
+    known = np.asarray(target.values)
+    shown = ", ".join(map(repr, target.values[:10])) + (", ..." if len(target.values) > 10 else "")
+    if text != (known.dtype.kind == "U") or (y.dtype.kind == "f" and not _whole(y).all()):
+        raise DataError(f"the target of {name} has dtype {y.dtype}, but the clients agreed on the labels {shown}")
+    y = y if text else y.astype(np.int64)
+    codes = np.searchsorted(known, y).clip(max=len(known) - 1)
+    wrong = np.flatnonzero(known[codes] != y)
+    if len(wrong):
+        raise DataError(
+            f"the target of {name} is {y[wrong[0]].item()!r} in row {int(wrong[0])} (the first row is 0), but the "
+            f"clients agreed on the labels {shown}: correct it, or start again with this client's labels"
+        )
+    return codes.astype(np.int64)
 
 
 def _whole(values: Array) -> Array:
     """(N,) bool: which floats are integers that int64 holds exactly."""
     return np.asarray((values == np.round(values)) & (np.abs(values) <= 2.0**53))
-
-
-def _guess(values: Array) -> Task:
-    """Labels or measurements, from the values alone."""
-    if values.dtype.kind == "U":
-        return "classification"
-    whole = values.dtype.kind == "i" or bool(_whole(values).all())
-    return "classification" if whole and 2 * len(np.unique(values)) <= len(values) else "regression"

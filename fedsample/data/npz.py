@@ -54,7 +54,7 @@ def read_npz(path: Path) -> Table:
                 f"{path.name}: client has shape {owners.shape} and dtype {owners.dtype}, expected ({len(x)},) integers "
                 "or text, the client of each row of X"
             )
-    return Table(path.stem, x, y, default_feature_names(x.shape[1:]), owners, x_test, y_test)
+    return Table(path.stem, x, y, (), owners, x_test, y_test)
 
 
 def read_archive(path: Path) -> dict[str, Array]:

@@ -14,6 +14,7 @@ proportions and keeps the sizes equal.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from typing import Any
 
@@ -55,11 +56,13 @@ def assign(scheme: str, targets: Array, clients: int, alpha: float, seed: int) -
     if scheme == "dirichlet":
         return _dirichlet(targets, clients, alpha, seed)
     if scheme == "iid":
+        _installed()
         from flwr_datasets.partitioner import IidPartitioner
 
         shuffled = np.random.default_rng(seed).permutation(rows)  # the partitioner itself cuts in the order it is given
         return _owners(IidPartitioner(clients), shuffled, targets[shuffled], clients)
     if scheme == "shards":
+        _installed()
         from flwr_datasets.partitioner import ShardPartitioner
 
         # Its own shard size, floor(N / 2n), would leave the last rows to nobody; rounding up covers every row.
@@ -94,6 +97,7 @@ def _dirichlet(targets: Array, clients: int, alpha: float, seed: int) -> Array:
             f"data.alpha = {alpha}, expected a number above 0, at most {_ALPHA_MAX:g} (0.1 is very skewed, 100 nearly "
             'even; for even shares choose data.partition = "iid")'
         )
+    _installed()
     from flwr_datasets.partitioner import DirichletPartitioner
 
     classes = targets
@@ -117,6 +121,15 @@ def _dirichlet(targets: Array, clients: int, alpha: float, seed: int) -> Array:
         return split(least=1)
     except ValueError:  # it gives up after eleven draws; only then are empty shares allowed
         return split(least=0)
+
+
+def _installed() -> None:
+    """Refuse to go on without flwr-datasets: a device with a file of its own does without."""
+    if importlib.util.find_spec("flwr_datasets") is None:
+        raise DataError(
+            "sharing rows out needs flwr-datasets, which is not installed here: pip install flwr-datasets, or give "
+            "this machine a file of its own"
+        )
 
 
 def _owners(partitioner: Any, order: Array, targets: Array, clients: int) -> Array:

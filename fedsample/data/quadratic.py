@@ -8,6 +8,7 @@ For client i, with centre a_i and Hessian H_i,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,31 +42,9 @@ class QuadraticData:
     name: str = "quadratic"
 
     def __post_init__(self) -> None:
-        """Check shapes, symmetry, each client's curvature and the sum."""
-        if self.a.ndim != 2 or 0 in self.a.shape or self.a.dtype != np.float64:
-            raise DataError(f"a has shape {self.a.shape} and dtype {self.a.dtype}, expected (clients, d) in float64")
-        n, d = self.a.shape
-        if self.lam.shape not in ((n, d), (n, d, d)) or self.lam.dtype != np.float64:
-            raise DataError(
-                f"the curvatures have shape {self.lam.shape} and dtype {self.lam.dtype}, expected ({n}, {d}) or "
-                f"({n}, {d}, {d}) in float64 to fit the centres"
-            )
-        check_finite(self.lam, default_feature_names(self.lam.shape[1:]), f"the curvatures of {self.name}")
-        check_finite(self.a, default_feature_names(self.a.shape[1:]), f"the centres of {self.name}")
-        skew = np.abs(self.lam - self.lam.swapaxes(1, 2)).max(axis=(1, 2)) if self.dense else np.zeros(n)  # (n,)
-        if (skew > 1e-10 * np.abs(self.lam).reshape(n, -1).max(axis=1)).any():
-            client = int(skew.argmax())
-            raise DataError(f"the Hessian of client {client} is not symmetric: expected H = (H + H^T) / 2")
-        values = np.linalg.eigvalsh(self.lam) if self.dense else self.lam  # (n, d)
-        slack = 1e-12 * d * np.abs(values).max(axis=1) if self.dense else 0.0  # what rounding does to a zero eigenvalue
-        lowest = values.min(axis=1)  # (n,)
-        if (lowest < -slack).any():
-            client = int(np.argmin(lowest))
-            raise DataError(
-                f"client {client} has curvature {lowest[client]:.3g} in some direction, expected >= 0 in all: its "
-                "potential has no lower bound"
-            )
-        total = self.lam.sum(axis=0)
+        """Check each client's potential, and the sum."""
+        check_potentials(self.lam, self.a, self.name)
+        total, d = self.lam.sum(axis=0), self.dim
         total = np.linalg.eigvalsh(total) if self.dense else total
         total = total + self.prior_precision
         if total.min() <= 1e-14 * d * total.max():
@@ -90,11 +69,45 @@ class QuadraticData:
         return self.lam.ndim == 3
 
 
-def load_quadratic(config: DataConfig, prior_precision: float = 0.0) -> QuadraticData:
-    """Read quadratic clients from an .npz file.
+def check_potentials(lam: Array, a: Array, name: str) -> None:
+    """Refuse potentials that are none, whatever they sum to.
 
-    The file holds the centres `a`, (n, d) or (n,) where d = 1, and one of `lam`, (n, d), or (n,) for the same curvature
-    in every coordinate; or `H` (or `lam`), (n, d, d), dense Hessians.
+    Args:
+        lam: (n, d) float64 curvatures, or (n, d, d) Hessians.
+        a: (n, d) float64 centres.
+        name: what the data are called, for the message.
+
+    Raises:
+        DataError: NaN, shapes that do not fit, asymmetry, or negative curvature.
+    """
+    if a.ndim != 2 or 0 in a.shape or a.dtype != np.float64:
+        raise DataError(f"a has shape {a.shape} and dtype {a.dtype}, expected (clients, d) in float64")
+    n, d = a.shape
+    if lam.shape not in ((n, d), (n, d, d)) or lam.dtype != np.float64:
+        raise DataError(
+            f"the curvatures have shape {lam.shape} and dtype {lam.dtype}, expected ({n}, {d}) or "
+            f"({n}, {d}, {d}) in float64 to fit the centres"
+        )
+    check_finite(lam, default_feature_names(lam.shape[1:]), f"the curvatures of {name}")
+    check_finite(a, default_feature_names(a.shape[1:]), f"the centres of {name}")
+    dense = lam.ndim == 3
+    skew = np.abs(lam - lam.swapaxes(1, 2)).max(axis=(1, 2)) if dense else np.zeros(n)  # (n,)
+    if (skew > 1e-10 * np.abs(lam).reshape(n, -1).max(axis=1)).any():
+        client = int(skew.argmax())
+        raise DataError(f"the Hessian of client {client} is not symmetric: expected H = (H + H^T) / 2")
+    values = np.linalg.eigvalsh(lam) if dense else lam  # (n, d)
+    slack = 1e-12 * d * np.abs(values).max(axis=1) if dense else 0.0  # what rounding does to a zero eigenvalue
+    lowest = values.min(axis=1)  # (n,)
+    if (lowest < -slack).any():
+        client = int(np.argmin(lowest))
+        raise DataError(
+            f"client {client} has curvature {lowest[client]:.3g} in some direction, expected >= 0 in all: its "
+            "potential has no lower bound"
+        )
+
+
+def load_quadratic(config: DataConfig, prior_precision: float = 0.0) -> QuadraticData:
+    """Read quadratic clients from an .npz file, see `read_quadratic`.
 
     Args:
         config: the section [data] of an experiment, with `kind = "quadratic"` and `file`.
@@ -103,7 +116,19 @@ def load_quadratic(config: DataConfig, prior_precision: float = 0.0) -> Quadrati
     Raises:
         DataError: the file cannot be read, or does not describe proper quadratic clients.
     """
-    path = source_path(config.file, "quadratic")
+    lam, a, name = read_quadratic(source_path(config.file, "quadratic"))
+    return QuadraticData(lam, a, prior_precision, config.name or name)
+
+
+def read_quadratic(path: Path) -> tuple[Array, Array, str]:
+    """Curvatures, centres and a name from an .npz file, nothing being checked but their form.
+
+    The file holds the centres `a`, (n, d) or (n,) where d = 1, and one of `lam`, (n, d), or (n,) for the same curvature
+    in every coordinate; or `H` (or `lam`), (n, d, d), dense Hessians.
+
+    Raises:
+        DataError: the file cannot be read, or does not hold these arrays.
+    """
     arrays = read_archive(path)
     held = ", ".join(map(repr, arrays)) or "nothing"
     if "a" not in arrays or ("lam" in arrays) == ("H" in arrays):
@@ -122,4 +147,4 @@ def load_quadratic(config: DataConfig, prior_precision: float = 0.0) -> Quadrati
         raise DataError(f"{path.name}: H has shape {lam.shape}, expected (clients, d, d)")
     if key == "lam" and lam.ndim == 1 and len(lam) == len(a):
         lam = np.repeat(lam[:, None], a.shape[1], axis=1)
-    return QuadraticData(lam, a, prior_precision, config.name or path.stem)
+    return lam, a, path.stem

@@ -17,15 +17,16 @@ class Table:
 
     Attributes:
         name: what to call the data.
-        x: (N, ...features) float64, finite.
+        x: (N, ...features) float64, finite; of a column of text the positions of its values among its categories.
         y: (N,) integers, finite floats or text.
-        feature_names: one a feature, row-major.
+        feature_names: one a column; empty: an array, whose entries have no names.
         owners: (N,) integer or text label of each row's client; None where the source names no clients.
         x_test: (M, ...features) test rows that the source sets apart; None: the test rows come out of `x`.
         y_test: (M,), likewise.
         task: what the source says is predicted; None: its targets decide.
-        test_rows: test rows of `x` that the source's own rule sets apart (see `load`); 0: none.
+        test_rows: test rows of `x` that the source's own rule sets apart (see `load`); None: it has no such rule.
         standardize: what to do where the configuration does not say.
+        categories: of each column that holds text its different values, sorted; None for numbers. Empty: all numbers.
     """
 
     name: str
@@ -36,8 +37,9 @@ class Table:
     x_test: Array | None = None
     y_test: Array | None = None
     task: Task | None = None
-    test_rows: int = 0
+    test_rows: int | None = None
     standardize: bool = False
+    categories: tuple[tuple[str, ...] | None, ...] = ()
 
 
 def source_path(file: str | None, kind: str) -> Path:

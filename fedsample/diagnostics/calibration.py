@@ -93,11 +93,15 @@ def ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
         bins: number of bins, at least 1.
     """
     confidence, correct = _confidence(probabilities, labels)
-    edges = torch.arange(1, bins, dtype=torch.float64, device=confidence.device) / bins
-    index = torch.bucketize(confidence, edges)  # (N,)
     gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gap.index_add_(0, index, correct - confidence)
+    gap.index_add_(0, bin_of(confidence, bins), correct - confidence)
     return float(gap.abs().sum() / len(confidence))
+
+
+def bin_of(confidence: Tensor, bins: int = BINS) -> Tensor:
+    """Number of the bin `(b / bins, (b + 1) / bins]` that each confidence lies in: (N,) float64 -> (N,) int64."""
+    edges = torch.arange(1, bins, dtype=torch.float64, device=confidence.device) / bins
+    return torch.bucketize(confidence, edges)
 
 
 def adaptive_ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:

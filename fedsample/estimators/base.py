@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedsample.compression import Compressor, Packet, PacketKeys, values_from_bytes, values_to_bytes
 from fedsample.errors import DataError
+from fedsample.estimators.packets import chain_of, fill_chain
 
 
 class Oracle(Protocol):
@@ -91,6 +92,7 @@ class Uplink(ABC):
     name: ClassVar[str]
     needs_previous: ClassVar[bool] = False
     needs_everyone_to_sync: ClassVar[bool] = False
+    resyncs: ClassVar[bool] = False  # whether a dense round of all clients restores it after a loss of memory
     reference: ClassVar[str]
     summary: ClassVar[str]
 
@@ -152,7 +154,7 @@ class Uplink(ABC):
             if upload.packet is None or (sync is not None and bool(sync[chain])):
                 parts.append(values_to_bytes(_required(upload.dense)[chain]))
             else:
-                parts.append(self.compressor.to_bytes(_chain(upload.packet, chain)))
+                parts.append(self.compressor.to_bytes(chain_of(upload.packet, chain)))
         return b"".join(parts)
 
     def from_bytes(self, data: bytes, turn: Turn, d: int, dtype: torch.dtype) -> Upload:
@@ -176,7 +178,7 @@ class Uplink(ABC):
             if syncing:
                 _required(dense)[chain] = values_from_bytes(piece, d, dtype)
             else:
-                _fill(packet, chain, self.compressor.parse(piece, d, dtype))
+                fill_chain(packet, chain, self.compressor.parse(piece, d, dtype))
         if at != len(data):
             raise DataError(f"an upload of {len(data)} bytes, expected {at} for {chains} chains of {d} parameters")
         support = self.compressor.support(turn.keys, d)  # of all chains at once, where the keys tell it
@@ -190,18 +192,6 @@ def masked(packet: Packet, active: Tensor | None) -> Packet:
     keep = active.unsqueeze(-1)
     side = None if packet.side is None else torch.where(keep, packet.side, 0.0)
     return packet._replace(values=torch.where(keep, packet.values, 0), side=side)
-
-
-def _chain(packet: Packet, chain: int) -> Packet:
-    indices = None if packet.indices is None else packet.indices[chain]
-    side = None if packet.side is None else packet.side[chain]
-    return packet._replace(values=packet.values[chain], indices=indices, side=side)
-
-
-def _fill(packet: Packet, chain: int, one: Packet) -> None:
-    for stack, part in zip(packet[:3], one[:3], strict=True):
-        if isinstance(stack, Tensor) and isinstance(part, Tensor):
-            stack[chain] = part
 
 
 def _chains(upload: Upload) -> int:

@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsample.compression import Compressor, LinkKeys
+from fedsample.compression import Compressor, LinkKeys, Packet
+from fedsample.estimators.packets import packet_bytes, packet_of_bytes
 from fedsample.random import SERVER
 
 
@@ -27,10 +28,11 @@ class Downlink(ABC):
     name: ClassVar[str]
     reference: ClassVar[str]
     summary: ClassVar[str]
+    compresses: ClassVar[bool] = False
 
     @abstractmethod
-    def see(self, seen: Tensor, params: Tensor, round: int) -> Tensor:
-        """What clients see (C, d) in `round`, from what they saw before and the iterate."""
+    def see(self, seen: Tensor, params: Tensor, round: int) -> tuple[Tensor, Packet | None]:
+        """What clients see (C, d) in `round`, from what they saw before and the iterate; and the increment, if any."""
 
     @abstractmethod
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
@@ -44,9 +46,9 @@ class DenseDownlink(Downlink):
     reference: ClassVar[str] = "-"
     summary: ClassVar[str] = "d values a chain and round"
 
-    def see(self, seen: Tensor, params: Tensor, round: int) -> Tensor:
+    def see(self, seen: Tensor, params: Tensor, round: int) -> tuple[Tensor, Packet | None]:
         """The iterate."""
-        return params
+        return params, None
 
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
         """D values a chain, whatever was missed."""
@@ -63,17 +65,31 @@ class Ef21P(Downlink):
     name: ClassVar[str] = "ef21-p"
     reference: ClassVar[str] = "Gruntkowska, Tyurin & Richtarik 2023; Karagulyan & Richtarik 2023"
     summary: ClassVar[str] = "one packet a chain and round; d values in round 1 and where that is less"
+    compresses: ClassVar[bool] = True
 
     def __init__(self, compressor: Compressor, seed: int, chains: int, device: torch.device | str = "cpu") -> None:
         self.compressor = compressor
         self._link = LinkKeys(seed, SERVER, chains, "downlink", device)
 
-    def see(self, seen: Tensor, params: Tensor, round: int) -> Tensor:
+    def see(self, seen: Tensor, params: Tensor, round: int) -> tuple[Tensor, Packet | None]:
         """What was seen, plus the compressed difference; round 1 is dense."""
         if round == 1:
-            return params
+            return params, None
         packet = self.compressor.compress(params - seen, self._link.at(round))
-        return seen + self.compressor.decompress(packet, params.shape[-1])
+        return seen + self.compressor.decompress(packet, params.shape[-1]), packet
+
+    def pack(self, packet: Packet) -> bytes:
+        """An increment of C chains as it travels."""
+        return packet_bytes(self.compressor, packet)
+
+    def advance(self, seen: Tensor, data: bytes, round: int) -> Tensor:
+        """What a client sees in `round`, from what it saw in the round before and `pack`'s bytes.
+
+        Raises:
+            DataError: if the length is wrong or a value is not finite.
+        """
+        packet = packet_of_bytes(self.compressor, data, seen, self._link.at(round))
+        return seen + self.compressor.decompress(packet, seen.shape[-1])
 
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
         """The increments that were missed, or the dense point."""

@@ -25,6 +25,7 @@ class Ef21(Uplink):
 
     name: ClassVar[str] = "ef21"
     needs_everyone_to_sync: ClassVar[bool] = True
+    resyncs: ClassVar[bool] = True
     reference: ClassVar[str] = "Richtarik, Sokolov & Fatkhullin 2021; Karagulyan & Richtarik 2023"
     summary: ClassVar[str] = "one packet a chain and round; d values in round 1"
 

@@ -33,6 +33,7 @@ class Marina(Uplink):
     name: ClassVar[str] = "marina"
     needs_previous: ClassVar[bool] = True
     needs_everyone_to_sync: ClassVar[bool] = True
+    resyncs: ClassVar[bool] = True
     reference: ClassVar[str] = "Gorbunov et al. 2021; Sun, Salim & Richtarik 2022"
     summary: ClassVar[str] = "p d + (1 - p) K values a chain and round"
 

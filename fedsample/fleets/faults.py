@@ -7,7 +7,8 @@ known to the server, which scales by them. The first round is drawn from the sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -65,3 +66,37 @@ class Faults:
 
     def _uniform(self, round: int, purpose: str) -> Tensor:
         return key(self.seed, round, torch.arange(self.n), purpose=f"faults/{purpose}").uniform(1).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Recorded(Faults):
+    """What went wrong in another run.
+
+    Everyone is asked, and what comes from who did not take part then is lost: memories go the same way.
+
+    Attributes:
+        arrivals: the clients whose uploads were applied, by round, where these were not all that were asked.
+    """
+
+    arrivals: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def any(self) -> bool:
+        """Whether anything went wrong, or could have."""
+        return True
+
+    def present(self, round: int, before: Tensor | None) -> Tensor:
+        """(n,) bool: everyone."""
+        return torch.ones(self.n, dtype=torch.bool)
+
+    def delivered(self, round: int) -> Tensor:
+        """(n,) bool, whose upload was applied."""
+        mask = torch.ones(self.n, dtype=torch.bool)
+        if round in self.arrivals:
+            mask[:] = False
+            mask[list(self.arrivals[round])] = True
+        return mask
+
+    def attempts(self, round: int) -> Tensor:
+        """(n,) int64: each reply is sent once."""
+        return torch.ones(self.n, dtype=torch.int64)

@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
 from fedsample import messages
 from fedsample.errors import ClientError, ConfigError, QuorumError
-from fedsample.wire import HEADER, Header, header
+from fedsample.fleets.records import parcel_of, records_of
+from fedsample.wire import Header, Parcel, header
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -50,11 +51,11 @@ class Roster:
         """The tag of the metric that each client held when it was greeted; empty: none."""
         return self._tags if self.nodes else []
 
-    def send(self, contents: Mapping[int, RecordDict], kind: str, group: str = "") -> list[Message]:
+    def send(self, contents: Mapping[int, Parcel], kind: str, group: str = "") -> list[Message]:
         """Messages to some clients, ready for the grid."""
-        return [Message(content, self.nodes[i], kind, group_id=group) for i, content in contents.items()]
+        return [Message(records_of(each), self.nodes[i], kind, group_id=group) for i, each in contents.items()]
 
-    def sort(self, replies: Iterable[Message], round: int) -> dict[int, RecordDict]:
+    def sort(self, replies: Iterable[Message], round: int) -> dict[int, Parcel]:
         """Replies by client, in client order; without those of whom Flower says that they are not to be had.
 
         Raises:
@@ -65,12 +66,12 @@ class Roster:
         answers = {}
         for client, reply in sorted(found.items()):
             if reply.has_content():
-                answers[client] = reply.content
+                answers[client] = parcel_of(reply.content, f"the answer of client {client}")
             elif reply.error.code not in _ABSENT:
                 raise _failed(reply, client, round)
         return answers
 
-    def broadcast(self, kind: str, contents: Sequence[RecordDict]) -> list[RecordDict]:
+    def broadcast(self, kind: str, contents: Sequence[Parcel]) -> list[Parcel]:
         """One message to each client -> their replies, in client order.
 
         Raises:
@@ -100,13 +101,14 @@ class Roster:
                     f"(in a simulation --federation-config 'num-supernodes={self.n}')"
                 )
             time.sleep(_PAUSE)
-        hello = [Message(RecordDict({HEADER: header()}), node, messages.HELLO) for node in found]
+        hello = [Message(records_of(Parcel(header())), node, messages.HELLO) for node in found]
         greeted: dict[int, tuple[int, str]] = {}
         for reply in self.grid.send_and_receive(hello, timeout=self.timeout):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 raise _failed(reply, -1, 0)
-            said = Header(reply.content, f"the greeting of node {node}")
+            greeting = f"the greeting of node {node}"
+            said = Header(parcel_of(reply.content, greeting), greeting)
             client = said.integer("client")
             self._agree(client, said)
             if client in greeted:

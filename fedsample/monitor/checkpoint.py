@@ -92,6 +92,42 @@ class CheckpointStore:
             raise disk_error(target, len(data) + len(text), error) from error
         self._prune(round)
 
+    def rounds(self) -> list[int]:
+        """The rounds of which there is a checkpoint, newest first; whether they are whole is not looked at."""
+        return [_round(path) for path in self._stored()]
+
+    def rewind(self, round: int) -> None:
+        """Delete the checkpoints after a round: the run will go on from there, and may go another way.
+
+        Raises:
+            RunDirectoryError: if one cannot be deleted.
+        """
+        for path in self._stored():
+            if _round(path) > round:
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:
+                    raise disk_error(path, 0, error) from error
+
+    def at(self, round: int) -> Checkpoint | None:
+        """Read the checkpoint of one round; None if there is none, or it is damaged.
+
+        Raises:
+            RunDirectoryError: it belongs to another configuration.
+        """
+        for path in self._stored():
+            if _round(path) != round:
+                continue
+            try:
+                found, checkpoint = _read(path)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                _log.warning("checkpoint %s is damaged (%s) and is skipped", path, error)
+                return None
+            if found != self.digest:
+                raise self._foreign(path, found, self.digest)
+            return checkpoint
+        return None
+
     def latest(self, expected_digest: str | None = None) -> Checkpoint | None:
         """Read the newest checkpoint that is whole; None where there is none yet.
 
@@ -111,11 +147,7 @@ class CheckpointStore:
                 _log.warning("checkpoint %s is damaged (%s) and is skipped", path, error)
                 continue
             if found != digest:
-                raise RunDirectoryError(
-                    f"{path} is a checkpoint of another configuration (digest {found or 'none'}, expected "
-                    f"{digest or 'none'}): the run's config.toml was changed after it began, or by another version; "
-                    f"restore that file, or start a new run in another directory with --out"
-                )
+                raise self._foreign(path, found, digest)
             return checkpoint
         if problems:
             raise RunDirectoryError(
@@ -123,6 +155,13 @@ class CheckpointStore:
                 f"a new run in another directory with --out"
             )
         return None
+
+    def _foreign(self, path: Path, found: str, expected: str) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{path} is a checkpoint of another configuration (digest {found or 'none'}, expected "
+            f"{expected or 'none'}): the run's config.toml was changed after it began, or by another version; "
+            f"restore that file, or start a new run in another directory with --out"
+        )
 
     def _stored(self) -> list[Path]:
         """Checkpoints on the disk, newest first."""

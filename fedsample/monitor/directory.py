@@ -23,7 +23,7 @@ from fedsample.monitor.environment import environment
 from fedsample.monitor.jsonl import JsonLines, to_json, truncate_jsonl
 
 _FOLDERS = ("checkpoint", "draws")
-_EARLY = ("config.toml", "env.json", "params.json", "geometry.json", "geometry.safetensors")
+_EARLY = ("config.toml", "env.json", "params.json", "geometry.json", "geometry.safetensors", "run.json", "setup.json")
 
 
 class RunDirectory:
@@ -42,6 +42,7 @@ class RunDirectory:
         self.checkpoint = path / "checkpoint"
         self._lock, self._made = lock, made
         self._participation = JsonLines(path / "participation.jsonl", buffered=True)
+        self._forks = JsonLines(path / "forks.jsonl", buffered=True)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> Self:
@@ -126,6 +127,10 @@ class RunDirectory:
         """Log who took part in a round; on the disk after `sync`."""
         self._participation.append({"round": round, "clients": list(clients)})
 
+    def append_fork(self, round: int, clients: Sequence[int]) -> None:
+        """Log whose lost memory made the chain take another path from a round on; on the disk after `sync`."""
+        self._forks.append({"round": round, "clients": list(clients)})
+
     def discard(self) -> None:
         """Undo `create` where a run failed before its first checkpoint: the directory can be used again, or is gone."""
         with contextlib.suppress(OSError):
@@ -141,10 +146,12 @@ class RunDirectory:
     def sync(self) -> None:
         """Wait until the participation is on the disk: call it before the checkpoint that counts on it."""
         self._participation.sync()
+        self._forks.sync()
 
     def rewind(self, round: int) -> None:
         """Cut every `.jsonl` file back to the rounds up to `round`; a torn last line goes too."""
         self._participation.close()
+        self._forks.close()
         for file in sorted(self.path.glob("*.jsonl")):
             truncate_jsonl(file, round)
 
@@ -152,6 +159,7 @@ class RunDirectory:
         """Write what is pending and release the lock; harmless a second time."""
         try:
             self._participation.close()
+            self._forks.close()
         finally:
             _release(self._lock)
             self._lock = None

@@ -78,6 +78,10 @@ class Progress:
         took = f"done in {_seconds(time.monotonic() - begin)}"
         self._print(took if inline else f"{name} ... {took}")
 
+    def note(self, text: str) -> None:
+        """Say something between two drawings."""
+        self._print(text)
+
     def close(self) -> None:
         """Draw the last state and leave the terminal as it was; harmless a second time."""
         if self._mode != "quiet" and self._begun and self._drawn != self._round:

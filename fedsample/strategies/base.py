@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedsample.compression import Packet
 from fedsample.errors import DivergenceError
 from fedsample.estimators import DenseDownlink, Direct, Downlink, ServerState, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request
@@ -40,6 +42,7 @@ class State(NamedTuple):
         applied: (n,) int64, the last round in which each client's upload was applied. epoch: of the clients' memories.
         seen: (C, d) what clients see of the positions, which a compressed downlink lets lag.
         reference: (C, d) where clients reduce the variance of their minibatches, if they do.
+        resync: whether the next round must be a dense one of all clients, because one has lost its memory.
     """
 
     round: int
@@ -51,6 +54,7 @@ class State(NamedTuple):
     epoch: int
     seen: Tensor
     reference: Tensor
+    resync: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as flat tensors, for a checkpoint."""
@@ -60,7 +64,7 @@ class State(NamedTuple):
             "seen": self.seen,
             "reference": self.reference,
             "applied": self.applied,
-            "counters": torch.tensor([self.round, self.epoch]),
+            "counters": torch.tensor([self.round, self.epoch, int(self.resync)]),
             **{f"kernel.{name}": tensor for name, tensor in self.kernel.items()},
             **{f"uplink.{name}": tensor for name, tensor in self.uplink.items()},
         }
@@ -84,6 +88,7 @@ class State(NamedTuple):
             counters[1],
             here["seen"],
             here["reference"],
+            bool(counters[2]),
         )
 
 
@@ -140,6 +145,7 @@ class Sampler(FlowerStrategy):
         self.cohort, self.stability = cohort, stability
         self._noise: tuple[int, Tensor] | None = None
         self._coins: tuple[tuple[int, float], Tensor, list[bool]] | None = None
+        self._increment: tuple[int, Packet | None] = (0, None)
 
     @abstractmethod
     def kernel_start(self, params: Tensor) -> dict[str, Tensor]:
@@ -164,6 +170,8 @@ class Sampler(FlowerStrategy):
         round = state.round + 1
         chains, d = state.params.shape
         sync = self._sync(round, chains, d, state.params.device)
+        if state.resync:
+            sync = torch.ones(chains, dtype=torch.bool, device=state.params.device)
         active = self.cohort.active(round, sync, self.uplink.needs_everyone_to_sync)
         reference, since = self._reference(state, round)
         return Request(
@@ -178,7 +186,14 @@ class Sampler(FlowerStrategy):
             observe=observe,
             reference=reference,
             reference_round=since,
+            increment=partial(self._increment_of, state, round) if round > 1 and self.downlink.compresses else None,
         )
+
+    def _increment_of(self, state: State, round: int) -> Packet:
+        """What leads from the points of the round before to those of this one; made again after a resume."""
+        if self._increment[0] != round or self._increment[1] is None:
+            self._increment = (round, self.downlink.see(state.previous, state.params, round)[1])
+        return self._increment[1]  # type: ignore[return-value]
 
     def _reference(self, state: State, round: int) -> tuple[Tensor | None, int]:
         """Where clients reduce variance in a round, and since which round."""
@@ -188,6 +203,15 @@ class Sampler(FlowerStrategy):
             return state.reference, 0
         since = (round - 1) // self.refresh * self.refresh + 1
         return (state.seen if since == round else state.reference), since
+
+    def forked(self, state: State) -> State:
+        """The state when a client has lost its memory for good: the chain goes on along another path of the same law.
+
+        Clients start new memories in a new epoch; an estimator whose server half cannot start anew by itself asks for a
+        dense round.
+        """
+        uplink = self.uplink.forget(state.uplink)
+        return state._replace(uplink=uplink, epoch=state.epoch + 1, resync=self.uplink.resyncs)
 
     def step_at(self, round: int) -> float:
         """The step h of a round."""
@@ -207,7 +231,8 @@ class Sampler(FlowerStrategy):
         applied = torch.where(aggregate.arrived.to(state.applied.device), request.round, state.applied)
         if request.round % _CHECK_EVERY == 0 or request.round == 1:
             self.check(params, request.round)
-        seen = self.downlink.see(state.seen, params, request.round + 1)
+        seen, packet = self.downlink.see(state.seen, params, request.round + 1)
+        self._increment = (request.round + 1, packet)
         reference = state.reference if request.reference is None else request.reference
         return State(request.round, params, request.points, kernel, uplink, applied, state.epoch, seen, reference)
 

@@ -26,8 +26,9 @@ from fedsample.exchange import Aggregate, Request, Traffic
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-    from fedsample.estimators import Uplink
-    from fedsample.fleets.flower import Dispatch, FlowerFleet
+    from fedsample.estimators import Downlink, Uplink
+    from fedsample.fleets.flower import FlowerFleet
+    from fedsample.fleets.remote import Dispatch
     from fedsample.strategies.base import State
     from fedsample.strategies.cohort import Cohort
     from fedsample.targets import Metric, MetricPrior
@@ -58,6 +59,7 @@ class FlowerStrategy(Strategy):
 
     name: ClassVar[str]
     uplink: Uplink
+    downlink: Downlink
     metric: Metric
     prior: MetricPrior
     cohort: Cohort
@@ -155,7 +157,7 @@ class FlowerStrategy(Strategy):
         if self._pending is None or self._fleet is None:
             raise ConfigError("aggregate_train without configure_train: nothing was asked")
         (state, dispatch), self._pending = self._pending, None
-        aggregate = self._fleet.collect(dispatch, replies)
+        aggregate = self._fleet.gather(dispatch, replies)
         self.traffic = self.traffic.plus(aggregate.traffic)
         after = self.update(state, dispatch.request, aggregate)
         self.check(after.params, after.round)
@@ -182,7 +184,7 @@ class FlowerStrategy(Strategy):
         if self._asked is None or self._fleet is None:
             return None
         dispatch, self._asked = self._asked, None
-        aggregate = self._fleet.collect(dispatch, replies)
+        aggregate = self._fleet.gather(dispatch, replies)
         return MetricRecord({"log-posterior": self._log_posterior(dispatch.request, aggregate)})
 
     def summary(self) -> None:
@@ -200,7 +202,9 @@ class FlowerStrategy(Strategy):
             from fedsample.fleets.flower import FlowerFleet
 
             cohort = self.cohort
-            self._fleet = FlowerFleet(grid, cohort.n, self.uplink, self.seed, cohort.chains, self.metric.mean)
+            self._fleet = FlowerFleet(
+                grid, cohort.n, self.uplink, self.seed, cohort.chains, self.metric.mean, downlink=self.downlink
+            )
         return self._fleet
 
     def _forgotten(self, state: State) -> State:

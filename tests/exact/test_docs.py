@@ -28,7 +28,16 @@ def test_every_preset_is_in_the_readme() -> None:
         assert f"| `{name}`" in text
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/configuration.md", "docs/methods.md", "docs/run-directory.md"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "README.md",
+        "docs/configuration.md",
+        "docs/methods.md",
+        "docs/run-directory.md",
+        "docs/devices/certificates.md",
+    ],
+)
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

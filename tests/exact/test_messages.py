@@ -1,24 +1,27 @@
-"""The codec between requests, answers, metrics and Flower's records: there and back, and everything else refused."""
+"""The codec between requests, answers, metrics and parcels: there and back, and everything else refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedsample import compression, estimators, messages
 from fedsample.clients.worker import Answer, Worker
 from fedsample.compression import LinkKeys
 from fedsample.errors import DataError
-from fedsample.estimators import Turn, Uplink
+from fedsample.estimators import DenseDownlink, Ef21P, Turn, Uplink
 from fedsample.exchange import ESTIMATE, Request
+from fedsample.fleets.records import ARRAYS, HEADER, parcel_of, records_of
+from fedsample.messages import Missed, Recall
 from fedsample.targets import GeneralizedLinear, Quadratic
 from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker, Metric
-from fedsample.wire import ARRAYS, BITS, DENSE, HEADER, TRIANGLE, Form, bits, dense, read, triangle, wire_bits
+from fedsample.wire import BITS, DENSE, TRIANGLE, Array, Form, Parcel, bits, dense, header, read, triangle
 
 N, CHAINS, D, SEED = 3, 3, 7, 5
 UPLINKS = [
@@ -88,7 +91,7 @@ def test_a_mask_costs_a_bit_a_chain(chains: int) -> None:
     mask = torch.arange(chains) % 3 == 0
     array = bits(mask)
     assert torch.equal(read(array, Form(BITS, (chains,), torch.bool), "it"), mask)
-    assert wire_bits(RecordDict({ARRAYS: ArrayRecord({"mask": array})})) == chains
+    assert Parcel(header(), {"mask": array}).bits == chains
     assert len(array.data) == -(-chains // 8)
 
 
@@ -117,8 +120,8 @@ def test_an_estimate_request_there_and_back(dtype: torch.dtype) -> None:
     outgoing = messages.Outgoing(request, "tag", coins=True)
     like = torch.zeros(D, dtype=dtype)
     for client in range(N):
-        records = outgoing.records(client, estimate=True)
-        found = messages.unpack_request(records, N, CHAINS, like)
+        parcel = outgoing.parcel(client, estimate=True)
+        found = unpack(parcel, like)
         assert (found.round, found.epoch, found.outputs) == (request.round, request.epoch, request.outputs)
         for name in ("points", "previous", "sync"):
             assert torch.equal(getattr(found, name), getattr(request, name))
@@ -126,64 +129,58 @@ def test_an_estimate_request_there_and_back(dtype: torch.dtype) -> None:
         assert found.applied is not None
         assert torch.equal(found.active[client], request.active[client])  # type: ignore[index]
         assert found.applied[client] == request.applied[client]  # type: ignore[index]
-        assert wire_bits(records) == 2 * CHAINS * D * 8 * dtype.itemsize + CHAINS
+        assert parcel.bits == 2 * CHAINS * D * 8 * dtype.itemsize + CHAINS
 
 
 def test_what_nobody_needs_does_not_travel() -> None:
     request = request_of((ESTIMATE, "value"), sync=None, active=None)
     bare = messages.Outgoing(request, "", coins=False)
-    found = messages.unpack_request(bare.records(1, previous=False), N, CHAINS, torch.zeros(D))
+    found = unpack(bare.parcel(1, previous=False), torch.zeros(D))
     assert (found.previous, found.sync, found.active) == (None, None, None)
     with_coins = messages.Outgoing(request, "", coins=True)
-    assert messages.unpack_request(with_coins.records(1), N, CHAINS, torch.zeros(D)).sync is None
-    others = messages.Outgoing(request_of((ESTIMATE, "value")), "", coins=True).records(1, estimate=False)
-    found = messages.unpack_request(others, N, CHAINS, torch.zeros(D))
+    assert unpack(with_coins.parcel(1), torch.zeros(D)).sync is None
+    others = messages.Outgoing(request_of((ESTIMATE, "value")), "", coins=True).parcel(1, estimate=False)
+    found = unpack(others, torch.zeros(D))
     assert found.outputs == {"value"}
-    assert wire_bits(others) == 32 * CHAINS * D
+    assert others.bits == 32 * CHAINS * D
 
 
 def test_an_exact_request_has_any_number_of_points() -> None:
     request = Request(0, normal(5, D), frozenset({"hvp", "squared_hvp"}), vector=normal(5, D, seed=2))
-    records = messages.Outgoing(request, "", coins=False).records(0, estimate=False)
-    found = messages.unpack_request(records, N, CHAINS, torch.zeros(D))
+    parcel = messages.Outgoing(request, "", coins=False).parcel(0, estimate=False)
+    found = unpack(parcel, torch.zeros(D))
     assert torch.equal(found.points, request.points)
     assert torch.equal(found.vector, request.vector)  # type: ignore[arg-type]
 
 
-def spoiled_header(**fields: object) -> Callable[[RecordDict], None]:
-    def spoil(records: RecordDict) -> None:
-        for name, value in fields.items():
-            if value is None:
-                del records[HEADER][name]
-            else:
-                records[HEADER][name] = value  # type: ignore[index]
-
-    return spoil
+def unpack(parcel: Parcel, like: Tensor) -> Request:
+    return messages.unpack_request(parcel, N, CHAINS, like, Recall(), DenseDownlink())
 
 
-def spoiled_arrays(**arrays: Array | None) -> Callable[[RecordDict], None]:
-    def spoil(records: RecordDict) -> None:
-        for name, value in arrays.items():
-            if value is None:
-                del records[ARRAYS][name]
-            else:
-                records[ARRAYS][name] = value  # type: ignore[index]
-
-    return spoil
+Spoil = Callable[[Parcel], Parcel]
 
 
-def without(name: str) -> Callable[[RecordDict], None]:
-    def spoil(records: RecordDict) -> None:
-        del records[name]
+def changed(kept: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in {**kept, **changes}.items() if value is not None}
 
-    return spoil
+
+def spoiled_header(**fields: object) -> Spoil:
+    return lambda parcel: replace(parcel, header=changed(parcel.header, fields))
+
+
+def spoiled_arrays(**arrays: Array | None) -> Spoil:
+    return lambda parcel: replace(parcel, arrays=changed(parcel.arrays, arrays))
+
+
+def without(part: str) -> Spoil:
+    return lambda parcel: replace(parcel, **{part: {}})
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        without(HEADER),
-        without(ARRAYS),
+        without("header"),
+        without("arrays"),
         spoiled_header(version=2),
         spoiled_header(round=None),
         spoiled_header(round="4"),
@@ -202,11 +199,11 @@ def without(name: str) -> Callable[[RecordDict], None]:
         spoiled_arrays(sync=dense(normal(CHAINS))),
     ],
 )
-def test_a_spoiled_request_is_refused(spoil: Callable[[RecordDict], None]) -> None:
-    records = messages.Outgoing(request_of(), "", coins=True).records(0, estimate=True)
-    spoil(records)
+def test_a_spoiled_request_is_refused(spoil: Spoil) -> None:
+    parcel = messages.Outgoing(request_of(), "", coins=True).parcel(0, estimate=True)
+    parcel = spoil(parcel)
     with pytest.raises(DataError):
-        messages.unpack_request(records, N, CHAINS, torch.zeros(D))
+        unpack(parcel, torch.zeros(D))
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -236,8 +233,8 @@ def test_an_answer_there_and_back(name: str, compressor: str, k: float, dtype: t
     forms = messages.exact_forms(request, [])
     for client in range(N):
         answer, turn = answer_of(uplink, request, client, dtype), turn_of(request, client)
-        records = messages.pack_answer(answer, request, client, uplink)
-        upload, exact = messages.unpack_answer(records, client, turn, request.round, forms, uplink)
+        parcel = messages.pack_answer(answer, request, client, uplink)
+        upload, exact = messages.unpack_answer(parcel, client, turn, request.round, forms, uplink)
         assert answer.upload is not None
         assert upload is not None
         got = uplink.decompress(upload, turn.sync, turn.active, D)
@@ -248,7 +245,7 @@ def test_an_answer_there_and_back(name: str, compressor: str, k: float, dtype: t
         active = torch.ones(CHAINS, dtype=torch.bool) if turn.active is None else turn.active
         syncing = 0 if turn.sync is None else int((turn.sync & active).sum())
         outputs = 64 * CHAINS + 8 * dtype.itemsize * CHAINS * D
-        assert wire_bits(records) == uplink.bits(int(active.sum()), syncing, D, dtype) + outputs
+        assert parcel.bits == uplink.bits(int(active.sum()), syncing, D, dtype) + outputs
 
 
 def test_exact_outputs_there_and_back() -> None:
@@ -261,19 +258,19 @@ def test_exact_outputs_there_and_back() -> None:
     uplink = uplink_of("dense", "identity", 1.0)
     worker = Worker(clients.client(1), uplink, SEED, CHAINS, torch.tensor([1]))
     answer = worker.answer(request)
-    records = messages.pack_answer(answer, request, 1, uplink)
-    upload, exact = messages.unpack_answer(records, 1, None, 0, forms, uplink)
+    parcel = messages.pack_answer(answer, request, 1, uplink)
+    upload, exact = messages.unpack_answer(parcel, 1, None, 0, forms, uplink)
     assert upload is None
     assert exact.keys() == answer.exact.keys() == forms.keys()
     assert all(torch.equal(exact[name], answer.exact[name][0]) for name in exact)
-    assert wire_bits(records) == sum(form.bits for form in forms.values())
+    assert parcel.bits == sum(form.bits for form in forms.values())
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        without(HEADER),
-        without(ARRAYS),
+        without("header"),
+        without("arrays"),
         spoiled_header(version=0),
         spoiled_header(round=3),
         spoiled_header(client=2),
@@ -290,15 +287,15 @@ def test_exact_outputs_there_and_back() -> None:
         spoiled_arrays(upload=Array("float32", (6,), "fedsample.randk.v1", bytes(20) + b"\x00\x00\xc0\x7f")),
     ],
 )
-def test_a_spoiled_answer_is_refused(spoil: Callable[[RecordDict], None]) -> None:
+def test_a_spoiled_answer_is_refused(spoil: Spoil) -> None:
     uplink = uplink_of("diana", "randk", 2)
     request = request_of((ESTIMATE, "value"), sync=None, active=None)
-    records = messages.pack_answer(answer_of(uplink, request, 1, torch.float32), request, 1, uplink)
-    assert len(records[ARRAYS]["upload"].data) == 24  # type: ignore[index, union-attr]
-    spoil(records)
+    parcel = messages.pack_answer(answer_of(uplink, request, 1, torch.float32), request, 1, uplink)
+    assert len(parcel.arrays["upload"].data) == 24
+    parcel = spoil(parcel)
     forms = messages.exact_forms(request, [])
     with pytest.raises(DataError):
-        messages.unpack_answer(records, 1, turn_of(request, 1), request.round, forms, uplink)
+        messages.unpack_answer(parcel, 1, turn_of(request, 1), request.round, forms, uplink)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -323,14 +320,14 @@ def metric_of(name: str, dtype: torch.dtype) -> Metric:
 @pytest.mark.parametrize("name", ["identity", "diagonal", "hessian", "kronecker"])
 def test_a_metric_there_and_back(name: str, dtype: torch.dtype) -> None:
     metric, z = metric_of(name, dtype), normal(2, D, dtype=dtype)
-    records = messages.pack_metric(metric)
-    found = messages.unpack_metric(records, torch.zeros(D, dtype=dtype), BLOCKS)
+    parcel = messages.pack_metric(metric)
+    found = messages.unpack_metric(parcel, torch.zeros(D, dtype=dtype), BLOCKS)
     assert found.name == name
     assert torch.equal(found.push(z), metric.push(z))
     assert torch.equal(found.pull(z), metric.pull(z))
-    assert wire_bits(records) == metric.bits(dtype) + 8 * dtype.itemsize * D
-    assert messages.metric_tag(records) == messages.metric_tag(messages.pack_metric(metric))
-    assert messages.metric_tag(records) != messages.metric_tag(messages.pack_metric(metric.about(metric.mean + 1)))
+    assert parcel.bits == metric.bits(dtype) + 8 * dtype.itemsize * D
+    assert messages.metric_tag(parcel) == messages.metric_tag(messages.pack_metric(metric))
+    assert messages.metric_tag(parcel) != messages.metric_tag(messages.pack_metric(metric.about(metric.mean + 1)))
 
 
 @pytest.mark.parametrize(
@@ -344,11 +341,11 @@ def test_a_metric_there_and_back(name: str, dtype: torch.dtype) -> None:
         spoiled_arrays(root=dense(torch.eye(D))),
     ],
 )
-def test_a_spoiled_metric_is_refused(spoil: Callable[[RecordDict], None]) -> None:
-    records = messages.pack_metric(metric_of("hessian", torch.float32))
-    spoil(records)
+def test_a_spoiled_metric_is_refused(spoil: Spoil) -> None:
+    parcel = messages.pack_metric(metric_of("hessian", torch.float32))
+    parcel = spoil(parcel)
     with pytest.raises(DataError):
-        messages.unpack_metric(records, torch.zeros(D), BLOCKS)
+        messages.unpack_metric(parcel, torch.zeros(D), BLOCKS)
 
 
 def test_a_failure_there_and_back() -> None:
@@ -361,7 +358,95 @@ def test_a_failure_there_and_back() -> None:
     assert "no reason" in messages.Failure.of_reason(None, 1, 3).detail
 
 
-def test_a_record_of_the_wrong_kind_is_no_header() -> None:
-    records = RecordDict({HEADER: ArrayRecord(), ARRAYS: ConfigRecord()})
-    with pytest.raises(DataError, match="not made by fedsample"):
-        messages.unpack_request(records, N, CHAINS, torch.zeros(D))
+# --- points that come as increments, references that are remembered ---------------------------------------------------
+
+
+def increments(rounds: int, dtype: torch.dtype = torch.float32) -> tuple[Ef21P, list[Tensor], list[bytes]]:
+    """A compressed downlink, what clients see in rounds 1, 2, ..., and the packets that lead from one to the next."""
+    downlink = Ef21P(compression.build("topk", 2), SEED, CHAINS)
+    seen, packets = [normal(CHAINS, D, seed=20, dtype=dtype)], []
+    for round in range(2, rounds + 1):
+        points, packet = downlink.see(seen[-1], normal(CHAINS, D, seed=20 + round, dtype=dtype), round)
+        assert packet is not None
+        seen.append(points)
+        packets.append(downlink.pack(packet))
+    return downlink, seen, packets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("held", [1, 2, 3])
+def test_increments_lead_to_the_points_from_whatever_round_is_held(held: int, dtype: torch.dtype) -> None:
+    downlink, seen, packets = increments(4, dtype)
+    request = request_of(dtype=dtype, points=seen[3])
+    missed = Missed.of(1, packets, downlink, dtype)
+    parcel = messages.Outgoing(request, "", coins=True).parcel(1, missed=missed)
+    assert parcel.bits == 3 * CHAINS * downlink.compressor.bits(D, dtype) + CHAINS * D * 8 * dtype.itemsize + CHAINS
+    recall = Recall(held, seen[held - 1])
+    found = messages.unpack_request(parcel, N, CHAINS, torch.zeros(D, dtype=dtype), recall, downlink)
+    assert torch.equal(found.points, seen[3])
+
+
+@pytest.mark.parametrize("recall", [Recall(), Recall(4, normal(CHAINS, D)), Recall(1, normal(CHAINS, D))])
+def test_increments_to_points_that_are_not_held_are_refused(recall: Recall) -> None:
+    downlink, seen, packets = increments(4)
+    missed = Missed.of(2, packets[1:], downlink, torch.float32)
+    parcel = messages.Outgoing(request_of(points=seen[3]), "", coins=True).parcel(1, missed=missed)
+    with pytest.raises(DataError, match="its state was lost"):
+        messages.unpack_request(parcel, N, CHAINS, torch.zeros(D), recall, downlink)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoiled_header(since=None),
+        spoiled_header(since=4),
+        spoiled_header(round=6),
+        spoiled_arrays(increments=Array("float32", (0,), "fedsample.topk.v1", b"")),
+        spoiled_arrays(increments=Array("float32", (6,), "fedsample.randk.v1", bytes(24))),
+        spoiled_arrays(points=dense(normal(CHAINS, D))),
+    ],
+)
+def test_spoiled_increments_are_refused(spoil: Spoil) -> None:
+    downlink, seen, packets = increments(4)
+    parcel = messages.Outgoing(request_of(points=seen[3]), "", coins=True).parcel(
+        1, missed=Missed.of(1, packets, downlink, torch.float32)
+    )
+    with pytest.raises(DataError):
+        messages.unpack_request(spoil(parcel), N, CHAINS, torch.zeros(D), Recall(1, seen[0]), downlink)
+
+
+def test_a_reference_is_the_origin_the_points_told_or_remembered() -> None:
+    point = normal(CHAINS, D, seed=30)
+    for since, told, recall, want in (
+        (0, True, Recall(), torch.zeros(CHAINS, D)),
+        (4, True, Recall(), request_of().points),
+        (2, True, Recall(), point),
+        (2, False, Recall(reference_round=2, reference=point), point),
+    ):
+        request = request_of(reference=point, reference_round=since)
+        parcel = messages.Outgoing(request, "", coins=True).parcel(1, reference=told)
+        found = messages.unpack_request(parcel, N, CHAINS, torch.zeros(D), recall, DenseDownlink())
+        assert found.reference is not None
+        assert torch.equal(found.reference, want)
+        assert ("reference" in parcel.arrays) == (since == 2 and told)
+    parcel = messages.Outgoing(request_of(reference=point, reference_round=2), "", coins=True).parcel(
+        1, reference=False
+    )
+    with pytest.raises(DataError, match="that of round 1"):
+        messages.unpack_request(parcel, N, CHAINS, torch.zeros(D), Recall(0, None, 1, point), DenseDownlink())
+
+
+# --- as Flower's records ----------------------------------------------------------------------------------------------
+
+
+def test_a_parcel_as_records_there_and_back() -> None:
+    parcel = messages.Outgoing(request_of(), "tag", coins=True).parcel(1)
+    assert parcel_of(records_of(parcel, "x/"), "it", "x/") == parcel
+    bare = Parcel(header(client=3))
+    assert parcel_of(records_of(bare), "it") == bare
+
+
+def test_a_record_of_the_wrong_kind_is_no_parcel() -> None:
+    for records in (RecordDict({HEADER: ArrayRecord(), ARRAYS: ConfigRecord()}), RecordDict()):
+        with pytest.raises(DataError, match="not made by fedsample"):
+            parcel_of(records, "it")

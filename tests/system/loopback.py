@@ -17,7 +17,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsample.wire import wire_bits
+from fedsample.fleets.records import parcel_of
+
+
+def _bits(records: RecordDict) -> int:
+    return parcel_of(records, "a message").bits if records else 0
 
 
 def copied(records: RecordDict) -> RecordDict:
@@ -63,13 +67,13 @@ class LoopbackGrid(Grid):
             return None
         self.fresh()
         context = self.contexts[node]
-        down = wire_bits(message.content)
+        down = _bits(message.content)
         message.content = copied(message.content)
         context.state = copied(context.state)
         reply = self.app(message, context)
         up = 0
         if reply.has_content():
-            up = wire_bits(reply.content)
+            up = _bits(reply.content)
             reply.content = copied(reply.content)
         self.log.append((message.metadata.message_type, down, up))
         return reply

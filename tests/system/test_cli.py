@@ -112,7 +112,13 @@ def test_help_is_light_and_quick(tmp_path: Path) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
 
 
-@pytest.mark.parametrize("command", ["simulate", "config", "config init", "config check", "list", "monitor"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("simulate", "config", "config init", "config check", "list", "monitor"),
+        *("certs", "certs init", "certs issue", "certs request", "certs sign", "certs show", "doctor", "doctor net"),
+    ],
+)
 def test_every_command_has_help(command: str, tmp_path: Path) -> None:
     done = call(tmp_path, *command.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -440,8 +440,8 @@ def test_code_paths_are_chosen_before_there_are_two_threads(
 ) -> None:
     """MKL's first call of exp or log by two threads at a time is wrong in the sixth digit, once in fifty runs."""
     seen: list[int] = []
-    choose, prepare = session._choose_paths, session.prepare
-    monkeypatch.setattr(session, "_choose_paths", lambda: (seen.append(torch.get_num_threads()), choose()))
+    choose, prepare = session.choose_paths, session.prepare
+    monkeypatch.setattr(session, "choose_paths", lambda: (seen.append(torch.get_num_threads()), choose()))
     monkeypatch.setattr(session, "prepare", lambda *a: (seen.append(torch.get_num_threads()), prepare(*a))[1])
     run = sample(folder, "threads", data=gaussians.data, fleet={"threads": 2})
     assert seen == [1, 2]

@@ -1,0 +1,197 @@
+"""A device's half of one run: what it holds, what it has answered, and how far it can go back.
+
+A request that came again gets the answer that it had; one that is older than the last is not answered. State is written
+to the disk only when the server asks for a snapshot; after a death the device goes back to the last one that everyone
+has, and replays.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fedsample import messages
+from fedsample.clients.device import Device, Trace
+from fedsample.errors import DataError, RunDirectoryError
+from fedsample.fleets.grpc.frames import Message, Name
+from fedsample.monitor.checkpoint import CheckpointStore
+from fedsample.wire import Header, Parcel, header, pack_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fedsample.config import Experiment
+
+FIT, SPREAD, SCALE = "query.fit", "query.spread", "query.scale"
+SNAPSHOT, REWIND, SCORE = "query.snapshot", "query.rewind", "query.score"
+
+
+class Holding(Protocol):
+    """A device's own data, from its schema to a potential."""
+
+    @property
+    def schema(self) -> str:
+        """What the data are, as JSON."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data, for this device alone."""
+        ...
+
+    def fit(self, schema: str) -> None:
+        """Take the columns, categories and labels that all devices agreed on.
+
+        Raises:
+            DataError: if the data do not fit.
+        """
+        ...
+
+    def first_sums(self) -> Tensor:
+        """Counts and sums, for the means."""
+        ...
+
+    def second_sums(self, first: Tensor) -> Tensor:
+        """Squares about the means, from everyone's first sums."""
+        ...
+
+    def finish(self, first: Tensor | None, second: Tensor | None) -> Device:
+        """Standardise, if sums are given; then the client."""
+        ...
+
+    def score(self, draws: Tensor) -> Tensor:
+        """Add draws (S, d) to the predictions of the rows kept aside -> counts that sum over devices."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The predictions so far."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Back to a `state`; empty: no draws yet."""
+        ...
+
+
+class Standing(NamedTuple):
+    """How a device stands in a run; see `Ready` in the protocol."""
+
+    term: int
+    live: bool
+    snapshots: list[int]
+    schema: str
+
+
+class Resident:
+    """What a device is in one run.
+
+    Args:
+        folder: of this run, for snapshots. run: 16 bytes. experiment: the configuration. index: which client. n: how
+            many there are. holding: its data.
+    """
+
+    def __init__(self, folder: Path, run: bytes, experiment: Experiment, index: int, n: int, holding: Holding) -> None:
+        """Nothing is asked yet."""
+        self.run, self.experiment, self.index, self.n, self.holding = run, experiment, index, n, holding
+        self.trace = Trace(index)
+        self.round = 0
+        self._store = CheckpointStore(folder, digest=run.hex())
+        self._device: Device | None = None
+        self._term = 0
+        self._sequence = 0
+        self._answer: Message | None = None
+
+    @property
+    def standing(self) -> Standing:
+        """What the server must know to go on with this device."""
+        return Standing(self._term, self._device is not None, self._store.rounds(), self.holding.schema)
+
+    def answer(self, message: Message) -> Message | None:
+        """The answer to a request; None to one that is older than what this device has heard since.
+
+        Raises:
+            DataError: if the request is not for this device or does not fit; other errors come from the model.
+        """
+        name = message.name
+        if name.run != self.run or name.client != self.index:
+            raise DataError(
+                f"a request to client {name.client} of run {name.run.hex()}, but this is client {self.index} of run "
+                f"{self.run.hex()}"
+            )
+        if name.term > self._term:
+            self._term, self._sequence, self._answer = name.term, 0, None
+        if self._answer is not None and name == self._answer.name:
+            return self._answer
+        if name.term < self._term or name.sequence <= self._sequence:
+            return None
+        self.trace = Trace(self.index, name.round)
+        answer = Message(name, message.kind, self._handle(name, message.kind, message.parcel))
+        self._sequence, self._answer, self.round = name.sequence, answer, name.round
+        return answer
+
+    def _handle(self, name: Name, kind: str, parcel: Parcel) -> Parcel:
+        if kind == FIT:
+            return self._fit(parcel)
+        if kind == SPREAD:
+            self.trace.stage = "standardisation"
+            return Parcel(header(), pack_tensors({"sums": self.holding.second_sums(_sums(parcel, "first"))}))
+        if kind == SCALE:
+            self.trace.stage = "standardisation"
+            whole = "first" in parcel.arrays
+            pair = (_sums(parcel, "first"), _sums(parcel, "second")) if whole else (None, None)
+            self._device = self.holding.finish(*pair)
+            return self._device.handle(messages.HELLO, Parcel(header()), self.trace)
+        if self._device is None:
+            raise DataError(f"{kind} before the data were agreed on: the server has lost track of this device")
+        if kind == SNAPSHOT:
+            return self._snapshot(name.round, self._device)
+        if kind == REWIND:
+            return self._rewind(name.round, Header(parcel, "a rewind").value("live") is True, self._device)
+        if kind == SCORE:
+            self.trace.stage = "score"
+            draws = messages.unpack_points(parcel, "draws", self._device.origin)
+            return Parcel(header(), pack_tensors({"counts": self.holding.score(draws)}))
+        return self._device.handle(kind, parcel, self.trace)
+
+    def _fit(self, parcel: Parcel) -> Parcel:
+        self.trace.stage = "data"
+        head = Header(parcel, "a schema")
+        self.holding.fit(head.text("schema"))
+        sums = {"sums": self.holding.first_sums()} if head.value("sums") is True else {}
+        return Parcel(header(), pack_tensors(sums))
+
+    def _snapshot(self, round: int, device: Device) -> Parcel:
+        self.trace.stage = "snapshot"
+        tensors = {f"device.{name}": tensor for name, tensor in device.state().items()}
+        tensors |= {f"score.{name}": tensor for name, tensor in self.holding.state().items()}
+        self._store.save(round, tensors, {"data": self.holding.fingerprint})
+        return Parcel(header())
+
+    def _rewind(self, round: int, live: bool, device: Device) -> Parcel:
+        """Back to a snapshot; a device that has none begins anew, and says so."""
+        self.trace.stage = "rewind"
+        if live:
+            return Parcel(header(held=True))
+        try:
+            kept = self._store.at(round)
+        except RunDirectoryError:
+            kept = None
+        self._store.rewind(round)
+        if kept is not None and kept.meta.get("data") != self.holding.fingerprint:
+            raise DataError(
+                f"the data of client {self.index} are not those that the run began with: restore them, or start a new "
+                "run on the server"
+            )
+        tensors = {} if kept is None else kept.tensors
+        device.restore(_below(tensors, "device."))
+        self.holding.restore(_below(tensors, "score."))
+        return Parcel(header(held=kept is not None))
+
+
+def _sums(parcel: Parcel, name: str) -> Tensor:
+    return messages.unpack_vector(parcel, name, "sums over clients")
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,161 @@
+r"""Standardising by sums over clients: nobody sees another's rows, and every way of sharing them out goes the same way.
+
+Two exchanges. With n_i training rows x on client i, and y where a number is predicted,
+
+    first     N = sum_i n_i,    s = sum_i sum x        mean m = s / N
+    second    q = sum_i sum (x - m)^2                  deviation sigma = sqrt(q / N), population style
+
+and x becomes (x - m) / sigma. A deviation that is nothing but rounding, below 1e-12 |m|, is taken for 1: the column is
+constant. The second sum is around the mean, since s and sum x^2 alone lose all digits where m is large. All sums are
+float64 along fixed trees, over a client's rows and then over clients, so the simulation and devices agree to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedsample.data.base import Array, FederatedData
+from fedsample.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CONSTANT = 1e-12
+_TOO_LARGE = "values too large to standardise (above about 1e150): rescale that column"
+
+
+def first_sums(data: FederatedData) -> Tensor:
+    """What one client sends first: its rows and their sum -> (1 + p,) or, for a numeric target, (1 + p + 1,).
+
+    Args:
+        data: one client's data, not yet standardised; p numbers a row.
+
+    Raises:
+        DataError: a sum that float64 cannot hold.
+    """
+    rows = _columns(data, data.x, data.y)
+    import torch
+
+    with np.errstate(over="ignore"):
+        return _checked(torch.cat([torch.tensor([len(rows)], dtype=torch.float64), _sum(rows)]), data.name)
+
+
+def second_sums(data: FederatedData, first: Tensor) -> Tensor:
+    """What one client sends second: squared distances from the mean of all -> (p,) or (p + 1,).
+
+    Args:
+        data: as for `first_sums`.
+        first: the first sums of all clients together.
+
+    Raises:
+        DataError: no rows at all, sums of another shape, or a sum that float64 cannot hold.
+    """
+    rows = _columns(data, data.x, data.y)
+    mean = _mean(first, rows.shape[1])
+    with np.errstate(over="ignore"):
+        return _checked(_sum(np.square(rows - mean)), data.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Where every column is, and how wide.
+
+    Attributes:
+        mean: (p,) or (p + 1,) float64, the target last where it is a number.
+        deviation: likewise, > 0.
+    """
+
+    mean: Array
+    deviation: Array
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor) -> Scale:
+        """From the sums of all clients.
+
+        Raises:
+            DataError: no rows, or sums that are not finite, negative, or of shapes that do not fit.
+        """
+        mean = _mean(first, len(second))
+        total = second.numpy()
+        if not (np.isfinite(total).all() and (total >= 0).all()):
+            raise DataError(f"the sums of squares of all clients hold {total.min()} to {total.max()}: {_TOO_LARGE}")
+        deviation = np.sqrt(total / float(first[0]))
+        return cls(mean, np.where(deviation > _CONSTANT * np.abs(mean), deviation, 1.0))
+
+    def apply(self, data: FederatedData) -> FederatedData:
+        """Standardise training and held-out rows, of one client or of all.
+
+        Raises:
+            DataError: rows with another number of columns.
+        """
+        shape = data.x.shape[1:]
+        p, numeric = math.prod(shape), data.classes is None
+        if len(self.mean) != p + numeric:
+            raise DataError(f"the scale has {len(self.mean)} columns, but {data.name} has {p + numeric}")
+        mean, deviation = self.mean[:p].reshape(shape), self.deviation[:p].reshape(shape)
+        scaled = replace(data, x=(data.x - mean) / deviation, x_test=(data.x_test - mean) / deviation)
+        if not numeric:
+            return scaled
+        y_mean, y_scale = float(self.mean[-1]), float(self.deviation[-1])
+        return replace(
+            scaled,
+            y=(data.y - y_mean) / y_scale,
+            y_test=(data.y_test - y_mean) / y_scale,
+            target_mean=y_mean,
+            target_scale=y_scale,
+        )
+
+
+def standardize(data: FederatedData) -> FederatedData:
+    """What all clients of a simulation do together, exchange by exchange.
+
+    Raises:
+        DataError: no training rows, or values too large.
+    """
+    from fedsample.sums import TreeSum
+
+    shares = [data.client(client) for client in range(data.clients)]
+    first, second = TreeSum(), TreeSum()
+    for share in shares:
+        first.add(first_sums(share))
+    for share in shares:
+        second.add(second_sums(share, first.total()))
+    return Scale.of(first.total(), second.total()).apply(data)
+
+
+def _columns(data: FederatedData, x: Array, y: Array) -> Array:
+    """(n_i, p) or, with a numeric target, (n_i, p + 1)."""
+    flat = x.reshape(len(x), math.prod(x.shape[1:]))
+    return np.concatenate([flat, y[:, None]], axis=1) if data.classes is None else flat
+
+
+def _sum(rows: Array) -> Tensor:
+    """(n_i, p) -> (p,) by the fixed tree."""
+    import torch
+
+    from fedsample.sums import tree_sum
+
+    return tree_sum(torch.from_numpy(np.ascontiguousarray(rows))) if len(rows) else torch.zeros(rows.shape[1]).double()
+
+
+def _checked(sums: Tensor, name: str) -> Tensor:
+    if not sums.isfinite().all():
+        raise DataError(f"{name} holds {_TOO_LARGE}")
+    return sums
+
+
+def _mean(first: Tensor, columns: int) -> Array:
+    """(p,) from the first sums of all clients."""
+    if tuple(first.shape) != (1 + columns,) or not bool(first.isfinite().all()):
+        raise DataError(
+            f"the first sums have shape {tuple(first.shape)}, expected ({1 + columns},) finite numbers: the number of "
+            "rows, then one sum a column"
+        )
+    rows = float(first[0])
+    if rows < 1 or rows != int(rows):
+        raise DataError(f"the clients hold {rows:g} training rows together, expected at least one to standardise by")
+    return np.asarray(first[1:].numpy() / rows)

@@ -1,0 +1,278 @@
+"""A device's end of the stream: connect, answer, and come back whatever happens.
+
+What the model computes runs in a thread of its own, so that pings are answered meanwhile. A stream that breaks is
+opened again with full-jitter back-off (Brooker 2015, AWS Architecture Blog), for ever unless a number of attempts is
+given; an answer that could not be sent is kept, and sent when it is asked for again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from fedsample.clients.resident import Resident
+from fedsample.errors import FedSampleError
+from fedsample.fleets.grpc import fedsample_pb2 as pb
+from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
+from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+
+LIMIT = 1 << 33  # bytes that a request's arrays may have
+FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
+_OPTIONS = [
+    *DIRECT,
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class Refused(FedSampleError):
+    """The server does not want this device, and says that it never will."""
+
+
+@dataclass
+class Watching:
+    """What a device shows of itself.
+
+    Attributes:
+        state: in a few words. round: last one answered. answers, connections: counts. received, sent: bytes of frames.
+        latencies: seconds of computing, the last few. error: the last thing that went wrong.
+    """
+
+    server: str = ""
+    client: int = -1
+    state: str = "starting"
+    round: int = 0
+    answers: int = 0
+    connections: int = 0
+    received: int = 0
+    sent: int = 0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    error: str = ""
+    since: float = field(default_factory=time.monotonic)
+
+    def to(self, state: str) -> None:
+        """Change the state."""
+        if state != self.state:
+            self.state, self.since = state, time.monotonic()
+
+
+class Attendant:
+    """One device of a fleet, for as long as it is wanted.
+
+    Args:
+        target: host:port. credentials: of the device; None: plaintext. claimed: which client it is, where no
+            certificate says so. found: makes the device's half of a run, from what the server tells about it; called in
+            the computing thread.
+        attempts: failures to connect in a row after which it gives up; None: never.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None,
+        claimed: int,
+        found: Callable[[pb.Welcome], Resident],
+        *,
+        attempts: int | None = None,
+        watching: Watching | None = None,
+    ) -> None:
+        """Nothing is open yet; see `attend`."""
+        self.target, self.claimed, self.attempts = target, claimed, attempts
+        self.watching = watching or Watching(target)
+        self._credentials, self._found = credentials, found
+        self._instance = secrets.token_bytes(16)
+        self._resident: Resident | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._busy = False
+
+    async def attend(self) -> str:
+        """Serve until the run has ended -> the server's farewell.
+
+        Raises:
+            Refused: if the server does not want this device. ConfigError, DataError: if the run's configuration or this
+                device's data cannot be used. FedSampleError: after too many attempts.
+        """
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                farewell = await self._visit()
+                if farewell is not None:
+                    return farewell
+                reason = "the stream ended"
+            except (grpc.aio.AioRpcError, Damaged, OSError) as error:
+                reason = _reason(error)
+            self.watching.error = reason
+            failures = 0 if self._served(began) else failures + 1
+            if self.attempts is not None and failures >= self.attempts:
+                raise FedSampleError(
+                    f"{self.target} could not be reached in {failures} attempts; the last: {reason}. `fedsample doctor "
+                    f"net {self.target}` names the step that fails"
+                )
+            pause = random.SystemRandom().uniform(0, min(LONGEST, FIRST * 2 ** min(failures, 16)))
+            self.watching.to(f"waiting {pause:.1f} s to connect again ({reason})")
+            await asyncio.sleep(pause)
+
+    def close(self) -> None:
+        """End the computing thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _served(self, began: float) -> bool:
+        """Whether the last stream was more than a failed attempt."""
+        return self.watching.connections > 0 and time.monotonic() - began > LONGEST
+
+    async def _visit(self) -> str | None:
+        """One stream, from Hello to its end; None: it broke, and should be opened again."""
+        self.watching.to("connecting")
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(self.target, options=_OPTIONS)
+        else:
+            channel = grpc.aio.secure_channel(self.target, self._credentials, options=_OPTIONS)
+        async with channel:
+            connect = channel.stream_stream(
+                f"/{SERVICE}/Connect",
+                request_serializer=pb.DeviceFrame.SerializeToString,
+                response_deserializer=pb.ServerFrame.FromString,
+            )
+            call = connect()
+            try:
+                hello = pb.Hello(
+                    protocol=PROTOCOL,
+                    software=SOFTWARE,
+                    instance=self._instance,
+                    client=max(0, self.claimed),
+                )
+                await call.write(pb.DeviceFrame(hello=hello))
+                return await self._converse(call)
+            finally:
+                call.cancel()
+
+    async def _converse(self, call: Any) -> str | None:
+        requests: asyncio.Queue[Message] = asyncio.Queue()
+        assembler, worker = Assembler(LIMIT), None
+        try:
+            while True:
+                frame = await call.read()
+                if not isinstance(frame, pb.ServerFrame):
+                    await _status(call)
+                    return None
+                self.watching.received += frame.ByteSize()
+                kind = frame.WhichOneof("frame")
+                if kind == "welcome":
+                    await self._enter(call, frame.welcome)
+                    worker = worker or asyncio.create_task(self._work(call, requests))
+                elif kind == "piece":
+                    if assembler.expected is None:
+                        assembler.begin(frame.piece)
+                    message = assembler.add(frame.piece)
+                    if message is not None:
+                        requests.put_nowait(message)
+                elif kind == "ping":
+                    busy = self._busy or not requests.empty()
+                    await self._send(call, pb.DeviceFrame(pong=pb.Pong(number=frame.ping.number, busy=busy)))
+                elif kind == "refusal":
+                    if not frame.refusal.retry:
+                        raise Refused(f"{self.target} refuses this device: {frame.refusal.reason}")
+                    raise Damaged(frame.refusal.reason)
+                elif kind == "farewell" and frame.farewell.finished:
+                    return str(frame.farewell.reason)
+                if worker is not None and worker.done():
+                    worker.result()
+        finally:
+            if worker is not None:
+                worker.cancel()
+                await asyncio.gather(worker, return_exceptions=True)
+
+    async def _enter(self, call: Any, welcome: pb.Welcome) -> None:
+        """Take part in the run that the server has."""
+        if welcome.protocol != PROTOCOL:
+            raise Refused(f"{self.target} speaks protocol {welcome.protocol}, this device {PROTOCOL}: install the same")
+        watching = self.watching
+        watching.client, watching.connections = welcome.client, watching.connections + 1
+        if self._resident is None or self._resident.run != welcome.run:
+            watching.to("reading the data")
+            self._resident = await self._compute(self._found, welcome)
+        standing = self._resident.standing
+        ready = pb.Ready(
+            run=welcome.run, term=standing.term, live=standing.live, snapshots=standing.snapshots,
+            schema=standing.schema,
+        )  # fmt: skip
+        await self._send(call, pb.DeviceFrame(ready=ready))
+        watching.to("connected")
+
+    async def _work(self, call: Any, requests: asyncio.Queue[Message]) -> None:
+        """Answer requests, one after the other, for as long as the stream lasts."""
+        while True:
+            message = await requests.get()
+            resident, watching = self._resident, self.watching
+            if resident is None:
+                raise Damaged("a request before the welcome")
+            self._busy, began = True, time.monotonic()
+            watching.to("computing")
+            try:
+                answer = await self._compute(resident.answer, message)
+            except Exception as error:
+                trace = resident.trace
+                failure = pb.Failure(
+                    digest=message.name.digest, stage=trace.stage, detail=traceback.format_exc(), round=trace.round
+                )
+                watching.error = f"{type(error).__name__}: {error}"
+                await self._send(call, pb.DeviceFrame(failure=failure))
+                continue
+            finally:
+                self._busy = False
+            watching.latencies.append(time.monotonic() - began)
+            if answer is not None:
+                for piece in pieces(answer):
+                    await self._send(call, pb.DeviceFrame(piece=piece))
+                watching.round, watching.answers = resident.round, watching.answers + 1
+            watching.to("connected")
+
+    async def _send(self, call: Any, frame: pb.DeviceFrame) -> None:
+        self.watching.sent += frame.ByteSize()
+        await call.write(frame)
+
+    async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+
+async def _status(call: Any) -> None:
+    """Raise the error with which a stream ended, if it was one."""
+    code = await call.code()
+    if code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
+        raise Damaged(f"{code.name.lower()}: {await call.details()}")
+
+
+def _reason(error: BaseException) -> str:
+    """Why a stream ended, in a line."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        text = " ".join(str(error.details() or "").split())
+        return f"{error.code().name.lower()}: {text[:200]}"
+    return str(error) or type(error).__name__
+
+
+def prepare_threads(count: int) -> None:
+    """Set the threads of the computing thread, and let the numerical library choose its code paths there alone."""
+    import torch
+
+    from fedsample.paths import choose_paths
+
+    torch.set_num_threads(1)
+    choose_paths()
+    torch.set_num_threads(count)

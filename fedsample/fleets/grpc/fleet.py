@@ -1,0 +1,237 @@
+"""A federation of devices at the ends of gRPC streams, as a `Fleet`: the same draws as in one process.
+
+Preparing, a newcomer is told what the others know and then asked what they are asked. Once the chain runs, a device
+that comes back without its memory sends everyone back to the last snapshot that all have (`Rollback`), and the rounds
+since are replayed, which is exact because every draw is keyed. One that has lost its snapshots too forks the chain
+(`Fork`): another path of the same law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedsample import messages
+from fedsample.clients.resident import REWIND, SCORE, SNAPSHOT
+from fedsample.errors import QuorumError
+from fedsample.estimators import Downlink, Uplink
+from fedsample.exchange import ESTIMATE, Aggregate, Fork, Request, Rollback, Traffic
+from fedsample.fleets.grpc.desk import SLACK, Desk
+from fedsample.fleets.grpc.hub import Hub
+from fedsample.fleets.remote import RemoteFleet
+from fedsample.monitor.tensorboard import quantiles
+from fedsample.sums import TreeSum
+from fedsample.targets import Metric
+from fedsample.wire import Header, Parcel, header, pack_tensors
+
+if TYPE_CHECKING:
+    from fedsample.config import Experiment
+    from fedsample.problem import Problem
+
+
+class GrpcFleet(RemoteFleet):
+    """The devices of a run.
+
+    Args:
+        desk: where they are asked. deadline: seconds that a round waits for estimates; None: until all are there.
+            quorum: answers that it waits for all the same. snapshot_rounds: see
+            `Recovers`. The rest: see `RemoteFleet`.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        n: int,
+        uplink: Uplink,
+        seed: int,
+        chains: int,
+        like: Tensor,
+        *,
+        downlink: Downlink | None = None,
+        blocks: Callable[[], list[Tensor]] | None = None,
+        arrival: float | None = None,
+        deadline: float | None = None,
+        quorum: int | None = None,
+        snapshot_rounds: int = 500,
+    ) -> None:
+        """Devices that are here have been told the setup."""
+        super().__init__(n, uplink, seed, chains, like, downlink=downlink, blocks=blocks, arrival=arrival)
+        self.desk, self.hub, self.deadline, self.quorum = desk, desk.hub, deadline, quorum
+        self._kept: Callable[[], list[int]] = list
+        self.snapshot_rounds = snapshot_rounds
+        self.scores: Callable[[Tensor], dict[str, float]] = lambda counts: {}
+        self._round = 0
+        uploads = [uplink.bits(chains, dense, len(like), like.dtype) for dense in (0, chains)]
+        self._upload = max(uploads) // 8
+
+    # --- the Fleet protocol --------------------------------------------------------------------------------------
+
+    def exchange(self, request: Request) -> Aggregate:
+        """One round trip.
+
+        Raises:
+            Rollback, Fork: if a device is back that has lost its memory. ClientError: if one failed.
+        """
+        parcels, dispatch = self.compose(request)
+        estimate = ESTIMATE in request.outputs
+        kind = messages.TRAIN if estimate else messages.EXACT_QUERY
+        hasty = estimate and not self._whole(request)
+        answers = self.desk.ask(
+            kind, parcels, request.round, self._limit(request), deadline=self.deadline if hasty else None,
+            quorum=self.quorum,
+        )  # fmt: skip
+        aggregate = self.collect(dispatch, answers)
+        self._round = request.round
+        return aggregate
+
+    def set_metric(self, metric: Metric) -> Traffic:
+        """Send m and S to every device, which forgets what it remembered in other coordinates."""
+        parcel = messages.pack_metric(metric)
+        self.tag = messages.metric_tag(parcel)
+        self.forget()
+        self.desk.told = [each for each in self.desk.told if each[0] != messages.METRIC]
+        self.desk.tell(messages.METRIC, parcel)
+        return Traffic(down=self.n * parcel.bits)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every device takes a snapshot of its memory; the server's is who holds which points."""
+        self.desk.broadcast(SNAPSHOT, Parcel(header()), self._round)
+        return self.links_state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Back to a `state`, see `rewind`."""
+        self.restore_links(state)
+
+    # --- going back -----------------------------------------------------------------------------------------------
+
+    def keep(self, rounds: Callable[[], list[int]]) -> None:
+        """From now on there is a memory to lose: `rounds` tells which snapshots the server can go back to."""
+        self._kept = rounds
+        self.desk.welcome = self._welcome
+
+    def common(self, kept: Sequence[int]) -> int | None:
+        """The latest of the server's snapshots that every device has which has any of them; None: nobody has one."""
+        held = []
+        for seat in self.hub.seats:
+            ready = seat.ready
+            mine = set() if ready is None or ready.run != self.hub.invitation.run else set(ready.snapshots) & set(kept)
+            held += [mine] if mine else []
+        return max(set.intersection(*held), default=None) if held else None
+
+    def rewind(self, round: int) -> list[int]:
+        """Everyone back to a snapshot -> who had none, and begins with an empty memory."""
+        self._round = round
+        lost = self._regroup(round, live=False)
+        for client in lost:
+            self.lost(client)
+        return lost
+
+    def rally(self, lost: Sequence[int]) -> list[int]:
+        """Everyone goes on from where they are, `lost` and whoever else is new with an empty memory -> who that is."""
+        gone = sorted({*lost, *self._regroup(self._round, live=True)})
+        self.forget()
+        return gone
+
+    def _regroup(self, round: int, *, live: bool) -> list[int]:
+        """A new term, in which all are here and stand at a round; who does not remember it."""
+        self.hub.term += 1
+        fresh: set[int] = set()
+
+        def welcome(client: int) -> None:
+            fresh.add(client)
+            self.desk.equip(client)
+
+        replies = self.desk.broadcast(REWIND, Parcel(header(live=live)), round, welcome=welcome)
+        lost = [i for i, reply in enumerate(replies) if Header(reply, "a rewind").value("held") is not True]
+        return sorted({*lost, *fresh}) if live else lost
+
+    # --- who comes ------------------------------------------------------------------------------------------------
+
+    def _welcome(self, client: int) -> None:
+        """A newcomer, while the chain runs.
+
+        Raises:
+            Rollback, Fork: always.
+        """
+        self.hub.newcomers.put(client)  # it is not dealt with here
+        ready = self.hub.seats[client].ready
+        mine = set(self._kept()) & set(ready.snapshots if ready and ready.run == self.hub.invitation.run else ())
+        if mine:
+            raise Rollback(max(mine), client)
+        raise Fork([client])
+
+    def _limit(self, request: Request) -> int:
+        """Bytes that an answer to a request may have."""
+        forms = messages.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
+        upload = self._upload if ESTIMATE in request.outputs else 0
+        return sum(-(-form.bits // 8) for form in forms.values()) + upload + SLACK
+
+    def _bear(self, missing: list[int], request: Request) -> None:
+        if ESTIMATE not in request.outputs or self.deadline is None or self._whole(request):
+            raise QuorumError(
+                f"round {request.round}: clients {missing} of {self.n} did not answer, and the round needs everyone"
+            )
+
+    # --- monitoring -----------------------------------------------------------------------------------------------
+
+    def score(self, draws: Tensor, round: int) -> dict[str, float]:
+        """Every device adds draws (S, d), in the model's parameters, to the predictions of its rows aside."""
+        counts = sums_of(self.desk.broadcast(SCORE, Parcel(header(), pack_tensors({"draws": draws})), round), "counts")
+        return self.scores(counts)
+
+    def scalars(self) -> dict[str, float]:
+        """Bytes on the wire a device, latencies, and who was late or failed."""
+        seats = self.hub.seats
+        times = torch.tensor([each for seat in seats for each in seat.latencies], dtype=torch.float64)
+        result = {
+            "comm/wire_up_bytes/payload": sum(seat.received[0] for seat in seats) / self.n,
+            "comm/wire_up_bytes/framing": sum(seat.received[1] - seat.received[0] for seat in seats) / self.n,
+            "comm/wire_down_bytes/payload": sum(seat.sent[0] for seat in seats) / self.n,
+            "comm/wire_down_bytes/framing": sum(seat.sent[1] - seat.sent[0] for seat in seats) / self.n,
+            "fleet/late": float(sum(seat.late for seat in seats)),
+            "fleet/failed": float(sum(seat.failed for seat in seats)),
+            "fleet/reconnections": float(sum(max(0, seat.connections - 1) for seat in seats)),
+        }
+        return result | (quantiles("time/latency", times) if len(times) else {})
+
+
+def gather(hub: Hub) -> dict[int, str]:
+    """Wait until every device is here -> their schemas."""
+    here: dict[int, str] = {}
+
+    def welcome(client: int) -> None:
+        ready = hub.seats[client].ready
+        if ready is not None:
+            here[client] = ready.schema
+
+    def missing() -> list[int]:
+        return [seat.client for seat in hub.seats if seat.stream is None or seat.client not in here]
+
+    hub.gather(missing, welcome)
+    hub.term = 1 + max(seat.ready.term for seat in hub.seats if seat.ready is not None)
+    for client in here:
+        hub.accept(client)
+    return {client: here[client] for client in sorted(here)}
+
+
+def sums_of(replies: Iterable[Parcel], name: str) -> Tensor:
+    """A vector summed over devices, in client order."""
+    total = TreeSum()
+    for reply in replies:
+        total.add(messages.unpack_vector(reply, name, "sums over clients"))
+    return total.total()
+
+
+def fleet_on(desk: Desk, experiment: Experiment, problem: Problem) -> GrpcFleet:
+    """The devices of an experiment, once the data are agreed on."""
+    from fedsample.links import links
+
+    clients = problem.clients
+    like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
+    uplink, downlink = links(experiment, problem)
+    return GrpcFleet(
+        desk, clients.n, uplink, experiment.seed, experiment.chains, like, downlink=downlink, blocks=clients.blocks
+    )

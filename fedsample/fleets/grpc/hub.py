@@ -1,0 +1,529 @@
+"""The server's end of all streams, in a thread of its own; the chain's thread asks, and waits for answers.
+
+A device that lost its connection and comes back as the same process, with its state in memory, is asked again what it
+had not answered. Any other newcomer is announced to the chain's thread, which decides how the run goes on with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+
+from fedsample.errors import ClientError, FedSampleError
+from fedsample.fleets.grpc import fedsample_pb2 as pb
+from fedsample.fleets.grpc.frames import PIECE, Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.probe import SOFTWARE, probe_handler
+from fedsample.fleets.grpc.seat import Asked, Batch, Seat, Stream
+from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+
+STAGE = 256 << 20  # bytes of large answers that may wait to be added, all clients together
+COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
+_HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+
+
+class Identified(NamedTuple):
+    """Who is at the other end of a connection: a client, or why not."""
+
+    client: int
+    refusal: str = ""
+
+
+class Invitation(NamedTuple):
+    """What every device is told when it comes.
+
+    Attributes:
+        run, nonce: 16 bytes each. config: TOML. clients: n.
+    """
+
+    run: bytes
+    nonce: bytes
+    config: str
+    clients: int
+
+
+class Abandoned(FedSampleError):
+    """A wait was given up because the run is to stop."""
+
+
+class Hub:
+    """The streams of n devices.
+
+    Args:
+        invitation: what devices are told. address: host:port to listen at; port 0 takes a free one. credentials: of the
+            server; None: plaintext. identify: who a connection's peer is, from its call's context and what its Hello
+            claims.
+    """
+
+    def __init__(
+        self,
+        invitation: Invitation,
+        address: str,
+        credentials: grpc.ServerCredentials | None,
+        identify: Callable[[grpc.aio.ServicerContext, int], Identified],
+    ) -> None:
+        """Nothing is open yet; see `start`."""
+        self.invitation, self.address = invitation, address
+        self.seats = [Seat(client) for client in range(invitation.clients)]
+        self.newcomers: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.term = 0
+        self.port = 0
+        self.say: Callable[[str], None] = lambda text: None
+        self.stopping: Callable[[], bool] = lambda: False
+        self.duplicates = 0  # answers that came again
+        self._credentials, self._identify = credentials, identify
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="streams", daemon=True)
+        self._server: grpc.aio.Server | None = None
+        self._staged = 0
+        self._room: asyncio.Condition | None = None
+        self._batch: Batch | None = None
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen.
+
+        Raises:
+            FedSampleError: if the address cannot be listened at.
+        """
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+
+    async def _open(self) -> None:
+        self._room = asyncio.Condition()
+        self._server = grpc.aio.server(options=_OPTIONS)
+        handlers = {
+            "Connect": grpc.stream_stream_rpc_method_handler(
+                self._connect, pb.DeviceFrame.FromString, pb.ServerFrame.SerializeToString
+            ),
+        }
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, handlers), probe_handler(lambda: len(self.seats)))
+        )
+        try:
+            if self._credentials is None:
+                self.port = self._server.add_insecure_port(self.address)
+            else:
+                self.port = self._server.add_secure_port(self.address, self._credentials)
+        except RuntimeError as error:
+            self.port = 0
+            reason = str(error)
+        else:
+            reason = "the address is in use, or not this machine's"
+        if self.port == 0:
+            raise FedSampleError(f"cannot listen at {self.address}: {reason}; choose another with --listen")
+        await self._server.start()
+
+    def stop(self, reason: str, *, finished: bool) -> None:
+        """Say farewell to everyone and close; harmless a second time."""
+        if self._server is not None:
+            asyncio.run_coroutine_threadsafe(self._close(reason, finished), self._loop).result()
+            self._server = None
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def _close(self, reason: str, finished: bool) -> None:
+        for seat in self.seats:
+            if seat.stream is not None:
+                seat.stream.send(pb.ServerFrame(farewell=pb.Farewell(reason=reason, finished=finished)))
+                seat.stream.close(reason)
+        if self._server is not None:
+            await self._server.stop(2.0)
+
+    # --- the chain's thread -------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        messages: Mapping[int, Message],
+        limit: int,
+        *,
+        welcome: Callable[[int], None] | None = None,
+        deadline: float | None = None,
+        enough: int | None = None,
+    ) -> Iterator[tuple[int, Message]]:
+        """Ask clients, and yield their answers in the order of clients.
+
+        Args:
+            messages: by client. limit: bytes that the arrays of one answer may have. welcome: called with each newcomer
+                while waiting; may raise. None: newcomers wait. deadline: seconds after which who has not answered is
+                left out. enough: answers after which nobody else is waited for once the deadline has passed; None: any.
+
+        Raises:
+            ClientError: if a client failed. Abandoned: if the run is to stop while someone is away.
+        """
+        batch = Batch(list(messages))
+        asked = {client: Asked(message, limit, batch) for client, message in messages.items()}
+        self._loop.call_soon_threadsafe(self._post, batch, asked)
+        until = None if deadline is None else time.monotonic() + deadline
+        try:
+            for client in sorted(messages):
+                answer = self._wait(client, batch, welcome, until, enough, len(messages))
+                if answer is not None:
+                    yield client, answer
+                    if answer.size > PIECE:
+                        self._loop.call_soon_threadsafe(self._release, answer.size)
+        finally:
+            if batch.left or batch.answers:
+                self._loop.call_soon_threadsafe(self._withdraw, batch)
+
+    def _wait(
+        self, client: int, batch: Batch, welcome: Callable[[int], None] | None, until: float | None,
+        enough: int | None, total: int,
+    ) -> Message | None:  # fmt: skip
+        """The answer of a client; None if it is left out."""
+        batch.next = client
+        began = said = time.monotonic()
+        stop: float | None = None
+        self._greet(welcome)
+        while (answer := batch.answers.pop(client, None)) is None:
+            if client not in batch.left:  # it was taken out of the batch when its answer was taken
+                return None
+            if not batch.wake.wait(0.5):
+                now = time.monotonic()
+                if now - said >= COMPLAIN:
+                    said = now
+                    waiting = [self.seats[each].account(now) for each in sorted(batch.left)]
+                    self.say(f"waiting for {_listed(waiting)}")
+                    self._loop.call_soon_threadsafe(self._nudge, batch)
+                if self.stopping():
+                    stop = stop or now
+                    if now - stop > 2.0:
+                        away = [self.seats[each].account(now) for each in sorted(batch.left)]
+                        raise Abandoned(f"the round was given up while waiting for {_listed(away)}")
+            batch.wake.clear()
+            self._greet(welcome)
+            if until is not None and time.monotonic() >= until and total - len(batch.left) >= (enough or 0):
+                answer = batch.answers.pop(client, None)
+                if answer is None:
+                    self.seats[client].late += 1
+                    return None
+                break
+            if batch.answers and self._room is not None:
+                self._loop.call_soon_threadsafe(self._wake_staged)
+        if isinstance(answer, pb.Failure):
+            self.seats[client].failed += 1
+            raise ClientError(client, answer.round, answer.stage, answer.detail)
+        self.seats[client].latencies.append(time.monotonic() - began)
+        return answer
+
+    def _greet(self, welcome: Callable[[int], None] | None) -> None:
+        """Let the chain decide about newcomers."""
+        while welcome is not None:
+            try:
+                client = self.newcomers.get_nowait()
+            except queue.Empty:
+                return
+            if self.seats[client].stream is not None and not self.seats[client].accepted:
+                welcome(client)
+
+    def gather(self, missing: Callable[[], list[int]], welcome: Callable[[int], None]) -> None:
+        """Wait until nobody is missing; newcomers are welcomed.
+
+        Raises:
+            Abandoned: if the run is to stop meanwhile.
+        """
+        said = time.monotonic()
+        while missing():
+            try:
+                client = self.newcomers.get(timeout=0.5)
+            except queue.Empty:
+                client = -1
+            if client >= 0 and self.seats[client].stream is not None and not self.seats[client].accepted:
+                welcome(client)
+            now = time.monotonic()
+            if missing() and now - said >= COMPLAIN:
+                said = now
+                self.say(f"waiting for {_listed([self.seats[each].account(now) for each in missing()])}")
+            if self.stopping():
+                raise Abandoned("stopped while waiting for clients")
+
+    def converse(self, client: int, messages: list[Message], limit: int) -> list[Message]:
+        """Ask one client several things, one after the other, whether it is accepted or not; its answers.
+
+        What it was asked before stays asked.
+        """
+        answers = []
+        for message in messages:
+            batch = Batch([client], private=True)
+            asked = Asked(message, limit, batch)
+            before = self._call(self._post_private, client, asked)
+            try:
+                answer = self._wait(client, batch, None, None, None, 1)
+            finally:
+                self._call(self._restore_private, client, before)
+            if answer is None:
+                raise Damaged(f"client {client} left while it was being prepared")
+            answers.append(answer)
+        return answers
+
+    def accept(self, client: int) -> None:
+        """From now on a client is asked; also what it had not answered."""
+        self._call(self._accept, client)
+
+    def refuse(self, client: int, reason: str, *, retry: bool) -> None:
+        """End a newcomer's stream."""
+        self._loop.call_soon_threadsafe(self._refuse, client, reason, retry)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in the loop's thread and wait for it."""
+
+        async def run() -> Any:
+            return function(*arguments)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    # --- the loop's thread --------------------------------------------------------------------------------------------
+
+    def _post(self, batch: Batch, asked: dict[int, Asked]) -> None:
+        self._batch = batch
+        for client, each in asked.items():
+            seat = self.seats[client]
+            seat.asked = each
+            if seat.accepted:
+                self._send(seat, each.message)
+
+    def _post_private(self, client: int, asked: Asked) -> Asked | None:
+        seat = self.seats[client]
+        before, seat.asked = seat.asked, asked
+        if seat.stream is None:
+            asked.batch.left.discard(client)
+            asked.batch.wake.set()
+        else:
+            self._send(seat, asked.message)
+        return before
+
+    def _restore_private(self, client: int, before: Asked | None) -> None:
+        self.seats[client].asked = before
+
+    def _withdraw(self, batch: Batch) -> None:
+        """Nobody waits for these answers any more."""
+        for seat in self.seats:
+            if seat.asked is not None and seat.asked.batch is batch:
+                seat.asked = None
+        for answer in batch.answers.values():
+            if isinstance(answer, Message) and answer.size > PIECE:
+                self._release(answer.size)
+
+    def _nudge(self, batch: Batch) -> None:
+        """Ask who has not answered for long whether it is there; who never answers has lost its connection."""
+        for client in batch.left:
+            seat = self.seats[client]
+            if seat.stream is None:
+                continue
+            if time.monotonic() - seat.stream.heard > _PONG:
+                seat.error = f"silent for {_PONG:g} s"
+                seat.stream.close("the device has not answered for too long")
+            else:
+                seat.stream.send(pb.ServerFrame(ping=pb.Ping(number=2)))
+
+    def _accept(self, client: int) -> None:
+        seat = self.seats[client]
+        seat.accepted = seat.stream is not None
+        if seat.accepted and seat.asked is not None:
+            self._send(seat, seat.asked.message)
+
+    def _refuse(self, client: int, reason: str, retry: bool) -> None:
+        stream = self.seats[client].stream
+        if stream is not None:
+            stream.send(pb.ServerFrame(refusal=pb.Refusal(reason=reason, retry=retry)))
+            stream.close(reason)
+
+    def _send(self, seat: Seat, message: Message) -> None:
+        if seat.stream is not None:
+            seat.stream.send(message)
+
+    def _release(self, size: int) -> None:
+        self._staged -= size
+        self._wake_staged()
+
+    def _wake_staged(self) -> None:
+        async def notify() -> None:
+            if self._room is not None:
+                async with self._room:
+                    self._room.notify_all()
+
+        task = self._loop.create_task(notify())
+        task.add_done_callback(lambda done: done.exception())
+
+    async def _connect(self, frames: Any, context: grpc.aio.ServicerContext) -> None:
+        """One stream from its Hello to its end."""
+        try:
+            first = await asyncio.wait_for(context.read(), _HELLO)
+        except TimeoutError:
+            return
+        if not isinstance(first, pb.DeviceFrame) or first.WhichOneof("frame") != "hello":
+            await context.write(_refusal("expected a Hello", retry=False))
+            return
+        hello, who = first.hello, self._identify(context, first.hello.client)
+        problem = who.refusal
+        if hello.protocol != PROTOCOL:
+            problem = f"this server speaks protocol {PROTOCOL}, the device {hello.protocol}: install the same fedsample"
+        elif not problem and not 0 <= who.client < len(self.seats):
+            problem = f"client {who.client} is none of the run's {len(self.seats)}: 0 to {len(self.seats) - 1}"
+        if problem:
+            await context.write(_refusal(problem, retry=False))
+            return
+        seat = self.seats[who.client]
+        if not await self._vacant(seat, hello.instance):
+            rival = f"client {seat.client} is connected already, from another process that answers"
+            await context.write(_refusal(rival, retry=True))
+            return
+        await self._serve(seat, Stream(hello.instance), context)
+
+    async def _vacant(self, seat: Seat, instance: bytes) -> bool:
+        """Whether a newcomer may have the seat: who sits there is the same process, or does not answer."""
+        stream = seat.stream
+        if stream is None:
+            return True
+        if stream.instance != instance and await stream.alive(_REPLACE):
+            return False
+        if seat.stream is stream:
+            stream.close("replaced by a newer connection")
+            seat.stream, seat.accepted = None, False
+        return seat.stream is None
+
+    async def _serve(self, seat: Seat, stream: Stream, context: grpc.aio.ServicerContext) -> None:
+        seat.stream, seat.accepted, seat.since = stream, False, time.monotonic()
+        seat.connections += 1
+        invitation = self.invitation
+        stream.send(
+            pb.ServerFrame(
+                welcome=pb.Welcome(
+                    protocol=PROTOCOL, software=SOFTWARE, run=invitation.run,
+                    nonce=invitation.nonce, config=invitation.config, client=seat.client, clients=invitation.clients,
+                )
+            )
+        )  # fmt: skip
+        reader = asyncio.create_task(self._read(seat, stream, context))
+        writer = asyncio.create_task(self._write(seat, stream, context))
+        try:
+            done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if (error := task.exception()) is not None and seat.stream is stream:
+                    seat.error = str(error) or type(error).__name__
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            if seat.stream is stream:
+                seat.stream, seat.accepted, seat.since = None, False, time.monotonic()
+                seat.error = stream.reason or seat.error
+                if seat.asked is not None and seat.asked.batch.private:
+                    seat.asked.batch.left.discard(seat.client)
+                    seat.asked.batch.wake.set()
+
+    async def _write(self, seat: Seat, stream: Stream, context: grpc.aio.ServicerContext) -> None:
+        while (item := await stream.queue.get()) is not None:
+            if isinstance(item, Message):
+                for piece in pieces(item):
+                    frame = pb.ServerFrame(piece=piece)
+                    seat.sent[0] += len(piece.data)
+                    seat.sent[1] += frame.ByteSize()
+                    await context.write(frame)
+            else:
+                seat.sent[1] += item.ByteSize()
+                await context.write(item)
+
+    async def _read(self, seat: Seat, stream: Stream, context: grpc.aio.ServicerContext) -> None:
+        assembler = Assembler(0)
+        try:
+            await self._listen(seat, stream, context, assembler)
+        finally:
+            if assembler.expected is not None and assembler.expected[1] > PIECE:  # half of a large answer
+                self._release(assembler.expected[1])
+
+    async def _listen(
+        self, seat: Seat, stream: Stream, context: grpc.aio.ServicerContext, assembler: Assembler
+    ) -> None:
+        while True:
+            frame = await context.read()
+            if not isinstance(frame, pb.DeviceFrame):
+                return  # the device closed its end
+            stream.heard = time.monotonic()
+            seat.received[1] += frame.ByteSize()
+            kind = frame.WhichOneof("frame")
+            if kind == "piece":
+                await self._piece(seat, stream, assembler, frame.piece)
+            elif kind == "pong":
+                stream.busy = frame.pong.busy
+                stream.pong.set()
+                if frame.pong.number == 2 and not frame.pong.busy and seat.accepted and seat.asked is not None:
+                    self._send(seat, seat.asked.message)  # it got lost
+            elif kind == "ready":
+                self._ready(seat, stream, frame.ready)
+            elif kind == "failure":
+                if seat.asked is not None and seat.asked.message.name.digest == frame.failure.digest:
+                    asked, seat.asked = seat.asked, None
+                    seat.error = frame.failure.detail.strip().splitlines()[-1] if frame.failure.detail else "failed"
+                    asked.batch.put(seat.client, frame.failure, soon=True)
+
+    async def _piece(self, seat: Seat, stream: Stream, assembler: Assembler, piece: pb.Piece) -> None:
+        seat.received[0] += len(piece.data)
+        if assembler.expected is None:
+            asked = seat.asked
+            assembler.limit = PIECE if asked is None else max(asked.limit, PIECE)
+            size = assembler.begin(piece)
+            if size > PIECE:
+                await self._stage(seat.client, size)
+        message = assembler.add(piece)
+        if message is None:
+            return
+        asked = seat.asked
+        if asked is None or message.name != asked.message.name:
+            self.duplicates += 1  # to a request that was answered, or is no longer asked
+            if message.size > PIECE:
+                self._release(message.size)
+            return
+        seat.asked = None
+        seat.answers += 1
+        seat.round = message.name.round
+        asked.batch.put(seat.client, message, soon=message.size > PIECE)
+
+    async def _stage(self, client: int, size: int) -> None:
+        """Wait until there is room for a large answer; the one that is wanted next always has room."""
+        if self._room is None:
+            return
+        async with self._room:
+            while self._staged and self._staged + size > STAGE:
+                if self._batch is not None and self._batch.next == client:
+                    break
+                await self._room.wait()
+            self._staged += size
+
+    def _ready(self, seat: Seat, stream: Stream, ready: pb.Ready) -> None:
+        seat.ready = ready
+        same = seat.instance == stream.instance
+        seat.instance = stream.instance
+        if same and ready.live and ready.run == self.invitation.run and ready.term == self.term:
+            self._accept(seat.client)
+        else:
+            self.newcomers.put(seat.client)
+            if seat.asked is not None:
+                seat.asked.batch.wake.set()
+            elif self._batch is not None:
+                self._batch.wake.set()
+
+
+def _refusal(reason: str, *, retry: bool) -> pb.ServerFrame:
+    return pb.ServerFrame(refusal=pb.Refusal(reason=reason, retry=retry))
+
+
+def _listed(parts: list[str]) -> str:
+    return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")

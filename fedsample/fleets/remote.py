@@ -1,0 +1,258 @@
+"""A round with clients that live elsewhere, in two halves between which something carries the messages.
+
+`compose` makes a message for each client that is asked; `collect` takes the answers in client order and sums them by
+the same tree as everywhere, so the draws are those of `LocalFleet` with its by-client engine, bit for bit. An answer
+is decoded, added and let go before the next one is looked at: the server's memory does not grow with the clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsample import messages
+from fedsample.clients.exact import exact_bits
+from fedsample.compression import LinkKeys
+from fedsample.errors import ConfigError, DivergenceError
+from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Turn, Uplink
+from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.sums import TreeSum
+from fedsample.wire import Form, Parcel
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What has been asked, to be read together with the replies.
+
+    Attributes:
+        request: for all clients. estimate: (n,) bool, who was asked for an estimate. anyone: (n,) bool, who was asked
+            for anything. down: bits sent.
+    """
+
+    request: Request
+    estimate: Tensor
+    anyone: Tensor
+    down: int
+
+
+class RemoteFleet:
+    """Composes requests and collects answers; what carries them is a subclass's.
+
+    Args:
+        n: clients. uplink: the estimator. seed: the experiment's. chains: C. like: (d,), whose dtype and device points
+            and sums have. downlink: how points travel; None: dense. blocks: the model's parameter matrices, for
+            Kronecker factors. arrival: probability with which a reply comes in time, if it is known; None: every reply
+            is waited for.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        uplink: Uplink,
+        seed: int,
+        chains: int,
+        like: Tensor,
+        *,
+        downlink: Downlink | None = None,
+        blocks: Callable[[], list[Tensor]] | None = None,
+        arrival: float | None = None,
+    ) -> None:
+        """Nothing is asked yet."""
+        if arrival is not None and not 0 < arrival <= 1:
+            raise ConfigError(f"arrival = {arrival}: the probability with which a reply comes must lie in (0, 1]")
+        self.n, self.uplink, self.chains, self.like = n, uplink, chains, like
+        self.downlink, self.arrival = downlink or DenseDownlink(), arrival
+        self.tag = ""  # of the metric that the clients hold
+        self._blocks = blocks
+        self._keys = LinkKeys(seed, torch.arange(n), chains, "uplink")
+        self.forget()
+
+    def forget(self) -> None:
+        """No client holds any points."""
+        self._informed = [0] * self.n  # the last round whose points each client holds
+        self._reference = [0] * self.n  # the round whose points each client reduces its variance about
+        self._increments: dict[int, bytes] = {}  # by round, as many as are shorter than the points themselves
+
+    def lost(self, client: int) -> None:
+        """One client holds no points any more."""
+        self._informed[client] = self._reference[client] = 0
+
+    def blocks(self) -> list[Tensor]:
+        """Flat positions of the model's parameter matrices."""
+        if self._blocks is None:
+            raise ConfigError("a Kronecker metric needs the model's blocks: give the fleet `blocks`, or another metric")
+        return self._blocks()
+
+    def links_state(self) -> dict[str, Tensor]:
+        """Who holds which points, and the increments that lead to them."""
+        state = {"informed": torch.tensor(self._informed), "reference": torch.tensor(self._reference)}
+        if self._increments:
+            state["increments.round"] = torch.tensor(list(self._increments))
+            stack = [torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in self._increments.values()]
+            state["increments"] = torch.stack(stack)
+        return state
+
+    def restore_links(self, state: Mapping[str, Tensor]) -> None:
+        """Back to a `links_state`."""
+        self._informed, self._reference = state["informed"].tolist(), state["reference"].tolist()
+        rounds = state["increments.round"].tolist() if "increments" in state else []
+        self._increments = {round: state["increments"][i].numpy().tobytes() for i, round in enumerate(rounds)}
+
+    # --- the first half ----------------------------------------------------------------------------------------------
+
+    def compose(self, request: Request) -> tuple[dict[int, Parcel], Dispatch]:
+        """The messages of a round by client, and what `collect` needs to know of them.
+
+        Raises:
+            DivergenceError: if the points are not finite.
+        """
+        if not bool(torch.isfinite(request.points).all()):
+            raise DivergenceError(
+                f"the points of round {request.round} hold NaN or infinite values: a chain diverged; lower step_size, "
+                "or set it to 'auto'"
+            )
+        estimate, anyone = self._who(request)
+        coins = ESTIMATE in request.outputs and self.uplink.sync_probability(request.round, len(self.like)) > 0
+        outgoing = messages.Outgoing(request, self.tag, coins=coins or request.sync is not None)
+        self._remember(request)
+        asked, parcels, missed = estimate.tolist(), {}, {}
+        for i in _indices(anyone):
+            since = self._informed[i]
+            if asked[i] and since not in missed:
+                missed[since] = self._missed(since, request)
+            parcels[i] = outgoing.parcel(
+                i,
+                estimate=asked[i],
+                missed=missed[since] if asked[i] else None,
+                # told under sampling, and to who missed the round before
+                previous=request.active is not None or since != request.round - 1,
+                reference=self._reference[i] < request.reference_round,
+            )
+        return parcels, Dispatch(request, estimate, anyone, sum(parcel.bits for parcel in parcels.values()))
+
+    def _who(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Who is asked for an estimate (n,), and who for anything (n,)."""
+        everyone, nobody = torch.ones(self.n, dtype=torch.bool), torch.zeros(self.n, dtype=torch.bool)
+        if ESTIMATE not in request.outputs:
+            return nobody, everyone
+        estimate = everyone if request.active is None else request.active.any(-1).cpu()
+        return estimate, everyone if request.outputs - {ESTIMATE} else estimate
+
+    def _remember(self, request: Request) -> None:
+        """Keep the increment of a round for who will have missed it, while that is less than the points."""
+        if request.increment is None or not isinstance(self.downlink, Ef21P):
+            return
+        self._increments[request.round] = self.downlink.pack(request.increment())
+        whole = self.chains * len(self.like) * self.like.dtype.itemsize
+        kept = whole // max(1, len(self._increments[request.round]))
+        for round in [round for round in self._increments if round <= request.round - max(1, kept)]:
+            del self._increments[round]
+
+    def _missed(self, since: int, request: Request) -> messages.Missed | None:
+        """What leads from the points of a round to those of the request, if that is less than the points."""
+        if since == 0 or not isinstance(self.downlink, Ef21P):
+            return None
+        rounds = range(since + 1, request.round + 1)
+        if not all(round in self._increments for round in rounds):
+            return None
+        packets = [self._increments[round] for round in rounds]
+        if sum(map(len, packets)) >= self.chains * len(self.like) * self.like.dtype.itemsize:
+            return None
+        return messages.Missed.of(since, packets, self.downlink, self.like.dtype)
+
+    # --- the second half ---------------------------------------------------------------------------------------------
+
+    def collect(self, dispatch: Dispatch, answers: Iterable[tuple[int, Parcel]]) -> Aggregate:
+        """The sums over clients.
+
+        Args:
+            dispatch: from `compose`. answers: (client, content), in the order of clients.
+
+        Raises:
+            QuorumError: if one did not answer and had to. DataError: if an answer has another form than was asked for.
+        """
+        request, round = dispatch.request, dispatch.request.round
+        forms = messages.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
+        total, exact = TreeSum(), {name: TreeSum() for name in forms}
+        norms = torch.full((self.n,), float("nan"), dtype=torch.float64) if request.observe else None
+        traffic, asked = Traffic(down=dispatch.down), dispatch.estimate.tolist()
+        here, arrived = [False] * self.n, [False] * self.n
+        for i, content in answers:
+            here[i], arrived[i] = True, asked[i]
+            part, more = self._read(i, content, request, asked[i], forms, exact)
+            traffic = traffic.plus(more)
+            if part is not None:
+                total.add(part)
+                if norms is not None:
+                    norms[i] = part.to(torch.float64).square().sum(-1).mean().sqrt()
+        missing = [i for i in _indices(dispatch.anyone) if not here[i]]
+        if missing:
+            self._bear(missing, request)
+            exact = {}
+        if ESTIMATE in request.outputs:
+            for i in range(self.n):
+                if here[i]:
+                    self._informed[i] = round
+                if arrived[i]:
+                    self._reference[i] = request.reference_round
+        device = self.like.device
+        sums = {name: sum_.total().to(device) for name, sum_ in exact.items()}
+        if ESTIMATE not in request.outputs:
+            return Aggregate(None, sums, torch.ones(self.n, dtype=torch.bool), 1.0, traffic)
+        arrival = 1.0 if self.arrival is None or self._whole(request) else self.arrival
+        nothing = torch.zeros(self.chains, len(self.like), dtype=self.like.dtype)
+        summed = total.total() if any(arrived) else nothing
+        return Aggregate(summed.to(device), sums, torch.tensor(arrived), arrival, traffic, norms)
+
+    def _read(
+        self, client: int, content: Parcel, request: Request, estimate: bool, forms: dict[str, Form],
+        exact: dict[str, TreeSum],
+    ) -> tuple[Tensor | None, Traffic]:  # fmt: skip
+        """One answer: its upload decoded (C, d), its exact outputs added."""
+        turn = self._turn(request, client) if estimate else None
+        upload, outputs = messages.unpack_answer(content, client, turn, request.round, forms, self.uplink)
+        for name, sum_ in exact.items():
+            sum_.add(outputs[name])
+        full = sum(exact_bits(name, tensor) for name, tensor in outputs.items())
+        part = None
+        if upload is not None and turn is not None:
+            part = self.uplink.decompress(upload, turn.sync, turn.active, len(self.like))
+            full += 8 * self.like.dtype.itemsize * len(self.like) * _active(turn, self.chains)
+        return part, Traffic(up=content.bits, up_dense=full)
+
+    def _turn(self, request: Request, client: int) -> Turn:
+        """What a client was told, as the server needs it to read the answer; on the CPU."""
+        sync, active = request.sync, request.active
+        return Turn(
+            round=request.round,
+            point=request.points,
+            previous=None,
+            sync=None if sync is None else sync.cpu(),
+            active=None if active is None else active[client].cpu(),
+            applied=0,
+            epoch=request.epoch,
+            keys=self._keys.at(request.round, torch.tensor(client)),
+        )
+
+    def _bear(self, missing: list[int], request: Request) -> None:
+        """Go on without some answers, where that is sound.
+
+        Raises:
+            QuorumError: where it is not.
+        """
+        raise NotImplementedError
+
+    def _whole(self, request: Request) -> bool:
+        """Whether the estimate of this round needs everyone."""
+        return self.uplink.needs_everyone_to_sync and request.sync is not None
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return [int(i) for i in mask.nonzero().flatten()]
+
+
+def _active(turn: Turn, chains: int) -> int:
+    return chains if turn.active is None else int(turn.active.sum())
