@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsample.errors import (
     ClientError,
+    CompileError,
     ConfigError,
     DataError,
     DivergenceError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClientError",
+    "CompileError",
     "ConfigError",
     "DataError",
     "DivergenceError",

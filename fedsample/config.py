@@ -177,7 +177,12 @@ class FleetConfig(Section):
     name: Literal["local", "flower", "grpc"] = setting(
         "local", "one process, Flower's runtime, or devices (grpc: `fedsample server` sets it)"
     )
-    engine: Literal["batched", "by-client"] = setting("batched", "all clients at once, or one by one")
+    engine: Literal["auto", "batched", "stacked", "compiled", "by-client"] = setting(
+        "auto",
+        "clients all at once, in runs that fit the cache, by C++ compiled here, or one by one as on devices; auto: by "
+        "the shapes",
+    )
+    tune: bool = setting(False, "whether a stopwatch chooses the engine where it is auto; it may choose differently")
     participation: Count | Share = setting(
         1.0, "0.6: each client takes part with that probability; 6: six drawn each round; 1.0: all of them"
     )

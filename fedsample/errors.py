@@ -49,6 +49,10 @@ class QuorumError(FedSampleError):
     exit_code = 3
 
 
+class CompileError(FedSampleError):
+    """Gradients that cannot be compiled: there is no compiler, it fails, or the clients are of another kind."""
+
+
 class ClientError(FedSampleError):
     """A client failed; carries which one, in which round and stage, and the client's own traceback.
 

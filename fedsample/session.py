@@ -25,6 +25,7 @@ from fedsample.config import Experiment, ScheduleConfig, dump_toml
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.exchange import Fleet, Recovers, Rollback, Traffic
 from fedsample.experiment import Mode, digest, reread
+from fedsample.fleets.engines import choose_engine
 from fedsample.fleets.faults import Faults, Recorded
 from fedsample.fleets.local import LocalFleet
 from fedsample.links import links, refresh_of
@@ -215,7 +216,9 @@ class Session:
 
     def _fleet(self, problem: Problem, progress: Progress) -> Fleet:
         if self.experiment.fleet.name == "local":
-            return build_fleet(self.experiment, problem, self._arrivals)
+            fleet = build_fleet(self.experiment, problem, self._arrivals, strict=self._resumed)
+            self.experiment = _with(self.experiment, fleet={"engine": fleet.engine})
+            return fleet
         from fedsample.fleets.simulation import simulated_fleet
 
         with progress.stage(f"starting {problem.clients.n} Flower nodes"):
@@ -373,22 +376,39 @@ class Session:
 
 
 def build_fleet(
-    experiment: Experiment, problem: Problem, arrivals: Mapping[int, Sequence[int]] | None = None
+    experiment: Experiment,
+    problem: Problem,
+    arrivals: Mapping[int, Sequence[int]] | None = None,
+    *,
+    strict: bool = False,
 ) -> LocalFleet:
-    """The simulated federation of an experiment; with `arrivals`, the clients that took part in rounds by number."""
+    """The simulated federation of an experiment.
+
+    Args:
+        experiment: its settings. problem: its clients. arrivals: the clients that took part in rounds by number; None:
+            as the settings say. strict: as for `choose_engine`.
+    """
     section = experiment.fleet
     clients = problem.clients
     faults = Faults(clients.n, experiment.seed, section.loss, section.dropout, section.dropout_rounds)
     if arrivals is not None:
         faults = Recorded(**vars(faults), arrivals=arrivals)
     uplink, downlink = links(experiment, problem)
+    engine = choose_engine(
+        clients,
+        section.engine,
+        chains=experiment.chains,
+        batch_size=experiment.batch_size,
+        tune=section.tune,
+        strict=strict,
+    )
     return LocalFleet(
         clients,
         uplink,
         experiment.seed,
         experiment.chains,
         batch_size=experiment.batch_size,
-        engine=section.engine,
+        engine=engine,
         faults=faults,
         downlink=downlink,
     )

@@ -60,11 +60,7 @@ class Held:
     def fingerprint(self) -> str:
         """Names the data; it never leaves the device."""
         holding = self._holding
-        if isinstance(holding, Potential):
-            arrays = [holding.lam, holding.a]
-        else:
-            table, split = holding.table, holding.split
-            arrays = [table.x[split.train[0]], table.y[split.train[0]], table.x[split.test], table.y[split.test]]
+        arrays = [holding.lam, holding.a] if isinstance(holding, Potential) else list(holding.arrays)
         found = hashlib.sha256()
         for array in arrays:
             found.update(f"{array.dtype.str}{array.shape}".encode())

@@ -7,6 +7,7 @@ array has the clients on its first axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class Worker:
         self.clients = MetricClients(clients, Identity(torch.zeros(clients.d, dtype=clients.dtype, device=device)))
         self.memory: Memory = uplink.memory((clients.n, chains, clients.d), clients.dtype, device)
         self.about = Reference(clients.n)
+        self._whole = torch.equal(indices, torch.arange(len(indices), device=device))
 
     def set_metric(self, metric: Metric) -> None:
         """From now on points are in these coordinates."""
@@ -76,7 +78,12 @@ class Worker:
     def turn(self, request: Request, who: Tensor | None = None) -> Turn:
         """The estimator's view of a request, for the clients at positions `who`."""
         mine = self.indices if who is None else self.indices[who]
-        applied = torch.zeros_like(mine) if request.applied is None else request.applied[mine]
+        if request.applied is None:
+            applied = torch.zeros_like(mine)
+        elif self._whole and who is None and len(request.applied) == len(mine):
+            applied = request.applied  # an index by all clients in order costs as much as some gradients
+        else:
+            applied = request.applied[mine]
         return Turn(
             round=request.round,
             point=request.points,
@@ -89,8 +96,7 @@ class Worker:
         )
 
     def _estimate(self, request: Request, who: Tensor | None) -> Upload:
-        batches = self._batches if who is None else Key(self._batches.tensor()[who], self._batches.device)
-        oracle = _TurnOracle(self.clients, who, batches.fold(request.round), self.batch_size, request, self.about)
+        oracle = _TurnOracle(self.clients, who, self._batches, self.batch_size, request, self.about)
         memory = self.memory if who is None else {name: tensor[who] for name, tensor in self.memory.items()}
         upload, memory = self.uplink.encode(oracle, memory, self.turn(request, who))
         if who is None:
@@ -160,5 +166,11 @@ class _TurnOracle:
     def anchor(self) -> Tensor:
         return self.about.at_origin(self.clients, self.who)
 
+    @cached_property
+    def _drawn(self) -> Key:
+        """The keys (m, C) of this round's minibatches."""
+        mine = self.keys if self.who is None else Key(self.keys.tensor()[self.who], self.keys.device)
+        return mine.fold(self.request.round)
+
     def _batch(self, point: Tensor) -> Tensor:
-        return self.clients.gradient(point, clients=self.who, keys=self.keys, batch_size=self.batch_size)
+        return self.clients.gradient(point, clients=self.who, keys=self._drawn, batch_size=self.batch_size)

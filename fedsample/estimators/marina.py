@@ -42,12 +42,15 @@ class Marina(Uplink):
         if p is not None and not 0 < p <= 1:
             raise ConfigError(f"uplink.p = {p}: the probability of a synchronising round must lie in (0, 1]")
         self._p = p
+        self._shares: dict[int, float] = {}  # it is asked for several times a round
 
     def probability(self, d: int) -> float:
         """The probability p of a dense round for vectors of d entries."""
         if self._p is not None:
             return self._p
-        return min(1.0, self.compressor.bits(d, torch.float32) / (32 * d))
+        if d not in self._shares:
+            self._shares[d] = min(1.0, self.compressor.bits(d, torch.float32) / (32 * d))
+        return self._shares[d]
 
     def sync_probability(self, round: int, d: int) -> float:
         """Round 1 is dense for every chain, then p."""
@@ -72,7 +75,7 @@ class Marina(Uplink):
             packet = masked(self.compressor.compress(here - before, turn.keys), turn.active)
         elif turn.sync is None or not bool(turn.sync.all()):
             raise ValueError(f"marina in round {turn.round}: no previous point, and not every chain synchronises")
-        return Upload(packet, dense), {"gradient": here, "round": torch.full_like(memory["round"], turn.round)}
+        return Upload(packet, dense), {"gradient": here, "round": memory["round"].fill_(turn.round)}
 
     def start(self, chains: int, d: int, device: torch.device) -> ServerState:
         """The estimate, meaningless until round 1 has made it exact."""
@@ -82,7 +85,7 @@ class Marina(Uplink):
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:
         """The last estimate plus the scaled sum of differences, or the sum of dense gradients."""
-        estimate = state["estimate"] + total / inclusion
+        estimate = state["estimate"] + (total if inclusion == 1 else total / inclusion)
         if sync is not None:
             estimate = torch.where(sync.unsqueeze(-1), total.to(estimate.dtype), estimate)
         return estimate, {"estimate": estimate}

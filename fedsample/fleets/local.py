@@ -1,14 +1,14 @@
 """All clients in this process: vectorised over clients and chains, or one client after the other.
 
-The batched engine stacks the clients on the first axis of every array. The by-client engine asks one worker a client,
-exactly as a fleet of devices does: same code, same bits. The two agree to the rounding of their matrix products, which
-see different shapes; every draw, mask, coin and order of summation is the same.
+The batched engine, and those that only take another path to its gradients, have the clients on the first axis of every
+array. The by-client engine asks one worker a client, exactly as a fleet of devices does: same code, same bits. They
+agree to the rounding of their matrix products, which see different shapes; every draw, mask, coin and order of
+summation over clients is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from fedsample.clients.worker import Answer, Worker
 from fedsample.errors import RunDirectoryError
 from fedsample.estimators import DenseDownlink, Downlink, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.sums import TreeSum, tree_sum
 from fedsample.targets import Clients, Metric
-
-Engine = Literal["batched", "by-client"]
 
 
 class LocalFleet:
@@ -30,8 +29,11 @@ class LocalFleet:
 
     Args:
         clients: their potentials. uplink: the estimator. seed: the experiment's seed. chains: C.
-        batch_size: rows of a gradient, or None for all. engine: how clients are computed. faults: what goes wrong.
-        downlink: what the points cost; None: they are sent as they are.
+        batch_size: rows of a gradient, or None for all. engine: how clients are computed; see `fleets.engines`. faults:
+            what goes wrong. downlink: what the points cost; None: they are sent as they are.
+
+    Raises:
+        CompileError: if the compiled engine cannot be made.
     """
 
     def __init__(
@@ -50,16 +52,20 @@ class LocalFleet:
         self.uplink, self.chains, self.downlink = uplink, chains, downlink or DenseDownlink()
         self.faults = faults or Faults(self.n, seed)
         indices = torch.arange(self.n, device=self.device)
+        self.engine: Engine = engine
         stacks = (
-            [(clients, indices)]
-            if engine == "batched"
-            else [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
+            [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
+            if engine == "by-client"
+            else [(clients.on(engine), indices)]
         )
         self.workers = [Worker(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
         self._present: Tensor | None = None
         self._informed = torch.zeros(self.n, dtype=torch.int64)  # the last round whose points each client holds
         self._reference = torch.zeros(self.n, dtype=torch.int64)  # the round whose points each client reduces about
         self._everyone = torch.ones(self.n, dtype=torch.bool)
+        self._once = torch.ones(self.n, dtype=torch.int64)
+        self._together: int | None = 0  # the round whose points all clients hold; None: not all the same
+        self._bills: dict[tuple[object, ...], Traffic] = {}  # what rounds in which all take part cost
 
     # --- the Fleet protocol --------------------------------------------------------------------------------------
 
@@ -76,13 +82,13 @@ class LocalFleet:
             sums, traffic = self._exact(answers, request, 0)
             return Aggregate(None, sums, self._everyone, 1.0, traffic)
         asked, arrived, arrival, attempts = self._weather(request)
-        everyone = bool(asked.all())
+        everyone = asked is self._everyone or bool(asked.all())
         answers = self._ask(request, None if everyone else asked.nonzero().squeeze(-1).to(self.device))
-        sums, exact_traffic = self._exact(answers, request, int(asked.sum()))
+        sums, exact_traffic = self._exact(answers, request, self.n if everyone else int(asked.sum()))
         total, norms = self._decode(answers, request, asked, arrived)
-        traffic = self._traffic(request, asked, attempts)
-        self._informed[self._everyone if exact_traffic.up else asked] = request.round
-        self._reference[asked] = request.reference_round
+        traffic = self._bill(request) if attempts is self._once else self._traffic(request, asked, attempts)
+        self._remember(request, None if everyone or exact_traffic.up else asked)
+        self._reference[slice(None) if everyone else asked] = request.reference_round
         return Aggregate(total, sums, arrived, arrival, traffic.plus(exact_traffic), norms)
 
     def blocks(self) -> list[Tensor]:
@@ -120,6 +126,8 @@ class LocalFleet:
         self._present = state.get("present")
         nobody = torch.zeros(self.n, dtype=torch.int64)
         self._informed = state.get("informed", nobody).cpu().clone()
+        held = set(self._informed.tolist())
+        self._together = held.pop() if len(held) == 1 else None
         self._reference = state.get("reference", nobody).cpu().clone()
         for worker in self.workers:
             if "reference.round" in state:
@@ -133,6 +141,8 @@ class LocalFleet:
 
     def _weather(self, request: Request) -> tuple[Tensor, Tensor, float, Tensor]:
         """Who computes (n,), whose reply arrives (n,), with what probability, and sends per reply (n,) int64."""
+        if request.active is None and not self.faults.any:
+            return self._everyone, self._everyone, 1.0, self._once
         wanted = self._everyone if request.active is None else request.active.any(-1).cpu()
         once = wanted.to(torch.int64)
         if not self.faults.any:
@@ -159,6 +169,10 @@ class LocalFleet:
         self, answers: Sequence[Answer], request: Request, asked: Tensor, arrived: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The sum (C, d) over the uploads that arrived, in client order."""
+        if asked is arrived is self._everyone and len(answers) == 1 and not request.observe:
+            upload = answers[0].upload
+            if upload is not None:
+                return tree_sum(self.uplink.decompress(upload, request.sync, None, self.d)), None
         parts = []
         position = torch.cumsum(asked, 0) - 1
         owners = asked.nonzero().squeeze(-1)
@@ -198,6 +212,29 @@ class LocalFleet:
             up += self.n * exact_bits(name, sums[name])
         down = point_bits(request.points) + (0 if request.vector is None else point_bits(request.vector))
         return sums, Traffic(up, (self.n - told) * down, up)
+
+    def _remember(self, request: Request, told: Tensor | None) -> None:
+        """Who holds this round's points; None: everyone."""
+        if told is None:
+            self._informed.fill_(request.round)
+            self._together = request.round
+        else:
+            self._informed[told] = request.round
+            self._together = None
+
+    def _bill(self, request: Request) -> Traffic:
+        """`_traffic` of a round in which all take part, computed once for all rounds that cost the same."""
+        if self._together is None or request.reference is not None:
+            return self._traffic(request, self._everyone, self._once)
+        missed = request.round - self._together if self._together > 0 else 0
+        syncing = 0 if request.sync is None else int(request.sync.sum())
+        coins = self.uplink.sync_probability(request.round, self.d) == 0
+        case = (missed, syncing, coins, request.previous is None)
+        if case not in self._bills:
+            if len(self._bills) > 256:
+                self._bills.clear()
+            self._bills[case] = self._traffic(request, self._everyone, self._once)
+        return self._bills[case]
 
     def _traffic(self, request: Request, asked: Tensor, attempts: Tensor) -> Traffic:
         """Bits of the estimate: what each client that was reached receives and sends."""

@@ -29,6 +29,7 @@ from fedsample.strategies.schedule import Constant, Schedule
 from fedsample.targets import GaussianPrior, Metric, MetricPrior
 
 _NOISE_BLOCK = 16  # rounds of noise made at once; each round's is the same however many are
+_COIN_BLOCK = 64  # the same for the coins of synchronising rounds
 _CHECK_EVERY = 16  # rounds between two looks for divergence
 
 
@@ -143,6 +144,7 @@ class Sampler(FlowerStrategy):
         self.step_size, self.temperature, self.seed = self.schedule.initial, temperature, seed
         self.cohort, self.stability = cohort, stability
         self._noise: tuple[int, Tensor] | None = None
+        self._coins: tuple[tuple[int, float], Tensor, list[bool]] | None = None
         self._increment: tuple[int, Packet | None] = (0, None)
 
     @abstractmethod
@@ -272,8 +274,15 @@ class Sampler(FlowerStrategy):
         probability = self.uplink.sync_probability(round, d)
         if probability == 0:
             return None
-        coins = key(self.seed, round, SERVER, torch.arange(chains), "sync").bernoulli(probability)
-        return coins.to(device) if bool(coins.any()) else None
+        if probability == 1:
+            return torch.ones(chains, dtype=torch.bool, device=device)
+        case = (round // _COIN_BLOCK, probability)
+        if self._coins is None or self._coins[0] != case:
+            rounds = torch.arange(case[0] * _COIN_BLOCK, (case[0] + 1) * _COIN_BLOCK).unsqueeze(-1)
+            coins = key(self.seed, rounds, SERVER, torch.arange(chains), "sync").bernoulli(probability)  # (rounds, C)
+            self._coins = (case, coins.to(device), coins.any(-1).tolist())
+        at = round % _COIN_BLOCK
+        return self._coins[1][at] if self._coins[2][at] else None
 
     def _draw_noise(self, round: int, like: Tensor) -> Tensor:
         """(C, d) standard normals of this round."""

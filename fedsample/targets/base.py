@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsample.errors import CompileError
 from fedsample.random import Key
 from fedsample.sums import TreeSum
 
@@ -67,6 +68,16 @@ class Clients(ABC):
         F restricted to the block is approximated by B x A / tr A: with F = sum u u^T over matrices u, B = sum u u^T and
         A = sum u^T u.
         """
+
+    def on(self, engine: str) -> Clients:
+        """The same clients on another path for full gradients, "batched", "stacked" or "compiled", sharing their data.
+
+        Raises:
+            CompileError: if the compiled path is asked for, and there is none for these clients or on this machine.
+        """
+        if engine == "compiled":
+            raise CompileError("only linear and logistic clients on a CPU are compiled, not these")
+        return self
 
     @abstractmethod
     def subset(self, clients: Tensor) -> Clients:

@@ -11,23 +11,30 @@ With design rows x (a one appended for the intercept), W (k, q) and eta = W x:
 The rows of all clients are stacked: one product with the design serves all clients and chains, and one product a client
 gathers its gradient. The outputs stand on a leading axis, since a softmax over a short last axis is ten times slower.
 Parameters are flat as in `torch.nn.Linear`: weight (k, p) row-major, then bias (k,).
+
+Full gradients have other paths, which agree to rounding: `stacked` works through runs of clients that stay in the cache
+between the two products, `compiled` reads each row once (see `fused.py`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedsample.errors import CompileError
 from fedsample.random import Key
 from fedsample.targets.base import Clients
+from fedsample.targets.fused import FusedGradient
 from fedsample.targets.minibatch import draw_rows
 
 Likelihood = Literal["gaussian", "bernoulli", "categorical"]
 
 _CHUNK = 1 << 24  # entries of the largest intermediate array
+_CACHED = 1 << 20  # bytes of design that stay in a second-level cache from one product to the next
 
 
 class GeneralizedLinear(Clients):
@@ -62,6 +69,38 @@ class GeneralizedLinear(Clients):
         self._bounds: list[int] = self.offsets.tolist()
         self.rows = (self.offsets[1:] - self.offsets[:-1]).to(self.device)
         self.n, self.d = len(offsets) - 1, outputs * self.design.shape[1]
+        self._runs: list[tuple[int, int, bool]] | None = None
+        self._fused: FusedGradient | None = None
+
+    def on(self, engine: str) -> GeneralizedLinear:
+        """The same clients, with full gradients by another path.
+
+        Raises:
+            CompileError: if the compiled path is asked for, and there is none for these clients or on this machine.
+        """
+        twin = copy.copy(self)
+        twin._runs = self._cached_runs() if engine == "stacked" else None
+        twin._fused = self._fuse() if engine == "compiled" else None
+        return twin
+
+    def _cached_runs(self) -> list[tuple[int, int, bool]]:
+        """Runs (first, last) of clients whose design stays in the cache, and whether all have as many rows, > 0."""
+        budget = max(1, _CACHED // (self.design.shape[1] * self.dtype.itemsize))
+        sizes = [high - low for low, high in zip(self._bounds, self._bounds[1:], strict=False)]
+        runs, first = [], 0
+        for last in range(1, self.n + 1):
+            rows = self._bounds[last] - self._bounds[first]
+            if last == self.n or rows + sizes[last] > budget:
+                runs.append((first, last, sizes[first] > 0 and len(set(sizes[first:last])) == 1))
+                first = last
+        return runs
+
+    def _fuse(self) -> FusedGradient:
+        if self.likelihood == "categorical" or self.device.type != "cpu":
+            what = "softmax clients" if self.likelihood == "categorical" else f"clients on {self.device}"
+            raise CompileError(f"only linear and logistic clients on a CPU are compiled, not {what}")
+        logistic = self.likelihood == "bernoulli"
+        return FusedGradient(self.design, self._targets[0], self.offsets, logistic, 1.0 / self.noise_scale**2)
 
     def _one_hot(self, y: Tensor) -> Tensor:
         if self.likelihood != "categorical":
@@ -158,6 +197,10 @@ class GeneralizedLinear(Clients):
         matrix = self.matrix(theta)
         if batch_size is not None and keys is not None:
             return self._batch_gradient(matrix, clients, keys, batch_size)
+        if self._fused is not None:
+            return self._fused(matrix[:, 0], clients)
+        if self._runs is not None and clients is None:
+            return self._stacked_gradient(matrix, self._runs)
         if clients is not None:
             spans = [(i, i + 1) for i in clients.tolist()]
         else:
@@ -185,6 +228,26 @@ class GeneralizedLinear(Clients):
                 torch.mm(flat[:, low - start : high - start], self.design[low:high], out=result[at])
                 at += 1
         return self.flat(result.view(m, chains, self.outputs, q))
+
+    def _stacked_gradient(self, matrix: Tensor, runs: list[tuple[int, int, bool]]) -> Tensor:
+        """(C, k, q) -> (n, C, d), one run of clients after the other; clients with as many rows in one product."""
+        chains, k, q = matrix.shape
+        points = matrix.reshape(chains * k, q)
+        result = self.design.new_empty(self.n, chains * k, q)
+        for first, last, even in runs:
+            start, end = self._bounds[first], self._bounds[last]
+            design = self.design[start:end]
+            outputs = design.mv(points[0]) if len(points) == 1 else torch.mm(points, design.T)
+            outputs = outputs.view(chains, k, end - start)
+            residual = self._residual(outputs, self._targets[:, start:end]).view(chains * k, end - start)
+            if even:
+                rows = residual.view(chains * k, last - first, -1).transpose(0, 1)
+                torch.bmm(rows, design.view(last - first, -1, q), out=result[first:last])
+                continue
+            for i in range(first, last):
+                low, high = self._bounds[i] - start, self._bounds[i + 1] - start
+                torch.mm(residual[:, low:high], design[low:high], out=result[i])
+        return self.flat(result.view(self.n, chains, k, q))
 
     def _batch_gradient(self, matrix: Tensor, clients: Tensor | None, keys: Key, size: int) -> Tensor:
         """Minibatches drawn for each client and chain: (m, C, d), in runs of clients that bound memory."""

@@ -14,7 +14,8 @@ over the K columns u of J^T L of every row. It is never indefinite, and is the H
 
 A call of a small network costs more in dispatch than in arithmetic. So clients of similar size are padded to one length
 and computed together, with weight 0 on the padding, until a call is large; larger ones are computed one by one, in
-runs of rows that bound memory. Which of these happens depends on shapes alone.
+runs of rows that bound memory, and without `vmap`, whose convolutions take 1.7 times as long. Which of these happens
+depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import grad, jacrev, vmap
 
 from fedsample.errors import ConfigError
 from fedsample.random import Key
@@ -37,7 +38,11 @@ from fedsample.targets.minibatch import draw_rows
 
 _CHUNK = 1 << 25  # array entries that the rows of one call may take
 _MERGE = 1 << 22  # below this many a call is mostly dispatch, and clients are computed together
+_ALONE = 1 << 18  # from this many on a client is computed alone: its convolutions take longer among others
 _PADDING = 1.5  # rows with padding against rows without, for clients computed together
+
+
+_Choice = tuple[list[int], Tensor, Tensor]  # clients by position, their rows (g, C, b), and the weights of these
 
 
 class _Rows(NamedTuple):
@@ -49,8 +54,37 @@ class _Rows(NamedTuple):
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """A copy that shares the parameters: `functional_call` swaps them, which no two threads may do in one module."""
+    """A copy that shares the parameters: a call swaps them, which no two threads may do in one module."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+
+
+class _Skeleton:
+    """A module's structure, called with parameters: what `functional_call` does, at a tenth of its price.
+
+    Args:
+        module: whose structure; it is copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = skeleton(module)
+        places: dict[nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
+        for name, own in self._module.named_parameters(remove_duplicate=False):  # a tied one stands in several places
+            owner, _, leaf = name.rpartition(".")
+            places.setdefault(own, []).append((self._module.get_submodule(owner)._parameters, leaf))
+        self._places = list(places.items())
+
+    def __call__(self, parameters: list[Tensor], x: Tensor) -> Tensor:
+        """The outputs of rows x, with `parameters` in the order of `named_parameters`."""
+        try:
+            for (_, places), each in zip(self._places, parameters, strict=True):
+                for held, leaf in places:
+                    held[leaf] = each  # type: ignore[assignment]
+            outputs: Tensor = self._module(x)
+        finally:
+            for own, places in self._places:
+                for held, leaf in places:
+                    held[leaf] = own
+        return outputs
 
 
 class ModuleClients(Clients):
@@ -84,7 +118,8 @@ class ModuleClients(Clients):
         self.noise_scale = noise_scale
         self.labels = y.to(torch.int64 if likelihood == "categorical" else self.dtype)
         self._module = copy.deepcopy(module).to("meta")
-        self._skeletons: dict[int, nn.Module] = {}
+        self._skeletons: dict[int, _Skeleton] = {}
+        self._drawn: tuple[Key, list[int], int, list[_Choice]] | None = None  # the last minibatches, at two points
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         self._lengths = [shape.numel() for shape in self._shapes.values()]
         self.offsets = offsets.to(torch.int64)
@@ -124,16 +159,15 @@ class ModuleClients(Clients):
 
     def _forward(self, theta: Tensor, x: Tensor) -> Tensor:
         """(d,), (b, ...) -> (b, K)."""
-        pieces = zip(self._shapes.items(), torch.split(theta, self._lengths), strict=True)
-        parameters = {name: piece.reshape(shape) for (name, shape), piece in pieces}
-        outputs: Tensor = functional_call(self._skeleton(), parameters, (x,))
-        return outputs
+        pieces = torch.split(theta, self._lengths)
+        shaped = [piece.view(shape) for piece, shape in zip(pieces, self._shapes.values(), strict=True)]
+        return self._skeleton()(shaped, x)
 
-    def _skeleton(self) -> nn.Module:
+    def _skeleton(self) -> _Skeleton:
         """The module of this thread: the chain and the monitor's thread use the same clients at the same time."""
         thread = threading.get_ident()
         if thread not in self._skeletons:
-            self._skeletons[thread] = skeleton(self._module)
+            self._skeletons[thread] = _Skeleton(self._module)
         return self._skeletons[thread]
 
     def _loss(self, theta: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -168,13 +202,17 @@ class ModuleClients(Clients):
         for at in sorted((at for at, size in enumerate(sizes) if size), key=sizes.__getitem__):
             padded = sizes[at] * (len(run) + 1)
             full = chains * (padded * self._cost + entries + burden[at]) > _MERGE
-            if run and (full or padded > _PADDING * (rows + sizes[at])):
+            if run and (full or padded > _PADDING * (rows + sizes[at]) or self._is_large(sizes[at])):
                 yield run
                 run, rows, entries = [], 0, 0
             run.append(at)
             rows, entries = rows + sizes[at], entries + burden[at]
         if run:
             yield run
+
+    def _is_large(self, rows: int) -> bool:
+        """Whether so many rows of one client and chain are worth a call of their own."""
+        return rows * self._cost >= _ALONE
 
     def _passes(self, clients: list[int], chains: int) -> Iterator[tuple[list[int], _Rows]]:
         """All rows of the clients, in pieces: positions in the list, and their rows."""
@@ -219,11 +257,33 @@ class ModuleClients(Clients):
         else:
             passes = self._minibatches(chosen, keys, batch_size, len(theta))
         for run, rows in passes:
-            result[run] += self._each(grad(self._loss), (theta,), rows)
+            if len(run) == 1 and self._is_large(rows.y.shape[-1]):
+                self._add_alone(result[run[0]], theta, rows)
+            else:
+                result[run] += self._each(grad(self._loss), (theta,), rows)
         return result
+
+    def _add_alone(self, result: Tensor, theta: Tensor, rows: _Rows) -> None:
+        """Add one client's gradients (C, d) chain by chain, by plain reverse mode, which `vmap` makes slower."""
+        for c, point in enumerate(theta):
+            mine = (each[0, c] if rows.y.ndim == 3 else each[0] for each in rows)
+            with torch.enable_grad():
+                leaf = point.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(self._loss(leaf, *mine), leaf)
+            result[c] += gradient
 
     def _minibatches(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[tuple[list[int], _Rows]]:
         """Rows drawn for each client and chain, in pieces."""
+        last = self._drawn
+        if last is None or last[0] is not keys or last[1] != clients or last[2] != size:
+            last = self._drawn = (keys, clients, size, list(self._choose(clients, keys, size, chains)))
+        for run, index, weight in last[3]:
+            step = max(1, _CHUNK // (len(run) * chains * self._cost))
+            for piece, share in zip(torch.split(index, step, -1), torch.split(weight, step, -1), strict=True):
+                yield run, self._take(piece, share)
+
+    def _choose(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[_Choice]:
+        """The rows of each client and chain, and what each counts."""
         held = [self._bounds[i + 1] - self._bounds[i] for i in clients]
         words = keys.tensor()
         for run in self._runs([min(size, rows) for rows in held], [self.d + rows for rows in held], chains):
@@ -231,10 +291,7 @@ class ModuleClients(Clients):
             start = torch.tensor([self._bounds[clients[at]] for at in run], device=self.device)
             position, valid = draw_rows(Key(words[run], keys.device), rows, size)  # (g, C, b)
             weight = valid * (rows / rows.clamp(max=size).to(torch.float64))[:, None, None]
-            index = start[:, None, None] + position
-            step = max(1, _CHUNK // (len(run) * chains * self._cost))
-            for piece, share in zip(torch.split(index, step, -1), torch.split(weight, step, -1), strict=True):
-                yield run, self._take(piece, share)
+            yield run, start[:, None, None] + position, weight
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian of U_i at (C, d) times (C, d) -> (n, C, d)."""

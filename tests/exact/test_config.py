@@ -363,7 +363,6 @@ WRONG = [
     ("fleet.device=cuda:x", "fleet.device: got"),
     ("fleet.device=gpu", "fleet.device: got"),
     ("fleet.name=ray", '"ray" is not part of this version, "local" runs the same chain'),
-    ("fleet.name=grpc", '"grpc" is not part of this version, "local" runs the same chain'),
     ("data.clients=0", "data.clients: got 0;"),
     ("data.alpha=0", "data.alpha: got 0;"),
     ("data.test_fraction=1", "data.test_fraction: got 1;"),
@@ -459,8 +458,18 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 
 def test_public_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fedsample.__all__ == [
-        *["ClientError", "ConfigError", "DataError", "DivergenceError", "Experiment", "FedSampleError", "Interrupted"],
-        *["QuorumError", "Run", "RunDirectoryError", "UnsoundError", "__version__", "build_target", "run"],
+        *["ClientError", "CompileError", "ConfigError", "DataError", "DivergenceError", "Experiment"],
+        *[
+            "FedSampleError",
+            "Interrupted",
+            "QuorumError",
+            "Run",
+            "RunDirectoryError",
+            "UnsoundError",
+            "__version__",
+            "build_target",
+            "run",
+        ],
     ]
     engine = types.ModuleType("fedsample.experiment")
     for name in ("Run", "build_target", "run"):

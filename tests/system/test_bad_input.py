@@ -29,7 +29,7 @@ from fedsample.errors import (
 from fedsample.monitor import load_draws
 
 SHORT: dict[str, object] = {"rounds": 60, "warmup": 10, "monitor__every": 10}
-OFTEN = {"fedsample.session._CHECKPOINT_SHARE": 0.5}  # with checkpoint_seconds = 0: every few rounds
+OFTEN = {"fedsample.chain._CHECKPOINT_SHARE": 0.5}  # with checkpoint_seconds = 0: every few rounds
 
 
 @pytest.fixture(scope="module")

@@ -260,7 +260,14 @@ def test_options_become_overrides(engine: Engine, monkeypatch: pytest.MonkeyPatc
     (configured, asked) = engine.asked[0]
     assert (configured.preset, configured.seed, configured.rounds) == ("langevin-marina", 5, 90)
     assert (configured.fleet.device, configured.warmup, configured.chains) == ("cuda:1", 10, 2)
-    assert asked == {"out": Path("there"), "resume": False, "progress": "quiet", "check_step": False}
+    assert asked == {
+        "out": Path("there"),
+        "resume": False,
+        "progress": "quiet",
+        "check_step": False,
+        "overrides": [],
+        "replay": None,
+    }
     assert capsys.readouterr().out == "round 1\nthe table\n"
 
 
@@ -268,7 +275,7 @@ def test_resume_hands_over_the_directory_alone(engine: Engine, monkeypatch: pyte
     monkeypatch.setenv("FEDSAMPLE_SEED", "9")
     assert here(monkeypatch, "simulate", "--resume", "--out", "there") == 0
     assert here(monkeypatch, "simulate", "--resume", "--out", "there", "--check-step") == 0
-    asked = {"out": Path("there"), "resume": True, "progress": "auto"}
+    asked = {"out": Path("there"), "resume": True, "progress": "auto", "overrides": [], "replay": None}
     assert engine.asked == [(None, {**asked, "check_step": False}), (None, {**asked, "check_step": True})]
 
 

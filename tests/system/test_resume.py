@@ -26,7 +26,7 @@ from fedsample.monitor import load_draws, load_rounds, read_jsonl
 # Written in threads whenever they come round to it, or measured with a clock.
 TIMED = ("time/", "mcmc/rhat/", "mcmc/ess/")
 AVERAGED = ("round/",)  # sums over draws, in portions that a kill changes
-OFTEN = {"fedsample.session._CHECKPOINT_SHARE": 0.5}  # a checkpoint every few rounds, whatever that costs
+OFTEN = {"fedsample.chain._CHECKPOINT_SHARE": 0.5}  # a checkpoint every few rounds, whatever that costs
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ given; an answer that could not be sent is kept, and sent when it is asked for a
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 import time
 import traceback
@@ -130,7 +129,7 @@ class Attendant:
                     f"{self.target} could not be reached in {failures} attempts; the last: {reason}. `fedsample doctor "
                     f"net {self.target}` names the step that fails"
                 )
-            pause = random.SystemRandom().uniform(0, min(LONGEST, FIRST * 2 ** min(failures, 16)))
+            pause = secrets.SystemRandom().uniform(0, min(LONGEST, FIRST * 2 ** min(failures, 16)))
             self.watching.to(f"waiting {pause:.1f} s to connect again ({reason})")
             await asyncio.sleep(pause)
 

@@ -1,0 +1,90 @@
+"""How the clients of a simulation compute their gradients: a table over shapes, or a stopwatch where one is asked for.
+
+    batched     all clients in one worker; one product with all rows, then one a client
+    stacked     the same, in runs of clients that stay in the cache between the two products
+    compiled    the same, by C++ compiled for this machine: each row is read once (linear and logistic models)
+    by-client   one worker a client, as on devices: their bits
+
+They agree to the rounding of their sums, with the same draws, masks and coins. What is chosen stands in the run's
+config.toml, and a resumed run takes it from there.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Literal
+
+import torch
+
+from fedsample.errors import CompileError
+from fedsample.targets import Clients, GeneralizedLinear
+
+Engine = Literal["batched", "stacked", "compiled", "by-client"]
+
+_CACHE = 1 << 20  # bytes of design above which two products no longer find it in a second-level cache
+_REPEATS = 7
+_SECONDS = 0.2  # of a stopwatch, for each engine
+
+
+def choose_engine(
+    clients: Clients,
+    wanted: Engine | Literal["auto"],
+    *,
+    chains: int,
+    batch_size: int | None = None,
+    tune: bool = False,
+    strict: bool = False,
+) -> Engine:
+    """The engine to use.
+
+    Args:
+        clients: what is computed. wanted: a name, which is taken as it is, or "auto". chains: C. batch_size: rows of a
+            gradient; None: all. tune: let a stopwatch choose where "auto" is wanted; it does not choose the same twice.
+        strict: whether "compiled" must be possible, because a run that goes on began with it. Otherwise the next
+            engine of the table takes its place, with a warning.
+
+    Raises:
+        CompileError: if it must be compiled, and cannot be.
+    """
+    if wanted == "compiled" and not strict:
+        try:
+            clients.on("compiled")
+        except CompileError as error:
+            instead = by_shape(clients, batch_size)
+            warnings.warn(f'fleet.engine = "compiled" is not possible, "{instead}" is used: {error}', stacklevel=2)
+            return instead
+    if wanted != "auto":
+        return wanted
+    return by_stopwatch(clients, chains) if tune and batch_size is None else by_shape(clients, batch_size)
+
+
+def by_shape(clients: Clients, batch_size: int | None) -> Engine:
+    """What the table says of clients of this kind and size, the same on every machine."""
+    if not isinstance(clients, GeneralizedLinear) or batch_size is not None:
+        return "batched"
+    return "stacked" if clients.design.numel() * clients.dtype.itemsize > _CACHE else "batched"
+
+
+def by_stopwatch(clients: Clients, chains: int) -> Engine:
+    """The engine with the fastest gradient here and now."""
+    points = torch.zeros(chains, clients.d, dtype=clients.dtype, device=clients.device)
+    times: dict[Engine, float] = {}
+    names: tuple[Engine, ...] = ("batched", "stacked", "compiled")
+    for name in names:
+        try:
+            path = clients.on(name)
+        except CompileError:
+            continue
+        path.gradient(points)  # the first call makes what is kept
+        began, best = time.perf_counter(), float("inf")
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            path.gradient(points)
+            if clients.device.type == "cuda":
+                torch.cuda.synchronize(clients.device)
+            best = min(best, time.perf_counter() - start)
+            if time.perf_counter() - began > _SECONDS:
+                break
+        times[name] = best
+    return min(times, key=times.__getitem__)
