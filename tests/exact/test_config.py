@@ -461,6 +461,7 @@ def test_public_names(monkeypatch: pytest.MonkeyPatch) -> None:
         *["ClientError", "CompileError", "ConfigError", "DataError", "DivergenceError", "Experiment"],
         *[
             "FedSampleError",
+            "FlowerRun",
             "Interrupted",
             "QuorumError",
             "Run",
@@ -469,6 +470,7 @@ def test_public_names(monkeypatch: pytest.MonkeyPatch) -> None:
             "__version__",
             "build_target",
             "run",
+            "run_flower",
         ],
     ]
     engine = types.ModuleType("fedsample.experiment")

@@ -80,7 +80,9 @@ class Dice:
 
     def key(self, seed: int, round: int = -1, client: Any = None, chain: Any = None, purpose: str = "") -> Draws:
         if purpose == "sync":
-            coins = torch.tensor([outcome.coin for outcome in self.rounds[round]])
+            nothing = [False] * len(next(iter(self.rounds.values())))  # coins are tossed for many rounds at once
+            scripted = {at: [outcome.coin for outcome in outcomes] for at, outcomes in self.rounds.items()}
+            coins = torch.tensor([scripted.get(int(at), nothing) for at in torch.as_tensor(round).flatten()])
             return Draws(bernoulli=lambda p: coins | (p >= 1))
         if purpose == "cohort":
             asked = torch.tensor([outcome.asked for outcome in self.rounds[round]])  # (C, n)

@@ -317,7 +317,7 @@ def contraction_unscaled(patch: Patch) -> None:
 def increments_forgotten(patch: Patch) -> None:
     """Clients see the last increment alone."""
     see = Ef21P.see
-    patch.setattr(Ef21P, "see", lambda self, seen, params, round: see(self, seen, params, round) - seen)
+    patch.setattr(Ef21P, "see", lambda self, seen, params, round: (see(self, seen, params, round)[0] - seen, None))
 
 
 def increments_of_the_iterate(patch: Patch) -> None:
@@ -334,7 +334,7 @@ def increments_of_the_iterate(patch: Patch) -> None:
 
 def everything_goes_down(patch: Patch) -> None:
     """Increments are sent whole; bits are counted as if K values were."""
-    patch.setattr(Ef21P, "see", lambda self, seen, params, round: params)
+    patch.setattr(Ef21P, "see", lambda self, seen, params, round: (params, None))
 
 
 def anchor_omitted(patch: Patch) -> None:

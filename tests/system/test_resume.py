@@ -457,7 +457,7 @@ def test_an_interrupt_in_process_is_an_exception_and_handlers_are_as_before(data
 def test_a_run_can_move_and_be_resumed_under_another_environment(data: Path, tmp_path: Path) -> None:
     arguments = settings(data, "quadratic")
     assert simulate(tmp_path, "whole", *arguments).code == 0
-    assert simulate(tmp_path, "here", *arguments, die_at=(["fedsample.session.Session._save"], 3)).code == -9
+    assert simulate(tmp_path, "here", *arguments, die_at=(["fedsample.session.Session.save"], 3)).code == -9
     (tmp_path / "there").mkdir()
     (tmp_path / "here").rename(tmp_path / "there" / "moved")
     environment = {"FEDSAMPLE_SEED": "9", "FEDSAMPLE_ROUNDS": "7", "OMP_NUM_THREADS": "2"}
