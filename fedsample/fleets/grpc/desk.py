@@ -9,6 +9,7 @@ from fedsample.fleets.grpc.hub import Hub
 from fedsample.wire import Parcel
 
 SLACK = 1 << 16  # bytes of an answer beyond what its arrays must have
+_GAP = 1 << 20  # numbers between two requests to everyone, for what newcomers are told in between
 
 
 class Desk:
@@ -27,7 +28,8 @@ class Desk:
         self.hub, self.n = hub, hub.invitation.clients
         self.told: list[tuple[str, Parcel]] = []
         self.welcome: Callable[[int], None] = self.equip
-        self._sequence = 0
+        self._asks = 0
+        self._inserted = 0
 
     def ask(
         self, kind: str, parcels: Mapping[int, Parcel], round: int, limit: int, *, deadline: float | None = None,
@@ -39,8 +41,9 @@ class Desk:
             kind: of message. parcels: by client. round: of the request. limit: bytes of an answer. deadline, quorum:
                 see `Hub.ask`. welcome: in place of the desk's.
         """
-        digests = Digests()
-        asked = {client: self._message(client, kind, parcel, round, digests) for client, parcel in parcels.items()}
+        self._asks, self._inserted = self._asks + 1, 0
+        digests, at = Digests(), self._asks * _GAP
+        asked = {client: self._message(client, kind, parcel, round, digests, at) for client, parcel in parcels.items()}
         answers = self.hub.ask(asked, limit, welcome=welcome or self.welcome, deadline=deadline, enough=quorum)
         for client, message in answers:
             yield client, message.parcel
@@ -61,16 +64,17 @@ class Desk:
 
     def equip(self, client: int) -> None:
         """Tell a newcomer what the others know; from then on it is asked."""
-        digests = Digests()
-        parts = [self._message(client, kind, parcel, 0, digests) for kind, parcel in self.told]
+        digests, at = Digests(), (self._asks - 1) * _GAP + self._inserted  # before what it will be asked next
+        self._inserted += len(self.told)
+        told = enumerate(self.told, at + 1)
+        parts = [self._message(client, kind, parcel, 0, digests, number) for number, (kind, parcel) in told]
         try:
             self.hub.converse(client, parts, SLACK)
         except Damaged:
             return  # it left again; when it comes back it is a newcomer again
         self.hub.accept(client)
 
-    def _message(self, client: int, kind: str, parcel: Parcel, round: int, digests: Digests) -> Message:
-        self._sequence += 1
+    def _message(self, client: int, kind: str, parcel: Parcel, round: int, digests: Digests, sequence: int) -> Message:
         hub = self.hub
-        name = Name(hub.invitation.run, hub.term, round, client, digests.of(kind, parcel), self._sequence)
+        name = Name(hub.invitation.run, hub.term, round, client, digests.of(kind, parcel), sequence)
         return Message(name, kind, parcel)
