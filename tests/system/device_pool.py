@@ -1,0 +1,41 @@
+"""Many devices in one process, each with a connection of its own; whenever a run has ended they wait for the next one.
+
+Run as: python device_pool.py HOST:PORT DEVICES STATE DATA
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from fedsample.clients.holding import Held, Source
+from fedsample.clients.resident import Resident
+from fedsample.experiment import reread
+from fedsample.fleets.grpc import fedsample_pb2 as pb
+from fedsample.fleets.grpc.attend import Attendant, prepare_threads
+
+
+def attendant(target: str, index: int, devices: int, state: Path, data: str) -> Attendant:
+    def found(welcome: pb.Welcome) -> Resident:
+        prepare_threads(1)
+        experiment = reread(welcome.config)
+        held = Held(experiment, index, devices, Source(data, None, index, devices))
+        folder = state / f"{welcome.run.hex()}-{index}"
+        return Resident(folder, welcome.run, experiment, index, devices, held)
+
+    return Attendant(target, None, index, found)
+
+
+async def attend(target: str, devices: int, state: Path, data: str) -> None:
+    async def one(index: int) -> None:
+        device = attendant(target, index, devices, state, data)
+        while True:
+            await device.attend()
+
+    await asyncio.gather(*(one(index) for index in range(devices)))
+
+
+if __name__ == "__main__":
+    target, devices, state, data = sys.argv[1:]
+    asyncio.run(attend(target, int(devices), Path(state), data))
