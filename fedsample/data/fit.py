@@ -31,10 +31,12 @@ def fit(table: Table, schema: Schema, split: Split) -> FederatedData:
         x_test = _features(table, table.x_test, schema)[split.test]
         y_test = encode(table.y_test, _target(schema), table.name)[split.test]
     order = np.concatenate(split.train)
+    if not np.array_equal(order, np.arange(len(x))):  # rows that lie client after client already are not copied
+        x, y = x[order], y[order]
     return FederatedData(
         name=table.name,
-        x=x[order],
-        y=y[order],
+        x=x,
+        y=y,
         offsets=np.cumsum([0, *(len(rows) for rows in split.train)], dtype=np.int64),
         x_test=x_test,
         y_test=y_test,

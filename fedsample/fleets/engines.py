@@ -63,7 +63,8 @@ def by_shape(clients: Clients, batch_size: int | None) -> Engine:
     """What the table says of clients of this kind and size, the same on every machine."""
     if not isinstance(clients, GeneralizedLinear) or batch_size is not None:
         return "batched"
-    return "stacked" if clients.design.numel() * clients.dtype.itemsize > _CACHE else "batched"
+    even = clients.n > 1 and len(set(clients.rows.tolist())) == 1  # then one product gathers many gradients
+    return "stacked" if even or clients.design.numel() * clients.dtype.itemsize > _CACHE else "batched"
 
 
 def by_stopwatch(clients: Clients, chains: int) -> Engine:

@@ -1,0 +1,143 @@
+"""How time a round and memory grow with the number of clients and of rounds.
+
+    python simulations/benchmarks/growth.py [--clients 10 100 1000 10000] [--rows 20] [--long 10000] [--json]
+
+A fresh process for each number of clients runs the experiment of workload A (by default with 20 rows a client): `ms` is
+the fastest of several rounds, `peak_mb` the largest resident size less that of the process before it reads any data,
+and `times_data` that over the bytes of the rows as they are read (float64). `state_kb` is the server's state between
+two rounds, which must not grow with the clients but for one integer each. `--long` measures, at the smallest number of
+clients, how much the process has grown between round 1,000 and the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FEATURES = 123
+
+
+def write_data(path: Path, clients: int, rows: int) -> None:
+    """Rows of a logistic model, the same number for each client."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((clients * rows, FEATURES))
+    y = (rng.random(clients * rows) < 1 / (1 + np.exp(-x @ (rng.standard_normal(FEATURES) / 11)))).astype(np.int64)
+    np.savez(path, X=x, y=y, client=np.repeat(np.arange(clients), rows))
+
+
+def memory(name: str) -> float:
+    """VmRSS, the resident size now, or VmHWM, the largest so far, in MB (getrusage's may be the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
+
+
+def alone(file: Path, engine: str, rounds: int, long: int) -> dict[str, Any]:
+    """Everything about one experiment, in this process, which did nothing else before."""
+    import torch
+
+    from fedsample.config import load
+    from fedsample.monitor.progress import Progress
+    from fedsample.preparation import prepare
+    from fedsample.problem import build_problem
+    from fedsample.session import build_fleet, build_sampler
+
+    torch.set_num_threads(1)
+    settings = {
+        "preset": "langevin-marina",
+        "chains": 1,
+        "step_size": 1e-6,
+        "data": {"kind": "npz", "file": str(file)},
+        "model": {"name": "logistic", "intercept": False},
+        "uplink": {"compressor": "randblock", "k": 0.1},
+        "start": {"at": "zeros"},
+        "fleet": {"engine": engine},
+    }
+    experiment = load(settings, environment={})
+    before = memory("VmRSS")
+    problem = build_problem(experiment)
+    fleet = build_fleet(experiment, problem)
+    prepared = prepare(experiment, problem, fleet, Progress(1, 0, "quiet"))
+    sampler = build_sampler(experiment, problem, prepared, fleet.n)
+    state = sampler.begin(prepared.start)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        request = sampler.request(state)
+        state = sampler.update(state, request, fleet.exchange(request))
+        best = min(best, 1e3 * (time.perf_counter() - start))
+    most, data = memory("VmHWM") - before, problem.data.x.nbytes / 1e6 if problem.data is not None else 0.0
+    result = {
+        "clients": fleet.n,
+        "engine": fleet.engine,
+        "ms": round(best, 3),
+        "data_mb": round(data, 1),
+        "peak_mb": round(most, 1),
+        "times_data": round(most / data, 2),
+        "state_kb": round(sum(each.nbytes for each in state.tensors().values()) / 1e3, 1),
+    }
+    if long:
+        at = 0.0
+        for round_ in range(state.round + 1, long + 1):
+            request = sampler.request(state)
+            state = sampler.update(state, request, fleet.exchange(request))
+            if round_ == 1000:
+                at = memory("VmRSS")
+        result["grown_mb"] = round(memory("VmRSS") - at, 2)
+    return result | {"load": round(os.getloadavg()[0], 1)}
+
+
+def measure(
+    clients: Sequence[int] = (10, 100, 1000, 10_000),
+    *,
+    rows: int = 20,
+    rounds: int = 30,
+    engine: str = "auto",
+    long: int = 0,
+) -> list[dict[str, Any]]:
+    """One row for each number of clients; `long` rounds at the smallest."""
+    found = []
+    for n in clients:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "data.npz"
+            write_data(file, n, rows)
+            extra = long if n == min(clients) else 0
+            command = [sys.executable, __file__, "--alone", str(file), "--engine", engine, "--rounds", str(rounds)]
+            done = subprocess.run([*command, "--long", str(extra)], capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout))
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000, 10_000])
+    parser.add_argument("--rows", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--long", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone is not None:
+        print(json.dumps(alone(options.alone, options.engine, options.rounds, options.long)))
+        return
+    rows = measure(options.clients, rows=options.rows, rounds=options.rounds, engine=options.engine, long=options.long)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
