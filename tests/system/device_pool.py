@@ -20,7 +20,11 @@ def attendant(target: str, index: int, devices: int, state: Path, data: str) -> 
     def found(welcome: pb.Welcome) -> Resident:
         prepare_threads(1)
         experiment = reread(welcome.config)
-        held = Held(experiment, index, devices, Source(data, None, index, devices))
+        own = data.endswith(".npz")
+        source = Source(
+            data, None, None if own and experiment.data.kind != "quadratic" else index, None if own else devices
+        )
+        held = Held(experiment, index, devices, source)
         folder = state / f"{welcome.run.hex()}-{index}"
         return Resident(folder, welcome.run, experiment, index, devices, held)
 

@@ -58,8 +58,8 @@ class Laboratory:
     """Devices of one run and the proxy before their server; a context manager.
 
     Args:
-        folder: for the devices' disks. devices: how many. server: its port. data: see `device_pool`. meddling: with
-            every message.
+        folder: for the devices' disks. devices: how many. server: its port. data: see `device_pool`; {} stands for the
+            device's index. meddling: with every message.
     """
 
     def __init__(self, folder: Path, devices: int, server: int, data: str, meddling: Meddling = nothing) -> None:
@@ -133,8 +133,9 @@ class Laboratory:
         device = self.device(index)
         self._running[index] = device, asyncio.create_task(self._attend(index, device))
 
-    def device(self, index: int) -> Attendant:
-        return attendant(f"127.0.0.1:{self.port}", index, self.devices, self.folder, self.data)
+    def device(self, index: int, disk: str = "") -> Attendant:
+        target, data = f"127.0.0.1:{self.port}", self.data.format(index)
+        return attendant(target, index, self.devices, self.folder / disk, data)
 
     async def _attend(self, index: int, device: Attendant) -> None:
         try:

@@ -196,9 +196,14 @@ class Hub:
             gone = client not in batch.left  # looked at first: an answer is there before its client is gone
             if (answer := batch.answers.pop(client, None)) is not None:
                 break
+            now = time.monotonic()
             if gone:
                 return None
-            now = time.monotonic()
+            if enough is not None and (until is None or now >= until) and total - len(batch.left) >= enough:
+                if (answer := batch.answers.pop(client, None)) is not None:
+                    break  # it is one of them
+                self.seats[client].late += 1
+                return None
             if not batch.wake.wait(0.5 if until is None or until <= now else min(0.5, until - now)):
                 now = time.monotonic()
                 if now - said >= COMPLAIN:
@@ -213,13 +218,6 @@ class Hub:
                         raise Abandoned(f"the round was given up while waiting for {_listed(away)}")
             batch.wake.clear()
             self._greet(welcome)
-            late = until is None or time.monotonic() >= until
-            if enough is not None and late and total - len(batch.left) >= enough:
-                answer = batch.answers.pop(client, None)
-                if answer is None:
-                    self.seats[client].late += 1
-                    return None
-                break
             if batch.answers and self._room is not None:
                 self._loop.call_soon_threadsafe(self._wake_staged)
         if isinstance(answer, pb.Failure):
