@@ -109,7 +109,7 @@ class Attendant:
         """
         failures = 0
         while True:
-            began = time.monotonic()
+            before = self.watching.answers
             try:
                 farewell = await self._visit()
                 if farewell is not None:
@@ -123,7 +123,7 @@ class Attendant:
             ) as error:  # or written when it ended
                 reason = _reason(error)
             self.watching.error = reason
-            failures = 0 if self._served(began) else failures + 1
+            failures = 0 if self.watching.answers > before else failures + 1
             if self.attempts is not None and failures >= self.attempts:
                 raise FedSampleError(
                     f"{self.target} could not be reached in {failures} attempts; the last: {reason}. `fedsample doctor "
@@ -136,10 +136,6 @@ class Attendant:
     def close(self) -> None:
         """End the computing thread."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _served(self, began: float) -> bool:
-        """Whether the last stream was more than a failed attempt."""
-        return self.watching.connections > 0 and time.monotonic() - began > LONGEST
 
     async def _visit(self) -> str | None:
         """One stream, from Hello to its end; None: it broke, and should be opened again."""
