@@ -171,6 +171,10 @@ class Rollback(Exception):
         self.round, self.client = round, client
 
 
+class Abandoned(Exception):
+    """A wait for clients was given up because the run is to stop."""
+
+
 class Fork(Exception):
     """The chain goes on from where it is, though some clients have lost what they remembered.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsample.chain import Chain, Clock
 from fedsample.config import Experiment, ScheduleConfig, dump_toml
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
-from fedsample.exchange import Fleet, Recovers, Rollback, Traffic
+from fedsample.exchange import Abandoned, Fleet, Recovers, Rollback, Traffic
 from fedsample.experiment import Mode, digest, reread
 from fedsample.fleets.engines import choose_engine
 from fedsample.fleets.faults import Faults, Recorded
@@ -123,6 +123,9 @@ class Session:
         try:
             with self._signals():
                 return self._sample()
+        except Abandoned as away:
+            why = f"stopped by {self._stop}: {away}; the last checkpoint is kept. {self.advice}"
+            raise Interrupted(why) from None
         except KeyboardInterrupt:
             raise Interrupted(f"stopped at once; the last checkpoint is kept. {self.advice}") from None
         except Exception as error:
@@ -147,6 +150,7 @@ class Session:
         with progress:
             problem, fleet = self._federation(progress)
             if checkpoint is not None:
+                store.digest = digest(self.experiment)
                 checkpoint = self._shared(fleet, store, checkpoint)
             prepared = self._prepare(problem, fleet, progress, checkpoint)
             store.digest = digest(self.experiment)
@@ -155,6 +159,8 @@ class Session:
                     traffic, clock, draws = self._stretch(problem, fleet, prepared, store, progress, checkpoint)
                     break
                 except Rollback as back:
+                    if self._stop:
+                        raise Abandoned(str(back)) from None
                     progress.note(str(back))
                     checkpoint = self._at(store, back.round)
             self._phase = "after"
@@ -231,7 +237,8 @@ class Session:
                 f"the data are not those that the run in {self.path} began with: restore them, or start a new run "
                 "in another directory with --out"
             )
-        common = fleet.common(store.rounds()) if isinstance(fleet, Recovers) else None
+        rounds = [round for round in store.rounds() if round <= checkpoint.round]  # a later one is damaged
+        common = fleet.common(rounds) if isinstance(fleet, Recovers) else None
         return checkpoint if common is None or common == checkpoint.round else self._at(store, common)
 
     def _at(self, store: CheckpointStore, round: int) -> Checkpoint:

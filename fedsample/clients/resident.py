@@ -16,7 +16,7 @@ from fedsample import messages
 from fedsample.clients.device import Device, Trace
 from fedsample.errors import DataError, RunDirectoryError
 from fedsample.fleets.grpc.frames import Message, Name
-from fedsample.monitor.checkpoint import CheckpointStore
+from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.wire import Header, Parcel, header, pack_tensors
 
 if TYPE_CHECKING:
@@ -89,6 +89,9 @@ class Resident:
     Args:
         folder: of this run, for snapshots. run: 16 bytes. experiment: the configuration. index: which client. n: how
             many there are. holding: its data.
+
+    Raises:
+        DataError: if the data are not those that the snapshots in the folder were made with.
     """
 
     def __init__(self, folder: Path, run: bytes, experiment: Experiment, index: int, n: int, holding: Holding) -> None:
@@ -101,6 +104,7 @@ class Resident:
         self._term = 0
         self._sequence = 0
         self._answer: Message | None = None
+        self._check_data()
 
     @property
     def standing(self) -> Standing:
@@ -145,9 +149,9 @@ class Resident:
         if self._device is None:
             raise DataError(f"{kind} before the data were agreed on: the server has lost track of this device")
         if kind == SNAPSHOT:
-            return self._snapshot(name.round, self._device)
+            return self._snapshot(name.round, Header(parcel, "a snapshot").integer("mark"), self._device)
         if kind == REWIND:
-            return self._rewind(name.round, Header(parcel, "a rewind").value("live") is True, self._device)
+            return self._rewind(name.round, Header(parcel, "a rewind"), self._device)
         if kind == SCORE:
             self.trace.stage = "score"
             draws = messages.unpack_points(parcel, "draws", self._device.origin)
@@ -161,32 +165,43 @@ class Resident:
         sums = {"sums": self.holding.first_sums()} if head.value("sums") is True else {}
         return Parcel(header(), pack_tensors(sums))
 
-    def _snapshot(self, round: int, device: Device) -> Parcel:
+    def _snapshot(self, round: int, mark: int, device: Device) -> Parcel:
         self.trace.stage = "snapshot"
+        if round in self._store.rounds():
+            self._store.rewind(round - 1)  # of a path that the run has left
         tensors = {f"device.{name}": tensor for name, tensor in device.state().items()}
         tensors |= {f"score.{name}": tensor for name, tensor in self.holding.state().items()}
-        self._store.save(round, tensors, {"data": self.holding.fingerprint})
+        self._store.save(round, tensors, {"data": self.holding.fingerprint, "mark": mark})
         return Parcel(header())
 
-    def _rewind(self, round: int, live: bool, device: Device) -> Parcel:
+    def _rewind(self, round: int, head: Header, device: Device) -> Parcel:
         """Back to a snapshot; a device that has none begins anew, and says so."""
         self.trace.stage = "rewind"
-        if live:
+        if head.value("live") is True:
             return Parcel(header(held=True))
-        try:
-            kept = self._store.at(round)
-        except RunDirectoryError:
+        kept, mark = self._kept(round), head.integer("mark")
+        if kept is not None and kept.meta.get("mark") != mark:
             kept = None
-        self._store.rewind(round)
-        if kept is not None and kept.meta.get("data") != self.holding.fingerprint:
-            raise DataError(
-                f"the data of client {self.index} are not those that the run began with: restore them, or start a new "
-                "run on the server"
-            )
+        self._store.rewind(round if kept is not None else round - 1)
         tensors = {} if kept is None else kept.tensors
         device.restore(_below(tensors, "device."))
         self.holding.restore(_below(tensors, "score."))
         return Parcel(header(held=kept is not None))
+
+    def _kept(self, round: int) -> Checkpoint | None:
+        """A snapshot, if it is there and whole."""
+        try:
+            return self._store.at(round)
+        except RunDirectoryError:
+            return None
+
+    def _check_data(self) -> None:
+        for kept in filter(None, map(self._kept, self._store.rounds())):
+            if kept.meta.get("data") != self.holding.fingerprint:
+                raise DataError(
+                    f"the data of client {self.index} are not those that the run began with: restore them, or start a "
+                    "new run on the server"
+                )
 
 
 def _sums(parcel: Parcel, name: str) -> Tensor:

@@ -40,6 +40,9 @@ _OPTIONS = [
 ]
 
 
+_BROKEN = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, Damaged, OSError)
+
+
 class Refused(FedSampleError):
     """The server does not want this device, and says that it never will."""
 
@@ -96,7 +99,8 @@ class Attendant:
         self.watching = watching or Watching(target)
         self._credentials, self._found = credentials, found
         self._instance = secrets.token_bytes(16)
-        self._resident: Resident | None = None
+        self._resident: tuple[bytes, asyncio.Future[Resident]] | None = None  # the run, and this device's half of it
+        self._writing = asyncio.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._busy = False
 
@@ -109,21 +113,16 @@ class Attendant:
         """
         failures = 0
         while True:
-            before = self.watching.answers
+            welcomed = self.watching.connections
             try:
                 farewell = await self._visit()
                 if farewell is not None:
                     return farewell
                 reason = "the stream ended"
-            except (
-                grpc.aio.AioRpcError,
-                asyncio.InvalidStateError,
-                Damaged,
-                OSError,
-            ) as error:  # or written when it ended
+            except _BROKEN as error:
                 reason = _reason(error)
             self.watching.error = reason
-            failures = 0 if self.watching.answers > before else failures + 1
+            failures = 0 if self.watching.connections > welcomed else failures + 1
             if self.attempts is not None and failures >= self.attempts:
                 raise FedSampleError(
                     f"{self.target} could not be reached in {failures} attempts; the last: {reason}. `fedsample doctor "
@@ -164,65 +163,80 @@ class Attendant:
                 call.cancel()
 
     async def _converse(self, call: Any) -> str | None:
+        """Listen and answer, until either ends."""
+        self._writing = asyncio.Lock()
         requests: asyncio.Queue[Message] = asyncio.Queue()
-        assembler, worker = Assembler(LIMIT), None
+        welcome: asyncio.Future[pb.Welcome] = asyncio.get_running_loop().create_future()
+        listening = asyncio.create_task(self._listen(call, requests, welcome))
+        working = asyncio.create_task(self._work(call, requests, welcome))
         try:
-            while True:
-                frame = await call.read()
-                if not isinstance(frame, pb.ServerFrame):
-                    await _status(call)
-                    return None
-                self.watching.received += frame.ByteSize()
-                kind = frame.WhichOneof("frame")
-                if kind == "welcome":
-                    await self._enter(call, frame.welcome)
-                    worker = worker or asyncio.create_task(self._work(call, requests))
-                elif kind == "piece":
-                    if assembler.expected is None:
-                        assembler.begin(frame.piece)
-                    message = assembler.add(frame.piece)
-                    if message is not None:
-                        requests.put_nowait(message)
-                elif kind == "ping":
-                    busy = self._busy or not requests.empty()
-                    await self._send(call, pb.DeviceFrame(pong=pb.Pong(number=frame.ping.number, busy=busy)))
-                elif kind == "refusal":
-                    if not frame.refusal.retry:
-                        raise Refused(f"{self.target} refuses this device: {frame.refusal.reason}")
-                    raise Damaged(frame.refusal.reason)
-                elif kind == "farewell" and frame.farewell.finished:
-                    return str(frame.farewell.reason)
-                if worker is not None and worker.done():
-                    worker.result()
+            await asyncio.wait({listening, working}, return_when=asyncio.FIRST_COMPLETED)
+            over = listening if listening.done() else working
+            return None if over.cancelled() else over.result()  # gRPC cancels who reads when the other side has ended
         finally:
-            if worker is not None:
-                worker.cancel()
-                await asyncio.gather(worker, return_exceptions=True)
+            for task in (listening, working):
+                task.cancel()
+            await asyncio.gather(listening, working, return_exceptions=True)
 
-    async def _enter(self, call: Any, welcome: pb.Welcome) -> None:
+    async def _listen(
+        self, call: Any, requests: asyncio.Queue[Message], welcome: asyncio.Future[pb.Welcome]
+    ) -> str | None:
+        """Take what comes, until the stream ends or the server says farewell."""
+        assembler = Assembler(LIMIT)
+        while True:
+            frame = await call.read()
+            if not isinstance(frame, pb.ServerFrame):
+                await _status(call)
+                return None
+            self.watching.received += frame.ByteSize()
+            kind = frame.WhichOneof("frame")
+            if kind == "welcome" and not welcome.done():
+                welcome.set_result(frame.welcome)
+            elif kind == "piece":
+                if assembler.expected is None:
+                    assembler.begin(frame.piece)
+                message = assembler.add(frame.piece)
+                if message is not None:
+                    requests.put_nowait(message)
+            elif kind == "ping":
+                busy = self._busy or not requests.empty()
+                await self._send(call, pb.DeviceFrame(pong=pb.Pong(number=frame.ping.number, busy=busy)))
+            elif kind == "refusal":
+                if not frame.refusal.retry:
+                    raise Refused(f"{self.target} refuses this device: {frame.refusal.reason}")
+                raise Damaged(frame.refusal.reason)
+            elif kind == "farewell" and frame.farewell.finished:
+                return str(frame.farewell.reason)
+
+    async def _enter(self, call: Any, welcome: pb.Welcome) -> Resident:
         """Take part in the run that the server has."""
         if welcome.protocol != PROTOCOL:
             raise Refused(f"{self.target} speaks protocol {welcome.protocol}, this device {PROTOCOL}: install the same")
         watching = self.watching
         watching.client, watching.connections = welcome.client, watching.connections + 1
-        if self._resident is None or self._resident.run != welcome.run:
-            watching.to("reading the data")
-            self._resident = await self._compute(self._found, welcome)
-        standing = self._resident.standing
+        if self._resident is None or self._resident[0] != welcome.run:
+            self._resident = welcome.run, asyncio.ensure_future(self._compute(self._found, welcome))
+        watching.to("reading the data")
+        resident = await asyncio.shield(self._resident[1])  # it is read once, whatever happens to the stream meanwhile
+        standing = resident.standing
         ready = pb.Ready(
             run=welcome.run, term=standing.term, live=standing.live, snapshots=standing.snapshots,
             schema=standing.schema,
         )  # fmt: skip
         await self._send(call, pb.DeviceFrame(ready=ready))
         watching.to("connected")
+        return resident
 
-    async def _work(self, call: Any, requests: asyncio.Queue[Message]) -> None:
-        """Answer requests, one after the other, for as long as the stream lasts."""
+    async def _work(
+        self, call: Any, requests: asyncio.Queue[Message], welcome: asyncio.Future[pb.Welcome]
+    ) -> str | None:
+        """Answer requests, one after the other, for as long as the stream lasts; only the last one is still wanted."""
+        resident, watching = await self._enter(call, await welcome), self.watching
         while True:
+            self._busy = False
             message = await requests.get()
-            resident, watching = self._resident, self.watching
-            if resident is None:
-                raise Damaged("a request before the welcome")
+            while not requests.empty():
+                message = max(message, requests.get_nowait(), key=lambda each: (each.name.term, each.name.sequence))
             self._busy, began = True, time.monotonic()
             watching.to("computing")
             try:
@@ -235,8 +249,6 @@ class Attendant:
                 watching.error = f"{type(error).__name__}: {error}"
                 await self._send(call, pb.DeviceFrame(failure=failure))
                 continue
-            finally:
-                self._busy = False
             watching.latencies.append(time.monotonic() - began)
             if answer is not None:
                 for piece in pieces(answer):
@@ -246,7 +258,8 @@ class Attendant:
 
     async def _send(self, call: Any, frame: pb.DeviceFrame) -> None:
         self.watching.sent += frame.ByteSize()
-        await call.write(frame)
+        async with self._writing:  # pongs go between the pieces of an answer
+            await call.write(frame)
 
     async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 
+from fedsample.errors import ClientError
 from fedsample.fleets.grpc.frames import Damaged, Digests, Message, Name
-from fedsample.fleets.grpc.hub import Hub
+from fedsample.fleets.grpc.hub import Hub, last_line
 from fedsample.wire import Parcel
 
 SLACK = 1 << 16  # bytes of an answer beyond what its arrays must have
-_GAP = 1 << 20  # numbers between two requests to everyone, for what newcomers are told in between
+_ANSWER = 1 << 24  # bytes of an answer of a newcomer to what it is told
 
 
 class Desk:
@@ -28,25 +30,24 @@ class Desk:
         self.hub, self.n = hub, hub.invitation.clients
         self.told: list[tuple[str, Parcel]] = []
         self.welcome: Callable[[int], None] = self.equip
-        self._asks = 0
-        self._inserted = 0
+        self._sequence = 0
 
     def ask(
         self, kind: str, parcels: Mapping[int, Parcel], round: int, limit: int, *, deadline: float | None = None,
         quorum: int | None = None, welcome: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[int, Parcel]]:  # fmt: skip
+    ) -> Generator[tuple[int, Parcel]]:  # fmt: skip
         """Ask devices, and yield their answers in the order of clients.
 
         Args:
             kind: of message. parcels: by client. round: of the request. limit: bytes of an answer. deadline, quorum:
                 see `Hub.ask`. welcome: in place of the desk's.
         """
-        self._asks, self._inserted = self._asks + 1, 0
-        digests, at = Digests(), self._asks * _GAP
-        asked = {client: self._message(client, kind, parcel, round, digests, at) for client, parcel in parcels.items()}
+        digests = Digests()
+        asked = {client: self._message(client, kind, parcel, round, digests) for client, parcel in parcels.items()}
         answers = self.hub.ask(asked, limit, welcome=welcome or self.welcome, deadline=deadline, enough=quorum)
-        for client, message in answers:
-            yield client, message.parcel
+        with closing(answers):
+            for client, message in answers:
+                yield client, message.parcel
 
     def broadcast(
         self, kind: str, parcel: Parcel, round: int = 0, limit: int = SLACK, *,
@@ -58,23 +59,28 @@ class Desk:
 
     def tell(self, kind: str, parcel: Parcel, limit: int = SLACK) -> list[Parcel]:
         """Ask every device the same, and every newcomer from now on."""
-        answers = self.broadcast(kind, parcel, limit=limit)
-        self.told.append((kind, parcel))
-        return answers
+        self.told.append((kind, parcel))  # first: one that dies after its answer must be told again
+        return self.broadcast(kind, parcel, limit=limit)
 
     def equip(self, client: int) -> None:
-        """Tell a newcomer what the others know; from then on it is asked."""
-        digests, at = Digests(), (self._asks - 1) * _GAP + self._inserted  # before what it will be asked next
-        self._inserted += len(self.told)
-        told = enumerate(self.told, at + 1)
-        parts = [self._message(client, kind, parcel, 0, digests, number) for number, (kind, parcel) in told]
+        """Tell a newcomer what the others know; from then on it is asked. One that cannot use it is sent away."""
+        stream, digests = self.hub.seats[client].stream, Digests()
+        if stream is None:
+            return
+        parts = [self._message(client, kind, parcel, 0, digests) for kind, parcel in self.told]
         try:
-            self.hub.converse(client, parts, SLACK)
+            self.hub.converse(client, stream, parts, _ANSWER)
         except Damaged:
             return  # it left again; when it comes back it is a newcomer again
-        self.hub.accept(client)
+        except ClientError as error:
+            self.hub.say(f"client {client} is back, but cannot take part: {last_line(error.detail)}")
+            self.hub.refuse(client, stream, last_line(error.detail), retry=False)
+            return
+        self._sequence += 1
+        self.hub.accept(client, stream, self._sequence)
 
-    def _message(self, client: int, kind: str, parcel: Parcel, round: int, digests: Digests, sequence: int) -> Message:
+    def _message(self, client: int, kind: str, parcel: Parcel, round: int, digests: Digests) -> Message:
+        self._sequence += 1
         hub = self.hub
-        name = Name(hub.invitation.run, hub.term, round, client, digests.of(kind, parcel), sequence)
+        name = Name(hub.invitation.run, hub.term, round, client, digests.of(kind, parcel), self._sequence)
         return Message(name, kind, parcel)

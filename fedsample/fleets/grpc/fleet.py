@@ -9,7 +9,9 @@ since are replayed, which is exact because every draw is keyed. One that has los
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,7 @@ from fedsample.estimators import Downlink, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Fork, Request, Rollback, Traffic
 from fedsample.fleets.grpc.desk import SLACK, Desk
 from fedsample.fleets.grpc.hub import Hub
+from fedsample.fleets.grpc.seat import Stream
 from fedsample.fleets.remote import RemoteFleet
 from fedsample.monitor.tensorboard import quantiles
 from fedsample.sums import TreeSum
@@ -65,7 +68,7 @@ class GrpcFleet(RemoteFleet):
         self._kept: Callable[[], list[int]] = list
         self.snapshot_rounds = snapshot_rounds
         self.scores: Callable[[Tensor], dict[str, float]] = lambda counts: {}
-        self._round = 0
+        self._round = self._mark = 0
         uploads = [uplink.bits(chains, dense, len(like), like.dtype) for dense in (0, chains)]
         self._upload = max(uploads) // 8
 
@@ -84,7 +87,8 @@ class GrpcFleet(RemoteFleet):
             kind, parcels, request.round, self._limit(request), deadline=self.deadline if hasty else None,
             quorum=self.quorum if hasty else None,
         )  # fmt: skip
-        aggregate = self.collect(dispatch, answers)
+        with closing(answers):
+            aggregate = self.collect(dispatch, answers)
         self._round = request.round
         return aggregate
 
@@ -98,13 +102,18 @@ class GrpcFleet(RemoteFleet):
         return Traffic(down=self.n * parcel.bits)
 
     def state(self) -> dict[str, Tensor]:
-        """Every device takes a snapshot of its memory; the server's is who holds which points."""
-        self.desk.broadcast(SNAPSHOT, Parcel(header()), self._round)
-        return self.links_state()
+        """Every device takes a snapshot of its memory; the server's is who holds which points.
+
+        Both carry a mark, drawn anew: a snapshot of the same round may be of a path that the run has left.
+        """
+        self._mark = secrets.randbits(62)
+        self.desk.broadcast(SNAPSHOT, Parcel(header(mark=self._mark)), self._round)
+        return self.links_state() | {"mark": torch.tensor(self._mark)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Back to a `state`, see `rewind`."""
         self.restore_links(state)
+        self._mark = int(state["mark"])
 
     # --- going back -----------------------------------------------------------------------------------------------
 
@@ -138,14 +147,20 @@ class GrpcFleet(RemoteFleet):
 
     def _regroup(self, round: int, *, live: bool) -> list[int]:
         """A new term, in which all are here and stand at a round; who does not remember it."""
-        self.hub.term += 1
+        parcel = Parcel(header(live=True) if live else header(live=False, mark=self._mark))
         fresh: set[int] = set()
+        again = True
 
         def welcome(client: int) -> None:
+            nonlocal again
             fresh.add(client)
+            again = again or self.hub.seats[client].asked is None  # its answer was of a process that is gone
             self.desk.equip(client)
 
-        replies = self.desk.broadcast(REWIND, Parcel(header(live=live)), round, welcome=welcome)
+        while again:
+            again = False
+            self.hub.term += 1
+            replies = self.desk.broadcast(REWIND, parcel, round, welcome=welcome)
         lost = [i for i, reply in enumerate(replies) if Header(reply, "a rewind").value("held") is not True]
         return sorted({*lost, *fresh}) if live else lost
 
@@ -205,21 +220,21 @@ class GrpcFleet(RemoteFleet):
 
 def gather(hub: Hub) -> dict[int, str]:
     """Wait until every device is here -> their schemas."""
-    here: dict[int, str] = {}
+    here: dict[int, tuple[Stream, str]] = {}
 
     def welcome(client: int) -> None:
-        ready = hub.seats[client].ready
-        if ready is not None:
-            here[client] = ready.schema
+        seat = hub.seats[client]
+        if seat.stream is not None and seat.ready is not None:
+            here[client] = seat.stream, seat.ready.schema
 
     def missing() -> list[int]:
-        return [seat.client for seat in hub.seats if seat.stream is None or seat.client not in here]
+        return [seat.client for seat in hub.seats if seat.client not in here or seat.stream is not here[seat.client][0]]
 
     hub.gather(missing, welcome)
-    hub.term = 1 + max(seat.ready.term for seat in hub.seats if seat.ready is not None)
-    for client in here:
-        hub.accept(client)
-    return {client: here[client] for client in sorted(here)}
+    hub.term = 1 + max([hub.term, *(seat.ready.term for seat in hub.seats if seat.ready is not None)])
+    for client, (stream, _) in here.items():
+        hub.accept(client, stream)
+    return {client: here[client][1] for client in sorted(here)}
 
 
 def sums_of(replies: Iterable[Parcel], name: str) -> Tensor:

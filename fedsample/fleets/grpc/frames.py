@@ -199,8 +199,6 @@ class Assembler:
             Damaged: if it is not the next one.
         """
         head = self._head
-        if head is not None and self._have and piece.offset + len(piece.data) <= self._have:
-            return None  # it came twice
         if head is None or piece.offset != self._have:
             raise Damaged(f"a piece at byte {piece.offset}, expected {self._have}: a piece is missing or came twice")
         if self._have:

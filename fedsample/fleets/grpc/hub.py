@@ -10,13 +10,14 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 
 from fedsample.errors import ClientError, FedSampleError
+from fedsample.exchange import Abandoned
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.frames import PIECE, Assembler, Damaged, Message, pieces
 from fedsample.fleets.grpc.probe import SOFTWARE, probe_handler
@@ -26,6 +27,7 @@ from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 STAGE = 256 << 20  # bytes of large answers that may wait to be added, all clients together
 COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
 _HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong
+_TERMS = 1 << 62  # no run goes back so often
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 4 << 20),
@@ -55,10 +57,6 @@ class Invitation(NamedTuple):
     nonce: bytes
     config: str
     clients: int
-
-
-class Abandoned(FedSampleError):
-    """A wait was given up because the run is to stop."""
 
 
 class Hub:
@@ -157,7 +155,7 @@ class Hub:
         welcome: Callable[[int], None] | None = None,
         deadline: float | None = None,
         enough: int | None = None,
-    ) -> Iterator[tuple[int, Message]]:
+    ) -> Generator[tuple[int, Message]]:
         """Ask clients, and yield their answers in the order of clients.
 
         Args:
@@ -168,7 +166,7 @@ class Hub:
         Raises:
             ClientError: if a client failed. Abandoned: if the run is to stop while someone is away.
         """
-        batch = Batch(list(messages))
+        batch = Batch(list(messages), spare=0 if enough is None else len(messages) - enough)
         asked = {client: Asked(message, limit, batch) for client, message in messages.items()}
         self._loop.call_soon_threadsafe(self._post, batch, asked)
         until = None if deadline is None else time.monotonic() + deadline
@@ -192,10 +190,16 @@ class Hub:
         said = time.monotonic()
         stop: float | None = None
         self._greet(welcome)
-        while (answer := batch.answers.pop(client, None)) is None:
-            if client not in batch.left:  # it was taken out of the batch when its answer was taken
+        if self._staged:
+            self._loop.call_soon_threadsafe(self._wake_staged)  # this client's answer has room now
+        while True:
+            gone = client not in batch.left  # looked at first: an answer is there before its client is gone
+            if (answer := batch.answers.pop(client, None)) is not None:
+                break
+            if gone:
                 return None
-            if not batch.wake.wait(0.5):
+            now = time.monotonic()
+            if not batch.wake.wait(0.5 if until is None or until <= now else min(0.5, until - now)):
                 now = time.monotonic()
                 if now - said >= COMPLAIN:
                     said = now
@@ -230,8 +234,13 @@ class Hub:
                 client = self.newcomers.get_nowait()
             except queue.Empty:
                 return
-            if self.seats[client].stream is not None and not self.seats[client].accepted:
+            if self._waits(client):
                 welcome(client)
+
+    def _waits(self, client: int) -> bool:
+        """Whether a newcomer is here and waits for a word."""
+        stream = self.seats[client].stream
+        return stream is not None and stream.ready and not self.seats[client].accepted
 
     def gather(self, missing: Callable[[], list[int]], welcome: Callable[[int], None]) -> None:
         """Wait until nobody is missing; newcomers are welcomed.
@@ -245,7 +254,7 @@ class Hub:
                 client = self.newcomers.get(timeout=0.5)
             except queue.Empty:
                 client = -1
-            if client >= 0 and self.seats[client].stream is not None and not self.seats[client].accepted:
+            if client >= 0 and self._waits(client):
                 welcome(client)
             now = time.monotonic()
             if missing() and now - said >= COMPLAIN:
@@ -254,32 +263,42 @@ class Hub:
             if self.stopping():
                 raise Abandoned("stopped while waiting for clients")
 
-    def converse(self, client: int, messages: list[Message], limit: int) -> list[Message]:
-        """Ask one client several things, one after the other, whether it is accepted or not; its answers.
+    def converse(self, client: int, stream: Stream, messages: list[Message], limit: int) -> list[Message]:
+        """Ask one client several things over one stream, one after the other, accepted or not; its answers.
 
         What it was asked before stays asked.
+
+        Raises:
+            Damaged: if the stream ends meanwhile. ClientError, Abandoned: see `ask`.
         """
         answers = []
         for message in messages:
             batch = Batch([client], private=True)
             asked = Asked(message, limit, batch)
-            before = self._call(self._post_private, client, asked)
+            before = self._call(self._post_private, client, stream, asked)
             try:
                 answer = self._wait(client, batch, None, None, None, 1)
             finally:
                 self._call(self._restore_private, client, before)
             if answer is None:
                 raise Damaged(f"client {client} left while it was being prepared")
+            if answer.size > PIECE:
+                self._loop.call_soon_threadsafe(self._release, answer.size)
             answers.append(answer)
         return answers
 
-    def accept(self, client: int) -> None:
-        """From now on a client is asked; also what it had not answered."""
-        self._call(self._accept, client)
+    def accept(self, client: int, stream: Stream, sequence: int = 0) -> None:
+        """From now on the client at the end of a stream is asked; also what it had not answered.
 
-    def refuse(self, client: int, reason: str, *, retry: bool) -> None:
+        Args:
+            client: which. stream: nothing happens if it has ended. sequence: a new number for what it had not answered,
+                after what it was told since; 0: it keeps its name.
+        """
+        self._call(self._accept, client, stream, sequence)
+
+    def refuse(self, client: int, stream: Stream, reason: str, *, retry: bool) -> None:
         """End a newcomer's stream."""
-        self._loop.call_soon_threadsafe(self._refuse, client, reason, retry)
+        self._call(self._refuse, client, stream, reason, retry)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function in the loop's thread and wait for it."""
@@ -299,10 +318,10 @@ class Hub:
             if seat.accepted:
                 self._send(seat, each.message)
 
-    def _post_private(self, client: int, asked: Asked) -> Asked | None:
+    def _post_private(self, client: int, stream: Stream, asked: Asked) -> Asked | None:
         seat = self.seats[client]
         before, seat.asked = seat.asked, asked
-        if seat.stream is None:
+        if seat.stream is not stream:
             asked.batch.left.discard(client)
             asked.batch.wake.set()
         else:
@@ -325,25 +344,30 @@ class Hub:
         """Ask who has not answered for long whether it is there; who never answers has lost its connection."""
         for client in batch.left:
             seat = self.seats[client]
-            if seat.stream is None:
+            stream, now = seat.stream, time.monotonic()
+            if stream is None or stream.blocked:
                 continue
-            if time.monotonic() - seat.stream.heard > _PONG:
-                seat.error = f"silent for {_PONG:g} s"
-                seat.stream.close("the device has not answered for too long")
+            if stream.pinged and now - stream.pinged > _PONG:
+                stream.abort(f"silent for {_PONG:g} s")
             else:
-                seat.stream.send(pb.ServerFrame(ping=pb.Ping(number=2)))
+                stream.pinged = stream.pinged or now
+                stream.send(pb.ServerFrame(ping=pb.Ping(number=2)))
 
-    def _accept(self, client: int) -> None:
+    def _accept(self, client: int, stream: Stream, sequence: int = 0) -> None:
         seat = self.seats[client]
-        seat.accepted = seat.stream is not None
-        if seat.accepted and seat.asked is not None:
+        if seat.stream is not stream:
+            return  # it left again, and will be a newcomer
+        seat.accepted, seat.member = True, stream.instance
+        if seat.asked is not None:
+            message = seat.asked.message
+            if sequence:
+                seat.asked.message = message._replace(name=message.name._replace(term=self.term, sequence=sequence))
             self._send(seat, seat.asked.message)
 
-    def _refuse(self, client: int, reason: str, retry: bool) -> None:
-        stream = self.seats[client].stream
-        if stream is not None:
-            stream.send(pb.ServerFrame(refusal=pb.Refusal(reason=reason, retry=retry)))
-            stream.close(reason)
+    def _refuse(self, client: int, stream: Stream, reason: str, retry: bool) -> None:
+        stream.send(pb.ServerFrame(refusal=pb.Refusal(reason=reason, retry=retry)))
+        stream.close(reason)
+        self._leave(self.seats[client], stream)
 
     def _send(self, seat: Seat, message: Message) -> None:
         if seat.stream is not None:
@@ -394,9 +418,8 @@ class Hub:
             return True
         if stream.instance != instance and await stream.alive(_REPLACE):
             return False
-        if seat.stream is stream:
-            stream.close("replaced by a newer connection")
-            seat.stream, seat.accepted = None, False
+        stream.abort("replaced by a newer connection")
+        self._leave(seat, stream)
         return seat.stream is None
 
     async def _serve(self, seat: Seat, stream: Stream, context: grpc.aio.ServicerContext) -> None:
@@ -411,27 +434,33 @@ class Hub:
                 )
             )
         )  # fmt: skip
-        reader = asyncio.create_task(self._read(seat, stream, context))
+        reader = stream.reader = asyncio.create_task(self._read(seat, stream, context))
         writer = asyncio.create_task(self._write(seat, stream, context))
         try:
             done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if (error := task.exception()) is not None and seat.stream is stream:
+                if not task.cancelled() and (error := task.exception()) is not None and seat.stream is stream:
                     seat.error = str(error) or type(error).__name__
         finally:
             for task in (reader, writer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
-            if seat.stream is stream:
-                seat.stream, seat.accepted, seat.since = None, False, time.monotonic()
-                seat.error = stream.reason or seat.error
-                if seat.asked is not None and seat.asked.batch.private:
-                    seat.asked.batch.left.discard(seat.client)
-                    seat.asked.batch.wake.set()
+            self._leave(seat, stream)
+
+    def _leave(self, seat: Seat, stream: Stream) -> None:
+        """A stream is over, whoever ended it; what was asked over it alone is given up."""
+        if seat.stream is not stream:
+            return
+        seat.stream, seat.accepted, seat.since = None, False, time.monotonic()
+        seat.error = stream.reason or seat.error
+        if seat.asked is not None and seat.asked.batch.private:
+            seat.asked.batch.left.discard(seat.client)
+            seat.asked.batch.wake.set()
 
     async def _write(self, seat: Seat, stream: Stream, context: grpc.aio.ServicerContext) -> None:
         while (item := await stream.queue.get()) is not None:
             if isinstance(item, Message):
+                item, stream.request = stream.request or item, None
                 for piece in pieces(item):
                     frame = pb.ServerFrame(piece=piece)
                     seat.sent[0] += len(piece.data)
@@ -446,8 +475,8 @@ class Hub:
         try:
             await self._listen(seat, stream, context, assembler)
         finally:
-            if assembler.expected is not None and assembler.expected[1] > PIECE:  # half of a large answer
-                self._release(assembler.expected[1])
+            if stream.staged:  # half of a large answer
+                self._release(stream.staged)
 
     async def _listen(
         self, seat: Seat, stream: Stream, context: grpc.aio.ServicerContext, assembler: Assembler
@@ -456,7 +485,7 @@ class Hub:
             frame = await context.read()
             if not isinstance(frame, pb.DeviceFrame):
                 return  # the device closed its end
-            stream.heard = time.monotonic()
+            stream.pinged = 0.0
             seat.received[1] += frame.ByteSize()
             kind = frame.WhichOneof("frame")
             if kind == "piece":
@@ -464,14 +493,16 @@ class Hub:
             elif kind == "pong":
                 stream.busy = frame.pong.busy
                 stream.pong.set()
-                if frame.pong.number == 2 and not frame.pong.busy and seat.accepted and seat.asked is not None:
-                    self._send(seat, seat.asked.message)  # it got lost
+                asked = seat.asked
+                if frame.pong.number == 2 and not frame.pong.busy and asked is not None:
+                    if seat.accepted or asked.batch.private:
+                        self._send(seat, asked.message)  # it got lost
             elif kind == "ready":
                 self._ready(seat, stream, frame.ready)
             elif kind == "failure":
                 if seat.asked is not None and seat.asked.message.name.digest == frame.failure.digest:
                     asked, seat.asked = seat.asked, None
-                    seat.error = frame.failure.detail.strip().splitlines()[-1] if frame.failure.detail else "failed"
+                    seat.error = last_line(frame.failure.detail)
                     asked.batch.put(seat.client, frame.failure, soon=True)
 
     async def _piece(self, seat: Seat, stream: Stream, assembler: Assembler, piece: pb.Piece) -> None:
@@ -481,10 +512,11 @@ class Hub:
             assembler.limit = PIECE if asked is None else max(asked.limit, PIECE)
             size = assembler.begin(piece)
             if size > PIECE:
-                await self._stage(seat.client, size)
+                await self._stage(seat.client, stream, size)
         message = assembler.add(piece)
         if message is None:
             return
+        stream.staged = 0  # it is released when it has been added
         asked = seat.asked
         if asked is None or message.name != asked.message.name:
             self.duplicates += 1  # to a request that was answered, or is no longer asked
@@ -497,7 +529,7 @@ class Hub:
         seat.round = message.name.round
         asked.batch.put(seat.client, message, soon=message.size > PIECE)
 
-    async def _stage(self, client: int, size: int) -> None:
+    async def _stage(self, client: int, stream: Stream, size: int) -> None:
         """Wait until there is room for a large answer; the one that is wanted next always has room."""
         if self._room is None:
             return
@@ -505,21 +537,31 @@ class Hub:
             while self._staged and self._staged + size > STAGE:
                 if self._batch is not None and self._batch.next == client:
                     break
+                stream.blocked = True
                 await self._room.wait()
+            stream.blocked, stream.staged = False, size
             self._staged += size
 
     def _ready(self, seat: Seat, stream: Stream, ready: pb.Ready) -> None:
-        seat.ready = ready
-        same = seat.instance == stream.instance
-        seat.instance = stream.instance
-        if same and ready.live and ready.run == self.invitation.run and ready.term == self.term:
-            self._accept(seat.client)
+        if ready.term >= _TERMS:
+            raise Damaged(f"a device in term {ready.term}, expected less than {_TERMS}")
+        seat.ready, stream.ready = ready, True
+        mine = ready.run == self.invitation.run
+        if mine and ready.live and ready.term == self.term and seat.member == stream.instance:
+            self._accept(seat.client, stream)
         else:
+            if mine and ready.term > self.term:
+                self.term = ready.term + 1  # it hears nothing of a lower one
             self.newcomers.put(seat.client)
             if seat.asked is not None:
                 seat.asked.batch.wake.set()
             elif self._batch is not None:
                 self._batch.wake.set()
+
+
+def last_line(detail: str) -> str:
+    """What a traceback says in the end."""
+    return (detail.strip().splitlines() or ["failed"])[-1]
 
 
 def _refusal(reason: str, *, retry: bool) -> pb.ServerFrame:

@@ -69,6 +69,8 @@ def take_part(presence: Presence) -> str:
         prepare_threads(experiment.fleet.threads or 1)
         source = Source(presence.data, presence.target, presence.partition, presence.partitions)
         held = Held(experiment, welcome.client, welcome.clients, source)
+        while folders:
+            folders.pop().close()  # of another run, which this server may take up again
         folder = presence.state / _name(welcome)
         folders.append(_locked(folder))
         return Resident(folder, welcome.run, experiment, welcome.client, welcome.clients, held)

@@ -32,9 +32,9 @@ class Asked:
 class Batch:
     """Requests that are asked together. The loop's thread fills in answers, the chain's thread waits for them."""
 
-    def __init__(self, clients: list[int], *, private: bool = False) -> None:
-        """Nobody has answered; a private one is given up when its client leaves."""
-        self.private = private
+    def __init__(self, clients: list[int], *, private: bool = False, spare: int = 0) -> None:
+        """Nobody has answered; a private one is given up when its client leaves, `spare` need not answer."""
+        self.private, self.spare = private, spare
         self.left = set(clients)
         self.answers: dict[int, Message | pb.Failure] = {}
         self.wake = threading.Event()
@@ -42,9 +42,9 @@ class Batch:
 
     def put(self, client: int, answer: Message | pb.Failure, *, soon: bool) -> None:
         """One answer; wakes the chain's thread when it is the last, or when it should make room `soon`."""
-        self.answers[client] = answer
+        self.answers[client] = answer  # first: who is no longer left has an answer here
         self.left.discard(client)
-        if soon or not self.left:
+        if soon or len(self.left) <= self.spare:
             self.wake.set()
 
 
@@ -55,13 +55,22 @@ class Stream:
         """Nothing is queued."""
         self.instance = instance
         self.queue: asyncio.Queue[pb.ServerFrame | Message | None] = asyncio.Queue()
-        self.heard = time.monotonic()
         self.pong: asyncio.Event = asyncio.Event()
+        self.pinged = 0.0  # when the first ping was sent that nothing has followed; 0: none
         self.busy = False
+        self.ready = False  # whether it has said what it holds
+        self.request: Message | None = None  # the one in the queue, or its successor
+        self.staged = 0  # bytes that the answer which is arriving was given room for
+        self.blocked = False  # whether nothing is read from it, for want of room
+        self.reader: asyncio.Task[None] | None = None
         self.reason = ""  # why it was closed, if this side did it
 
     def send(self, frame: pb.ServerFrame | Message) -> None:
-        """Queue a frame, or a message in pieces."""
+        """Queue a frame, or a message in pieces; what was asked before and is not yet on its way is not wanted now."""
+        if isinstance(frame, Message):
+            queued, self.request = self.request, frame
+            if queued is not None:
+                return
         self.queue.put_nowait(frame)
 
     def close(self, reason: str) -> None:
@@ -69,8 +78,16 @@ class Stream:
         self.reason = self.reason or reason
         self.queue.put_nowait(None)
 
+    def abort(self, reason: str) -> None:
+        """End the stream at once: its device may no longer read."""
+        self.reason = self.reason or reason
+        if self.reader is not None:
+            self.reader.cancel()
+
     async def alive(self, seconds: float) -> bool:
-        """Whether the device answers a ping in that time."""
+        """Whether the device answers a ping in that time, or would if this side read what it sends."""
+        if self.blocked:
+            return True
         self.pong.clear()
         self.send(pb.ServerFrame(ping=pb.Ping(number=1)))
         try:
@@ -85,7 +102,7 @@ class Seat:
     """What the server knows of one client.
 
     Attributes:
-        client: its index. stream: the open one. instance: the process that was here last. accepted: whether it is
+        client: its index. stream: the open one. member: the process that was accepted last. accepted: whether it is
             asked; a newcomer is not until the chain says so. asked: what it has not answered. ready: its last Ready.
         sent, received: bytes on the wire, (payload, all). answers, late, failed, connections: counts.
         latencies: seconds from request to answer, the last few. error: the last thing that went wrong.
@@ -94,7 +111,7 @@ class Seat:
 
     client: int
     stream: Stream | None = None
-    instance: bytes = b""
+    member: bytes = b""
     accepted: bool = False
     asked: Asked | None = None
     ready: pb.Ready | None = None
@@ -115,12 +132,13 @@ class Seat:
         if self.stream is None:
             return "away" if self.connections else "not here yet"
         if not self.accepted:
-            return "ready" if self.ready is not None and self.instance == self.stream.instance else "joining"
+            return "ready" if self.stream.ready else "joining"
         return "working" if self.asked is not None else "idle"
 
     def account(self, now: float) -> str:
         """What is waited for, in words."""
         if self.stream is None:
-            return f"client {self.client} ({self.state}, {now - self.since:.0f} s)"
+            last = f"; {self.error}" if self.error else ""
+            return f"client {self.client} ({self.state}, {now - self.since:.0f} s{last})"
         asked = "joining" if self.asked is None else f"asked {now - self.asked.since:.0f} s ago"
         return f"client {self.client} ({asked})"
