@@ -26,6 +26,7 @@ import click
 import typer
 from typer.core import TyperCommand
 
+from fedsample.cli_bench import bench
 from fedsample.cli_certs import certs_app
 from fedsample.cli_doctor import doctor_app
 from fedsample.cli_fleet import client, server
@@ -203,6 +204,7 @@ def simulate(
 
 app.command()(server)
 app.command()(client)
+app.command()(bench)
 
 
 @config_app.command()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import re
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import Command, last_checkpoint, start
 
 from fedsample.fleets.grpc import certs
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 CONFIG = """
 preset = "{preset}"
@@ -31,6 +29,8 @@ every = 25
 snapshot_rounds = 20
 """
 
+QUICK = {"fedsample.fleets.grpc.attend.FIRST": 0.05}  # seconds of back-off: a run of seconds need not wait for long
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -40,58 +40,69 @@ def free_port() -> int:
 
 
 class Federation:
-    """A server and its devices, each a process of the command line."""
+    """A server and its devices, each a process of the command line.
+
+    Attributes:
+        running: by name, the last process that was started as "server", "client-0", ...
+    """
 
     def __init__(self, folder: Path, config: str, devices: int, secure: bool = False) -> None:
         self.folder, self.devices, self.port = folder, devices, free_port()
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, Command] = {}
         (folder / "experiment.toml").write_text(config)
         self.secure = secure
         if secure:
             certs.init(folder / "certs", ["localhost"], devices)
 
-    def start(self, who: str, *options: str) -> subprocess.Popen[bytes]:
+    def start(self, who: str, *options: str, **how: Any) -> Command:
+        """Start a process; see `commands.start` for how."""
         where = f"127.0.0.1:{self.port}"
         identity = ["--certs", f"certs/{who}"] if self.secure else ["--insecure"]
         if who == "server":
-            command = ["server", *options, "--listen", where, "--out", "run", *identity]
+            words = ["server", *options, "--listen", where, "--out", "run", *identity]
         else:
             index = who.removeprefix("client-")
             claimed = [] if self.secure else ["--client", index]
             share = ["--data", "wine", "--partition", index, "--partitions", str(self.devices)]
-            command = ["client", where, *identity, *claimed, *share, "--state", f"state-{index}"]
-        line = [sys.executable, "-m", "fedsample", *command, "--quiet"]
-        with (self.folder / f"{who}.log").open("ab") as log:
-            process = subprocess.Popen(line, cwd=self.folder, stdout=log, stderr=log, env=ENVIRONMENT)
+            words = ["client", where, *identity, *claimed, *share, "--state", f"state-{index}", *options]
+        process = start(self.folder, *words, "--quiet", **{"constants": QUICK, **how})
         self.running[who] = process
         return process
 
-    def begin(self) -> subprocess.Popen[bytes]:
+    def begin(self, **how: Any) -> Command:
+        """Start everyone; the server as `how` says."""
         for index in range(self.devices):
             self.start(f"client-{index}")
-        return self.start("server", "experiment.toml")
+        return self.start("server", "experiment.toml", **how)
 
-    def kill(self, who: str) -> None:
-        self.running[who].kill()
-        self.running[who].wait()
+    def kill(self, who: str) -> bool:
+        """Kill -9; False where it had ended before."""
+        return self.running[who].kill()
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
 
     def logged(self, round: int, seconds: float = 90.0) -> None:
         """Wait until the run has a checkpoint of this round or a later one."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            stored = [int(path.name[6:]) for path in (self.folder / "run" / "checkpoint").glob("round-????????")]
-            if max(stored, default=-1) >= round:
-                return
-            assert self.running["server"].poll() is None, (self.folder / "server.log").read_text()
-            time.sleep(0.02)
-        pytest.fail(f"no checkpoint of round {round}: {(self.folder / 'server.log').read_text()}")
+        server, until = self.running["server"], time.monotonic() + seconds
+        while last_checkpoint(self.run) < round:
+            assert server.running or last_checkpoint(self.run) >= round, server.wait().err
+            if time.monotonic() > until:
+                pytest.fail(f"no checkpoint of round {round}")
+            time.sleep(0.005)
 
     def end(self, seconds: float = 120.0) -> None:
-        assert self.running["server"].wait(seconds) == 0, (self.folder / "server.log").read_text()
-        for who, process in self.running.items():
-            assert process.wait(30) == 0, (self.folder / f"{who}.log").read_text()
+        """Everyone has ended, and well."""
+        for who in ("server", *(name for name in self.running if name != "server")):
+            done = self.running[who].wait(seconds if who == "server" else 30)
+            assert done.code == 0, f"{who}: {done.err}"
 
     def stop(self) -> None:
         for process in self.running.values():
             process.kill()
-            process.wait()
+
+    def snapshots(self, index: int) -> list[int]:
+        """Rounds of the snapshots on a device's disk."""
+        found = (self.folder / f"state-{index}").glob("*/round-*")
+        return sorted(int(each.name[6:]) for each in found if re.fullmatch(r"round-\d+", each.name))

@@ -187,7 +187,7 @@ class Hub:
     ) -> Message | None:  # fmt: skip
         """The answer of a client; None if it is left out."""
         batch.next = client
-        began = said = time.monotonic()
+        said = time.monotonic()
         stop: float | None = None
         self._greet(welcome)
         if self._staged:
@@ -223,7 +223,6 @@ class Hub:
         if isinstance(answer, pb.Failure):
             self.seats[client].failed += 1
             raise ClientError(client, answer.round, answer.stage, answer.detail)
-        self.seats[client].latencies.append(time.monotonic() - began)
         return answer
 
     def _greet(self, welcome: Callable[[int], None] | None) -> None:
@@ -523,6 +522,7 @@ class Hub:
                 self._release(message.size)
             return
         seat.asked = None
+        seat.latencies.append(time.monotonic() - asked.since)
         seat.answers += 1
         seat.round = message.name.round
         asked.batch.put(seat.client, message, soon=message.size > PIECE)

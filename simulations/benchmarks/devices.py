@@ -1,0 +1,278 @@
+"""Rounds with devices over gRPC against bare streams: same TLS, same processes, same sizes, one connection a device.
+
+    python simulations/benchmarks/devices.py [--devices 2 16 64] [--large 2500000 25000000] [--rounds 200] [--json]
+
+All devices share one other process. A bare round sends every device as many bytes as a request of ours has, and waits
+for as many as an answer has, over bidirectional streams of `grpc.aio` without any meaning; of messages above 1 MiB in
+pieces of that size, and whole, whichever is faster. Ours is `GrpcFleet.exchange` of dense gradients of a quadratic.
+The two take turns; the best of each counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+METHOD = "/bare.Stream/Connect"
+PIECE = 1 << 20
+
+
+# --- the other process ------------------------------------------------------------------------------------------------
+
+
+async def bare_devices(target: str, certs: Path, count: int) -> None:
+    """Answer every message with as many bytes as it says."""
+    import grpc
+
+    from fedsample.fleets.grpc.credentials import client_credentials
+
+    async def one(index: int) -> None:
+        options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.secure_channel(target, client_credentials(certs / f"client-{index}"), options) as channel:
+            call = channel.stream_stream(METHOD)()
+            await call.write(b"")
+            expected, got = -1, 0
+            while (message := await call.read()) is not grpc.aio.EOF:
+                if expected < 0:  # first eight bytes: how much comes down, how much goes up, in how large parts
+                    down, up, part = (int.from_bytes(message[at : at + 8], "little") for at in (0, 8, 16))
+                    expected, got = down, 0
+                got += len(message)
+                if got >= expected:
+                    for at in range(0, up, part):
+                        await call.write(bytes(min(part, up - at)))
+                    expected = -1
+
+    await asyncio.gather(*(one(index) for index in range(count)))
+
+
+async def our_devices(target: str, certs: Path, count: int, file: Path, state: Path) -> None:
+    """Take part in whatever runs there are."""
+    from fedsample.clients.holding import Held, Source
+    from fedsample.clients.resident import Resident
+    from fedsample.experiment import reread
+    from fedsample.fleets.grpc.attend import Attendant, prepare_threads
+    from fedsample.fleets.grpc.credentials import client_credentials
+
+    def attendant(index: int) -> Attendant:
+        def found(welcome: Any) -> Resident:
+            prepare_threads(1)
+            experiment = reread(welcome.config)
+            held = Held(experiment, index, count, Source(str(file), None, index, count))
+            return Resident(state / str(index), welcome.run, experiment, index, count, held)
+
+        return Attendant(target, client_credentials(certs / f"client-{index}"), index, found)
+
+    await asyncio.gather(*(attendant(index).attend() for index in range(count)))
+
+
+# --- bare streams -----------------------------------------------------------------------------------------------------
+
+
+class Bare:
+    """A server of streams that mean nothing."""
+
+    def __init__(self, certs: Path, count: int) -> None:
+        self.loop, self.count = asyncio.new_event_loop(), count
+        self.contexts: list[Any] = []
+        self.ready = threading.Event()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.port = asyncio.run_coroutine_threadsafe(self.open(certs), self.loop).result()
+
+    async def open(self, certs: Path) -> int:
+        """Listen -> the port."""
+        import grpc
+
+        from fedsample.fleets.grpc.credentials import server_credentials
+
+        async def connect(request: Any, context: Any) -> None:
+            await context.read()
+            self.contexts.append(context)
+            if len(self.contexts) == self.count:
+                self.ready.set()
+            await asyncio.Event().wait()
+
+        service, name = METHOD[1:].split("/")
+        handler = grpc.method_handlers_generic_handler(service, {name: grpc.stream_stream_rpc_method_handler(connect)})
+        self.server = grpc.aio.server(options=OPTIONS)
+        self.server.add_generic_rpc_handlers((handler,))
+        port: int = self.server.add_secure_port("127.0.0.1:0", server_credentials(certs / "server"))
+        await self.server.start()
+        return port
+
+    def round(self, down: int, up: int, part: int) -> float:
+        """Seconds of one exchange with everyone."""
+        return asyncio.run_coroutine_threadsafe(self.exchange(down, up, part), self.loop).result()
+
+    async def exchange(self, down: int, up: int, part: int) -> float:
+        """See `round`; in the loop's thread."""
+        start = time.perf_counter()
+        head = b"".join(number.to_bytes(8, "little") for number in (down, up, part))
+
+        async def one(context: Any) -> None:
+            for at in range(0, down, part):
+                size = min(part, down - at)
+                await context.write(head + bytes(size - len(head)) if at == 0 else bytes(size))
+            got = 0
+            while got < up:
+                got += len(await context.read())
+
+        await asyncio.gather(*(one(context) for context in self.contexts))
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Stop."""
+        asyncio.run_coroutine_threadsafe(self.server.stop(0), self.loop).result()
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """A hub with a fleet whose devices hold quadratics."""
+
+    def __init__(self, certs: Path, count: int, d: int, file: Path) -> None:
+        from fedsample.config import dump_toml, load
+        from fedsample.data.device import agreed_schema
+        from fedsample.data.schema import Schema
+        from fedsample.fleets.grpc.credentials import server_credentials
+        from fedsample.fleets.grpc.desk import Desk
+        from fedsample.fleets.grpc.fleet import fleet_on, gather
+        from fedsample.fleets.grpc.host import _agree, _certified
+        from fedsample.fleets.grpc.hub import Hub, Invitation
+        from fedsample.fleets.grpc.version import run_id
+        from fedsample.remote_problem import remote_problem
+
+        values = {
+            "preset": "federated-gd",
+            "chains": 1,
+            "data": {"kind": "quadratic", "file": str(file), "clients": count},
+        }
+        self.experiment, nonce = load(values, ["fleet.name=grpc"], {}), os.urandom(16)
+        config = dump_toml(self.experiment)
+        invitation = Invitation(run_id(nonce, config), nonce, config, count)
+        self.hub = Hub(invitation, "127.0.0.1:0", server_credentials(certs / "server"), _certified)
+        self.hub.start()
+        self.d, self.number = d, 0
+
+        def begin() -> None:
+            desk = Desk(self.hub)
+            schemas = gather(self.hub)
+            agreed = agreed_schema(self.experiment, [Schema.from_json(text) for text in schemas.values()])
+            _agree(desk, agreed)
+            self.fleet = fleet_on(desk, self.experiment, remote_problem(self.experiment, agreed, count))
+
+        self.begin = begin
+
+    def round(self) -> float:
+        """Seconds of one exchange with everyone."""
+        import torch
+
+        from fedsample.exchange import ESTIMATE, Request
+
+        self.number += 1
+        points = torch.full((1, self.d), float(self.number))
+        start = time.perf_counter()
+        self.fleet.exchange(Request(self.number, points, frozenset({ESTIMATE})))
+        return time.perf_counter() - start
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes down and up of one round with one device."""
+        seat = self.hub.seats[0]
+        before = seat.sent[1], seat.received[1]
+        self.round()
+        return seat.sent[1] - before[0], seat.received[1] - before[1]
+
+
+def compare(count: int, d: int, rounds: int) -> dict[str, Any]:
+    """One row: so many devices, points of d float32."""
+    import numpy as np
+
+    from fedsample.fleets.grpc import certs
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        certs.init(folder / "certs", ["localhost"], count)
+        file = folder / "potentials.npz"
+        np.savez(file, lam=np.ones((count, d)), a=np.zeros((count, d)))
+        bare, ours = Bare(folder / "certs", count), Ours(folder / "certs", count, d, file)
+        command = [sys.executable, __file__, "--pool", str(count), str(bare.port), str(ours.hub.port), name]
+        pool = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            ours.begin()
+            bare.ready.wait(60)
+            down, up = ours.sizes()
+            parts = {PIECE, max(down, up)} if max(down, up) > PIECE else {max(down, up)}
+            best = {"bare": float("inf"), "ours": float("inf")}
+            for _ in range(5):
+                for part in parts:
+                    bare.round(down, up, part)
+                    spent = [bare.round(down, up, part) for _ in range(rounds)]
+                    best["bare"] = min(best["bare"], float(np.median(spent)))
+                ours.round()
+                best["ours"] = min(best["ours"], float(np.median([ours.round() for _ in range(rounds)])))
+        finally:
+            pool.kill()
+            pool.wait()
+            ours.hub.stop("measured", finished=True)
+            bare.close()
+    return {
+        "devices": count, "parameters": d, "bytes_down": down, "bytes_up": up,
+        "bare_ms": round(1e3 * best["bare"], 3), "ours_ms": round(1e3 * best["ours"], 3),
+        "times_bare": round(best["ours"] / best["bare"], 2), "load": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
+def measure(
+    devices: Sequence[int] = (2, 16, 64), large: Sequence[int] = (2_500_000, 25_000_000), rounds: int = 200
+) -> list[dict[str, Any]]:
+    """Small messages for each number of devices, then large ones with two devices."""
+    small = [compare(count, 1000, rounds) for count in devices]
+    return small + [compare(2, d, max(3, rounds // 40)) for d in large]
+
+
+async def pool(count: int, bare: int, ours: int, folder: Path) -> None:
+    """Both kinds of devices, in one loop."""
+    certs, file = folder / "certs", folder / "potentials.npz"
+    await asyncio.gather(
+        bare_devices(f"127.0.0.1:{bare}", certs, count),
+        our_devices(f"127.0.0.1:{ours}", certs, count, file, folder / "state"),
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, nargs="*", default=[2, 16, 64])
+    parser.add_argument("--large", type=int, nargs="*", default=[2_500_000, 25_000_000])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--pool", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.pool:
+        count, bare, ours, folder = options.pool
+        asyncio.run(pool(int(count), int(bare), int(ours), Path(folder)))
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    rows = measure(options.devices, options.large, options.rounds)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
