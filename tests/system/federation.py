@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import time
@@ -29,6 +30,7 @@ every = 25
 snapshot_rounds = 20
 """
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 QUICK = {"fedsample.fleets.grpc.attend.FIRST": 0.05}  # seconds of back-off: a run of seconds need not wait for long
 
 

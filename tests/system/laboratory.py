@@ -10,7 +10,8 @@ import asyncio
 import random
 import shutil
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -46,11 +47,11 @@ class Cut(Exception):
     """The stream breaks here."""
 
 
-Meddling = Callable[[Passing, "Laboratory"], list[bytes]]
-"""What is delivered in place of a message; may raise `Cut`, or ask the laboratory to kill who sent it."""
+Meddling = Callable[[Passing, "Laboratory"], Sequence[bytes | float]]
+"""What is delivered in place of a message, a number: seconds later; may raise `Cut`, or have devices killed."""
 
 
-def nothing(passing: Passing, laboratory: Laboratory) -> list[bytes]:
+def nothing(passing: Passing, laboratory: Laboratory) -> Sequence[bytes | float]:
     return passing.frames
 
 
@@ -200,7 +201,7 @@ class Laboratory:
             if frame.piece.offset + len(frame.piece.data) < size:
                 continue
             for delivered in self.meddling(Passing(up, client, head, frames, before), self):
-                await write(delivered)
+                await (asyncio.sleep(delivered) if isinstance(delivered, float) else write(delivered))
             before.append(frames)
 
 
@@ -219,14 +220,18 @@ def damaged(frame: bytes, up: bool) -> bytes:
     return whole
 
 
-def troubles(chance: random.Random, share: float) -> Meddling:
-    """A share of all messages is duplicated, delivered after older ones, reordered, truncated, or cut off."""
+TROUBLES = ("again", "old first", "old last", "late", "truncated", "cut", "swapped", "short")
 
-    def meddle(passing: Passing, laboratory: Laboratory) -> list[bytes]:
+
+def troubles(chance: random.Random, share: float, done: Counter[str]) -> Meddling:
+    """A share of all messages is delivered twice, after older ones, late, truncated, in another order or not at all."""
+
+    def meddle(passing: Passing, laboratory: Laboratory) -> Sequence[bytes | float]:
         frames, before = passing.frames, passing.before
         if chance.random() >= share:
             return frames
-        what = chance.choice(["again", "old first", "old last", "swapped", "truncated", "short", "cut"])
+        what = chance.choice(TROUBLES if len(frames) > 1 else TROUBLES[:-2])
+        done[what] += 1
         old = chance.choice(before) if before else []
         at = chance.randrange(len(frames))
         if what == "again":
@@ -235,11 +240,13 @@ def troubles(chance: random.Random, share: float) -> Meddling:
             return [*old, *frames]
         if what == "old last":
             return [*frames, *old]
-        if what == "swapped" and len(frames) > 1:
+        if what == "late":
+            return [chance.random() * 0.05, *frames, *old]
+        if what == "swapped":
             return [*frames[:at], *frames[at + 1 :], frames[at]]
         if what == "truncated":
             return [*frames[:at], damaged(frames[at], passing.up), *frames[at + 1 :]]
-        if what == "short" and len(frames) > 1:
+        if what == "short":
             return frames[:-1]
         raise Cut
 

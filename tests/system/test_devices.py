@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -16,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from federation import CONFIG, Federation, free_port
+from commands import last_checkpoint, start
+from federation import CONFIG, ENVIRONMENT, Federation, free_port
 
 import fedsample
 from fedsample.config import load
@@ -27,7 +27,6 @@ from fedsample.fleets.grpc.host import Host, serve
 from fedsample.monitor import load_draws
 from fedsample.presets import PRESETS
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 POOL = Path(__file__).with_name("device_pool.py")
 
 
@@ -134,11 +133,10 @@ def test_five_kills_and_the_draws_are_the_same(federation: Callable[..., Federat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["langevin-diana", "langevin-marina", "d-elf"])
 def test_a_lost_disk_forks_the_chain_and_the_fork_can_be_replayed(
-    preset: str, federation: Callable[..., Federation], tmp_path: Path
+    federation: Callable[..., Federation], tmp_path: Path
 ) -> None:
-    fleet = federation(preset, 2)
+    fleet = federation("langevin-marina", 2)
     fleet.begin()
     fleet.logged(60)
     fleet.kill("client-1")
@@ -151,6 +149,88 @@ def test_a_lost_disk_forks_the_chain_and_the_fork_can_be_replayed(
     again = fedsample.run(replay=tmp_path / "run", out=tmp_path / "replayed", progress="quiet")
     assert torch.equal(draws, again.draws)
     assert not torch.equal(draws, undisturbed(tmp_path))
+
+
+BAD_MOMENTS = (
+    (["fedsample.fleets.grpc.desk.Desk.tell"], 3),  # the devices have agreed on the schema, not on the scale
+    (["fedsample.fleets.grpc.fleet.GrpcFleet.exchange"], 2),  # while the mode is looked for
+    (["fedsample.monitor.checkpoint.CheckpointStore.save"], 1),  # the devices have a snapshot, the server none
+    (["fedsample.monitor.checkpoint.CheckpointStore.save"], 3),  # the devices are one snapshot ahead
+    (["fedsample.monitor.checkpoint.CheckpointStore.save"], 1),  # the same once more
+    (["fedsample.fleets.grpc.fleet.GrpcFleet.rewind"], 1),  # before all go back
+    (["fedsample.fleets.grpc.fleet.GrpcFleet.keep"], 1),  # after all have gone back
+    (["os.rename"], 2),  # in the middle of a checkpoint
+)
+
+
+@pytest.mark.slow
+def test_server_and_devices_die_at_the_worst_moments(federation: Callable[..., Federation], tmp_path: Path) -> None:
+    fleet = federation("underdamped-diana", 2)
+    fleet.start("client-0", die_at=(["os.rename"], 2))  # in the middle of its snapshot of round 20
+    fleet.start("client-1")
+    for number, moment in enumerate(BAD_MOMENTS):
+        fleet.start("server", "--resume" if number else "experiment.toml", die_at=moment)
+        while fleet.running["server"].running:
+            if not fleet.running["client-0"].running:
+                fleet.start("client-0")
+            time.sleep(0.01)
+        assert fleet.running["server"].wait().code == -signal.SIGKILL, fleet.running["server"].wait().err
+        before = last_checkpoint(fleet.run)
+        assert number < 3 or before in fleet.snapshots(1)
+    fleet.start("server", "--resume")
+    fleet.end()
+    assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
+    assert not (tmp_path / "run" / "forks.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_device_ends_at_a_signal_and_goes_on(federation: Callable[..., Federation], tmp_path: Path) -> None:
+    fleet = federation("langevin-diana", 2)
+    fleet.begin()
+    fleet.logged(40)
+    fleet.running["client-0"].send(signal.SIGTERM)
+    done = fleet.running["client-0"].wait(10)
+    assert done.code == 130
+    assert done.error == "stopped; start it again with the same options, and the run goes on"
+    fleet.start("client-0")
+    fleet.end()
+    assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_device_may_meet_another_run_at_the_same_address(
+    federation: Callable[..., Federation], tmp_path: Path
+) -> None:
+    """The first run is killed, another one begins and is stopped, and the first goes on: with the same processes."""
+    fleet = federation("langevin-diana", 2)
+    fleet.begin()
+    fleet.logged(40)
+    fleet.kill("server")
+    other = start(
+        tmp_path, "server", "experiment.toml", "--set", "seed=5", "--listen", f"127.0.0.1:{fleet.port}", "--insecure",
+        "--out", "other", "--quiet",
+    )  # fmt: skip
+    assert other.until(lambda: last_checkpoint(tmp_path / "other") >= 20)
+    other.send(signal.SIGTERM)
+    assert other.wait().code == 130
+    fleet.start("server", "--resume")
+    fleet.end()
+    assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_device_with_other_data_does_not_come_back(federation: Callable[..., Federation], tmp_path: Path) -> None:
+    fleet = federation("langevin-diana", 2)
+    fleet.begin()
+    fleet.logged(40)
+    fleet.kill("client-1")
+    wrong = fleet.start("client-1", "--partition", "0")
+    done = wrong.wait()
+    assert done.code == 1
+    assert "the data of client 1 are not those that the run began with: restore them" in done.error
+    fleet.start("client-1")
+    fleet.end()
+    assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
 
 
 @pytest.mark.slow
