@@ -119,9 +119,9 @@ class Chain:
 
     def close(self) -> None:
         self.hub.stopping = lambda: True
-        self.hub.stop("the test is over", finished=True)
         for stub in self.stubs:
             stub.close()
+        self.hub.stop("the test is over", finished=True)
         self._pool.shutdown()
 
 
@@ -378,6 +378,24 @@ def test_a_failure_is_the_runs_whatever_it_says(chain: Callable[[int], Chain], d
     with pytest.raises(ClientError, match="client 0 failed in round 3 while computing its gradient"):
         get(asked)
     assert server.hub.seats[0].error == last
+
+
+def test_the_last_word_is_read_before_the_call_is_over(chain: Callable[[int], Chain]) -> None:
+    server = chain(2)
+    one, two = server.gathered()
+    stopped = server.do(server.hub.stop, "the end", finished=True)
+    two.close()
+    for number in range(50):
+        one.send(pong=pb.Pong(number=number))  # whatever is still on its way
+    assert one.read("farewell").finished
+    one.send(pong=pb.Pong())
+    time.sleep(0.1)
+    assert not stopped.done()
+    assert one.frames.is_active()
+    one.close()
+    began = time.monotonic()
+    get(stopped)
+    assert time.monotonic() - began < 1
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------

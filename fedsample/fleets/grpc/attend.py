@@ -205,8 +205,8 @@ class Attendant:
                 if not frame.refusal.retry:
                     raise Refused(f"{self.target} refuses this device: {frame.refusal.reason}")
                 raise Damaged(frame.refusal.reason)
-            elif kind == "farewell" and frame.farewell.finished:
-                return str(frame.farewell.reason)
+            elif kind == "farewell":
+                return str(frame.farewell.reason) if frame.farewell.finished else None
 
     async def _enter(self, call: Any, welcome: pb.Welcome) -> Resident:
         """Take part in the run that the server has."""

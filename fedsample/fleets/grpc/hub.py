@@ -27,6 +27,7 @@ from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 STAGE = 256 << 20  # bytes of large answers that may wait to be added, all clients together
 COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
 _HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong
+_LEAVE = 2.0  # seconds that a device has to read the last word and go
 _TERMS = 1 << 62  # no run goes back so often
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
@@ -143,7 +144,7 @@ class Hub:
                 seat.stream.send(pb.ServerFrame(farewell=pb.Farewell(reason=reason, finished=finished)))
                 seat.stream.close(reason)
         if self._server is not None:
-            await self._server.stop(2.0)
+            await self._server.stop(_LEAVE)
 
     # --- the chain's thread -------------------------------------------------------------------------------------------
 
@@ -436,6 +437,9 @@ class Hub:
         writer = asyncio.create_task(self._write(seat, stream, context))
         try:
             done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            if writer in done and not writer.cancelled() and writer.exception() is None:
+                # What the device still writes would fail if the call were over, and with it what it has not yet read.
+                await asyncio.wait({reader}, timeout=_LEAVE)
             for task in done:
                 if not task.cancelled() and (error := task.exception()) is not None and seat.stream is stream:
                     seat.error = str(error) or type(error).__name__
