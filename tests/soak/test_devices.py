@@ -20,6 +20,7 @@ from fedsample.monitor import load_draws
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
 
+from commands import Command
 from federation import CONFIG, Federation
 
 SHARE = float(os.environ.get("SOAK", "1"))
@@ -45,21 +46,20 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
         for kill in range(kills):
             fleet.logged(20 * kill)
             time.sleep(chance.random() * 0.2)
-            if fleet.running["server"].poll() is not None:
-                break  # it was quicker than we are
             who = chance.choice(["client-0", "client-1", "server"])
-            fleet.kill(who)
+            if not fleet.kill(who):
+                break  # it was quicker than we are
             fleet.start(who, *(["--resume"] if who == "server" else []))
             done += 1
         fleet.end(600)
     finally:
         fleet.stop()
     print(f"{done} kills")
-    assert done >= kills // 2
+    assert done == kills
     assert torch.equal(load_draws(tmp_path / "run"), simulated(tmp_path))
 
 
-def resident(process: subprocess.Popen[bytes]) -> float:
+def resident(process: Command) -> float:
     """Resident size in MB."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
@@ -75,7 +75,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         for round in range(rounds // 4, rounds - 20, rounds // 20):
             fleet.logged(round, 600)
             for who, process in fleet.running.items():
-                if process.poll() is None:
+                if process.running:
                     sizes.setdefault(who, []).append(resident(process))
         fleet.end(600)
     finally:
@@ -103,7 +103,8 @@ def test_the_slim_install_takes_part(tmp_path: Path) -> None:
             line = [str(python), "-m", "fedsample", "client", f"127.0.0.1:{fleet.port}", "--insecure", "--client"]
             line += [str(index), "--data", f"rows{index}.csv", "--target", "label", "--state", f"s{index}", "--quiet"]
             devices.append(subprocess.Popen(line, cwd=tmp_path))
-        assert fleet.start("server", "experiment.toml").wait(120) == 0, (tmp_path / "server.log").read_text()
+        done = fleet.start("server", "experiment.toml").wait(120)
+        assert done.code == 0, done.err
         assert [device.wait(30) for device in devices] == [0, 0]
     finally:
         fleet.stop()

@@ -55,6 +55,10 @@ class Command:
         self._process, self._out, self._err = process, out, err
 
     @property
+    def pid(self) -> int:
+        return int(self._process.pid)
+
+    @property
     def running(self) -> bool:
         return bool(self._process.is_alive())
 

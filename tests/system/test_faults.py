@@ -31,6 +31,7 @@ from fedsample.monitor import load_draws
 
 pytestmark = pytest.mark.slow
 
+_UNDISTURBED: dict[str, torch.Tensor] = {}  # draws by settings
 FORGETFUL = ("langevin-diana", "langevin-marina", "d-elf")
 
 
@@ -98,8 +99,12 @@ class Trial:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def undisturbed(self) -> torch.Tensor:
-        out = self.folder / "undisturbed"
-        return fedsample.run(self.values, overrides=["fleet.engine=by-client"], out=out, progress="quiet").draws
+        key = json.dumps(self.values)
+        if key not in _UNDISTURBED:
+            out = self.folder / "undisturbed"
+            run = fedsample.run(self.values, overrides=["fleet.engine=by-client"], out=out, progress="quiet")
+            _UNDISTURBED[key] = run.draws
+        return _UNDISTURBED[key]
 
     def same(self) -> bool:
         return not self.forks and torch.equal(self.draws, self.undisturbed())
@@ -139,7 +144,7 @@ def test_so_do_messages_in_many_pieces(tmp_path: Path) -> None:
     np.savez(tmp_path / "wide.npz", lam=rng.uniform(0.5, 2, (2, d)), a=rng.normal(size=(2, d)))
     values = settings(
         "p-elf",
-        rounds=10,
+        rounds=8,
         step_size=0.1,
         data={"kind": "quadratic", "file": str(tmp_path / "wide.npz"), "clients": 2},
         model={"name": "quadratic"},
