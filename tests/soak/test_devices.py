@@ -1,6 +1,6 @@
 """Devices under a hundred kills and over ten thousand rounds.
 
-pytest -q tests/soak/test_devices.py      about twenty minutes; SOAK=0.1 makes it a tenth as long
+pytest -q tests/soak/test_devices.py      about five minutes; SOAK=0.1 makes it a tenth as long
 """
 
 from __future__ import annotations
