@@ -146,6 +146,7 @@ def hostile() -> Iterator[tuple[str, list[pb.Piece]]]:
     yield "another message before the end of one", [parts[0], *sent(message(5))]
     yield "the same message before its end", [parts[0], parts[0]]
     yield "no head", [signed(b"", b"abc")]
+    yield "nothing at all", [signed(b"", b"")]
     yield "an offset at the start", [signed(head(4), b"abcd", offset=1)]
     yield "a head that is none", [signed(b"\xff\xff\xff", b"")]
     yield "a head without end", [signed(head(0).SerializeToString() + b"x" * HEAD)]

@@ -68,7 +68,7 @@ class Server:
         return bytes(answer.parcel.arrays["upload"].data)
 
     def score(self, round: int) -> bytes:
-        draws = pack_tensors({"draws": torch.full((2, D), 0.01 * round)})
+        draws = pack_tensors({"draws": torch.linspace(-1, 1, D).expand(2, -1) * round})
         return bytes(self.ask(SCORE, Parcel(header(), draws), round).arrays["counts"].data)
 
     def snapshot(self, round: int, mark: int = 5) -> None:
