@@ -30,7 +30,7 @@ from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 
 LIMIT = 1 << 33  # bytes that a request's arrays may have
 FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
-_HINT = 4  # failures to connect in a row after which it is said how to find out why
+_HINT = 8  # failures to connect in a row after which it is said how to find out why
 _LEAVE = 2.0  # seconds for the server to read why a device leaves
 _OPTIONS = [
     *DIRECT,
@@ -190,14 +190,20 @@ class Attendant:
         working = asyncio.create_task(self._work(call, requests, welcome))
         try:
             await asyncio.wait({listening, working}, return_when=asyncio.FIRST_COMPLETED)
-            over = listening if listening.done() else working
-            if over is working and not over.cancelled() and isinstance(over.exception(), ConfigError | DataError):
+            if self._unfit():
                 await asyncio.wait({listening}, timeout=_LEAVE)  # the server hangs up when it has read why
+                await working
+            over = listening if listening.done() else working
             return None if over.cancelled() else over.result()  # gRPC cancels who reads when the other side has ended
         finally:
             for task in (listening, working):
                 task.cancel()
             await asyncio.gather(listening, working, return_exceptions=True)
+
+    def _unfit(self) -> bool:
+        """Whether this device has found that it cannot take part."""
+        found = None if self._resident is None else self._resident[1]
+        return found is not None and found.done() and not found.cancelled() and found.exception() is not None
 
     async def _listen(
         self, call: Any, requests: asyncio.Queue[Message], welcome: asyncio.Future[pb.Welcome]
