@@ -253,6 +253,7 @@ class Attendant:
             resident = await asyncio.shield(self._resident[1])
         except (ConfigError, DataError) as error:
             await self._send(call, pb.DeviceFrame(failure=pb.Failure(stage="data", detail=str(error), round=-1)))
+            await call.done_writing()
             raise
         standing = resident.standing
         ready = pb.Ready(
