@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _ROWS = 40  # devices that fit on a screen; then those that need attention come first
 _ORDER = {"not here yet": 0, "away": 1, "joining": 2, "ready": 3, "working": 4, "idle": 5}
+_ERRORS = 5  # lines of errors below the table
 _STALE = 2.0  # seconds without a round after which it is said who is missing, and no pace
 _SOON, _SELDOM = 10.0, 600.0  # seconds between two reminders, at first and after many
 _STATUS = 60.0  # seconds between two lines of a device
@@ -96,35 +97,29 @@ class FleetProgress(Progress):
 
 
 def fleet_table(seats: Sequence[Seat]) -> RenderableType:
-    """A row a device: state, round, latency, bytes, connections, last error."""
+    """A row a device: state, round, latency, bytes, connections; below, a line for each device's last error."""
     from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     now = time.monotonic()
-    table = Table(box=SIMPLE_HEAD, title_justify="left")
-    for name in ("device", "state", "round", "latency", "up", "down", "connections", "last error"):
-        table.add_column(
-            name, no_wrap=True, justify="left" if name in ("state", "last error") else "right", overflow="ellipsis",
-            min_width=None if name == "last error" else len(name),
-        )  # fmt: skip
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("device", "state", "round", "latency", "up", "down", "connections"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "state" else "right")
     shown = sorted(seats, key=lambda seat: (_ORDER.get(seat.state, 9), seat.client)) if len(seats) > _ROWS else seats
     for seat in shown[:_ROWS]:
         lag = f"{1e3 * statistics.median(list(seat.latencies)):.1f} ms" if seat.latencies else "-"
         state = seat.state
         table.add_row(
-            str(seat.client),
-            Text(f"away {span(now - seat.since)}", style="red") if state == "away" else state,
-            str(seat.round or "-"),
-            lag,
-            size_of(seat.received[1]),
-            size_of(seat.sent[1]),
-            str(seat.connections),
-            Text(seat.error),
-        )
+            str(seat.client), Text(f"away {span(now - seat.since)}", style="red") if state == "away" else state,
+            str(seat.round or "-"), lag, size_of(seat.received[1]), size_of(seat.sent[1]), str(seat.connections),
+        )  # fmt: skip
     if len(seats) > _ROWS:
         table.caption = f"and {len(seats) - _ROWS} more"
-    return table
+    wrong = [seat for seat in shown if seat.error][:_ERRORS]
+    errors = [Text(f"last error of {seat.client}: {seat.error}", overflow="ellipsis", no_wrap=True) for seat in wrong]
+    return Group(table, *errors)
 
 
 def device_table(watching: Watching) -> RenderableType:

@@ -233,10 +233,8 @@ class Attendant:
                     raise Refused(f"{self.target} refuses this device: {frame.refusal.reason}")
                 raise Damaged(frame.refusal.reason)
             elif kind == "farewell":
-                if frame.farewell.finished:
-                    return str(frame.farewell.reason)
                 self.watching.farewell = str(frame.farewell.reason)
-                raise Damaged(frame.farewell.reason)
+                return self.watching.farewell if frame.farewell.finished else None
 
     async def _enter(self, call: Any, welcome: pb.Welcome) -> Resident:
         """Take part in the run that the server has."""
