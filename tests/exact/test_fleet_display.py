@@ -76,7 +76,7 @@ def test_under_the_table_stands_what_is_done_and_then_who_is_missing(clock: Cloc
 def test_reminders_come_more_and_more_seldom_until_a_round_is_done(clock: Clock) -> None:
     out = console()
     progress = FleetProgress(100, console=out)
-    for _ in range(31):
+    for _ in range(20):
         progress.remind("waiting")
         clock.now += 10
     assert written(out).count("waiting") == 5  # after 0, 10, 30, 70, 150 seconds
