@@ -115,7 +115,7 @@ class Attendant:
         """Nothing is open yet; see `attend`."""
         self.target, self.claimed, self.attempts = target, claimed, attempts
         self.watching = watching or Watching(target)
-        self._advice = f"; `{doctor or f'fedsample doctor net {target}'}` names the step that fails"
+        self._advice = f". `{doctor or f'fedsample doctor net {target}'}` names the step that fails"
         self._credentials, self._found = credentials, found
         self._instance = secrets.token_bytes(16)
         self._resident: tuple[bytes, asyncio.Future[Resident]] | None = None  # the run, and this device's half of it

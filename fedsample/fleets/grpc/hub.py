@@ -83,7 +83,7 @@ class Hub:
         self.term = 0
         self.port = 0
         self.say: Callable[[str], None] = lambda text: None
-        self.remind: Callable[[str], None] = lambda text: None  # of who is waited for, again and again
+        self.remind: Callable[[str], None] = lambda text: self.say(text)  # of who is waited for, again and again
         self.stopping: Callable[[], bool] = lambda: False
         self.duplicates = 0  # answers that came again
         self._credentials, self._identify = credentials, identify
