@@ -41,8 +41,9 @@ def server(
 ) -> None:
     """Sample with real devices: wait for data.clients of them, and serve until the chain has ended.
 
-    Every device needs `fedsample client HOST:PORT`, a certificate and data; what is sampled, and how, is configured
-    here. A device or this server may die at any moment: start it again (the server with --resume).
+    Every device needs `fedsample client HOST:PORT`, a certificate and data; what is sampled is configured here.
+
+    A device or this server may die at any moment: start it again (the server with --resume).
     """
     _either(certs, insecure, "certs/server")
     if resume and out is None:
@@ -82,7 +83,9 @@ def client(
         str | None, typer.Option(help="A csv, parquet or npz file of this device's own, or a built-in set.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="Column to predict, of a csv or parquet file.")] = None,
-    partition: Annotated[int | None, typer.Option(min=0, help="Which share of a built-in set.")] = None,
+    partition: Annotated[
+        int | None, typer.Option(min=0, help="Which share of a built-in set; by default this client's own.")
+    ] = None,
     partitions: Annotated[int | None, typer.Option(min=1, help="How many shares there are.")] = None,
     state: Annotated[
         Path | None, typer.Option(help="Where snapshots lie; by default below $XDG_STATE_HOME or ~/.local/state.")
@@ -101,8 +104,9 @@ def client(
 ) -> None:
     """Take part as one device, until the run has ended.
 
-    The server configures everything; this device gives its rows' gradients, never its rows. When the connection or the
-    server goes, it waits and comes back. SIGTERM ends it; started again, it goes on.
+    The server configures everything; this device gives its rows' gradients, never its rows.
+
+    When the connection or the server goes, it waits and comes back. Ctrl-C ends it; started again, it goes on.
     """
     _either(certs, insecure, "certs/client-0")
     if insecure and index is None:

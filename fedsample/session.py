@@ -108,7 +108,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release the directory and everything that was changed for the run."""
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     # --- from configuration to first round ------------------------------------------------------------------------
 

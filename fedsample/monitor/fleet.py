@@ -18,115 +18,197 @@ if TYPE_CHECKING:
 
 _ROWS = 40  # devices that fit on a screen; then those that need attention come first
 _ORDER = {"not here yet": 0, "away": 1, "joining": 2, "ready": 3, "working": 4, "idle": 5}
+_ERRORS = 5  # lines of errors below the table
+_STALE = 2.0  # seconds without a round after which it is said who is missing, and no pace
+_SOON, _SELDOM = 10.0, 600.0  # seconds between two reminders, at first and after many
+_STATUS = 60.0  # seconds between two lines of a device
 
 
 class FleetProgress(Progress):
-    """The progress of a run with devices: on a terminal a line of progress over a table that renews itself."""
+    """The progress of a run with devices: on a terminal a line of progress under a table that renews itself."""
+
+    _seats: Sequence[Seat] = ()
+    _words = ""
+    _stage = ""
+    _when = 0.0  # of the last drawing
+    _gap = _SOON
+    _due = 0.0
 
     def watch(self, seats: Sequence[Seat]) -> None:
         """Show these devices from now on, where there is a terminal."""
-        from rich.console import Group
         from rich.live import Live
-        from rich.text import Text
 
+        self._seats = seats
         console = self._terminal()
         if self._mode != "auto" or not console.is_terminal or console.is_dumb_terminal:
             return
-        self._words = "gathering devices"
+        live = Live(
+            get_renderable=self._picture, console=console, refresh_per_second=1 / LIVE, redirect_stdout=False,
+            transient=False,
+        )  # fmt: skip
+        live.start()
+        self._bar = (live, None)  # type: ignore[assignment] # what `close` stops
 
-        def picture() -> RenderableType:
-            return Group(fleet_table(seats), Text(self._words, overflow="ellipsis", no_wrap=True))
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """As for any run; on a terminal the line under the table names it meanwhile."""
+        self._stage = name
+        try:
+            with super().stage(name):
+                yield
+        finally:
+            self._stage = ""
 
-        self._live = Live(
-            get_renderable=picture, console=console, refresh_per_second=1 / LIVE, redirect_stdout=False, transient=False
-        )
-        self._live.start()
-        self._bar = (self._live, None)  # type: ignore[assignment] # what `close` stops
+    def remind(self, text: str) -> None:
+        """Say what is waited for, more and more seldom; the table shows it anyway."""
+        now = time.monotonic()
+        if self._bar is None and now >= self._due:
+            self.note(text)
+            self._due, self._gap = now + self._gap, min(_SELDOM, 2 * self._gap)
 
     def _draw_bar(self, console: Console, text: str) -> None:
         if self._bar is None:
             super()._draw_bar(console, text)
             return
-        share = self._round / max(1, self.total)
-        self._words = f"round {self._round}/{self.total}  {share:4.0%}  {text}"
+        self._words, self._when = text, time.monotonic()
+
+    def _draw(self) -> None:
+        self._due, self._gap = 0.0, _SOON  # a round is done
+        super()._draw()
+
+    def _picture(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(fleet_table(self._seats), Text(self._line(), overflow="ellipsis", no_wrap=True))
+
+    def _line(self) -> str:
+        """What stands under the table."""
+        now = time.monotonic()
+        away = [seat for seat in self._seats if seat.stream is None]
+        missing = ", ".join(seat.account(now) for seat in away[:8]) + (", ..." if len(away) > 8 else "")
+        if self._stage:
+            still = f"; missing: {missing}" if away and not self._stage.startswith("waiting") else ""
+            return f"{self._stage} ...{still}"
+        if not self._when:
+            return "preparing ..." + (f" waiting for {missing}" if away else "")
+        line = f"round {self._round}/{self.total}  {self._round / max(1, self.total):4.0%}  "
+        return line + (f"waiting for {missing}" if away and now - self._when > _STALE else self._words)
 
 
 def fleet_table(seats: Sequence[Seat]) -> RenderableType:
-    """A row a device: state, round, latency, bytes, last error."""
+    """A row a device: state, round, latency, bytes, connections; below, a line for each device's last error."""
     from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, title_justify="left")
-    for name in ("device", "state", "round", "latency", "up", "down", "streams", "last error"):
-        words = name in ("state", "last error")
-        table.add_column(name, no_wrap=name != "last error", justify="left" if words else "right")
+    now = time.monotonic()
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("device", "state", "round", "latency", "up", "down", "connections"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "state" else "right")
     shown = sorted(seats, key=lambda seat: (_ORDER.get(seat.state, 9), seat.client)) if len(seats) > _ROWS else seats
     for seat in shown[:_ROWS]:
         lag = f"{1e3 * statistics.median(list(seat.latencies)):.1f} ms" if seat.latencies else "-"
+        state = seat.state
         table.add_row(
-            str(seat.client),
-            Text(seat.state, style="red" if seat.stream is None and seat.connections else ""),
-            str(seat.round or "-"),
-            lag,
-            size_of(seat.received[1]),
-            size_of(seat.sent[1]),
-            str(seat.connections),
-            Text(seat.error[:80], overflow="ellipsis"),
-        )
+            str(seat.client), Text(f"away {span(now - seat.since)}", style="red") if state == "away" else state,
+            str(seat.round or "-"), lag, size_of(seat.received[1]), size_of(seat.sent[1]), str(seat.connections),
+        )  # fmt: skip
     if len(seats) > _ROWS:
         table.caption = f"and {len(seats) - _ROWS} more"
-    return table
+    wrong = [seat for seat in shown if seat.error][:_ERRORS]
+    errors = [Text(f"last error of {seat.client}: {seat.error}", overflow="ellipsis", no_wrap=True) for seat in wrong]
+    return Group(table, *errors)
 
 
 def device_table(watching: Watching) -> RenderableType:
     """What one device shows of itself."""
     from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD)
-    for name in ("device", "server", "state", "round", "computing", "answers", "up", "down", "streams", "last error"):
-        table.add_column(name)
+    for name in ("device", "server", "round", "computing", "answers", "up", "down", "connections"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("device", "server") else "right")
     took = f"{1e3 * statistics.median(list(watching.latencies)):.1f} ms" if watching.latencies else "-"
     table.add_row(
-        "-" if watching.client < 0 else str(watching.client), watching.server, watching.state,
+        "-" if watching.client < 0 else f"{watching.client} of {watching.clients}", watching.server,
         str(watching.round or "-"), took, str(watching.answers), size_of(watching.sent), size_of(watching.received),
-        str(watching.connections), Text(watching.error[:80], overflow="ellipsis"),
+        str(watching.connections),
     )  # fmt: skip
-    return table
+    lines = [Text(_state(watching))]
+    if watching.error:
+        ago = span(time.monotonic() - watching.erred)
+        lines.append(Text(f"last error, {ago} ago: {watching.error}", style="red" if _apart(watching) else "dim"))
+    return Group(table, *lines)
+
+
+def _apart(watching: Watching) -> bool:
+    return watching.state in ("connecting", "waiting to connect again")
+
+
+def _state(watching: Watching) -> str:
+    """The state in words, with what is to be expected."""
+    text = "connected" if watching.state == "computing" else watching.state  # it would flicker
+    if watching.state == "waiting to connect again":
+        text += f", in {max(0.0, watching.until - time.monotonic()):.0f} s"
+    return text + (f" ({watching.farewell})" if watching.farewell and _apart(watching) else "")
 
 
 @contextlib.contextmanager
 def device_display(watching: Watching, console: Console, *, quiet: bool) -> Iterator[None]:
     """Show a device while the block runs: a table that renews itself on a terminal, changes of state elsewhere."""
-    import threading
-
     if quiet:
         yield
         return
-    over = threading.Event()
-    live = console.is_terminal and not console.is_dumb_terminal
-
-    def lines() -> None:
-        said, next_line = "", 0.0
-        while not over.wait(0.2):
-            state = "connected" if watching.state == "computing" else watching.state
-            now = time.monotonic()
-            if state != said or now >= next_line:
-                said, next_line = state, now + 30.0
-                console.out(f"{state}, round {watching.round}, {watching.answers} answers", highlight=False)
-
-    if not live:
-        thread = threading.Thread(target=lines, daemon=True)
-        thread.start()
-        try:
+    watching.say = lambda text: console.print(text, markup=False, highlight=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        with _lines(watching, console):
             yield
-        finally:
-            over.set()
-            thread.join()
         return
     from rich.live import Live
 
     with Live(get_renderable=lambda: device_table(watching), console=console, refresh_per_second=1 / LIVE):
         yield
+
+
+@contextlib.contextmanager
+def _lines(watching: Watching, console: Console) -> Iterator[None]:
+    """A line when the state is another, or another error keeps it; and one a minute."""
+    import threading
+
+    over, said = threading.Event(), [""]
+
+    def changed() -> None:
+        if watching.state in ("starting", "connecting", "computing"):
+            return
+        line = watching.state
+        if _apart(watching):
+            line += f" ({watching.farewell or watching.error})"
+        if line != said[0]:
+            said[0] = line
+            with contextlib.suppress(OSError, ValueError):  # a closed pipe or stream
+                console.out(line, highlight=False)
+
+    def status() -> None:
+        while not over.wait(_STATUS):
+            with contextlib.suppress(OSError, ValueError):
+                console.out(f"{_state(watching)}, round {watching.round}, {watching.answers} answers", highlight=False)
+
+    watching.changed = changed
+    thread = threading.Thread(target=status, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def span(seconds: float) -> str:
+    """A time for a person to read: 12 s, 3 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -48,10 +48,13 @@ class Progress:
         self._begun = False
         self._drawn: int | None = None
         self._bar: tuple[Bar, TaskID] | None = None
+        self._open = False  # whether a stage has begun a line and not ended it
         self._next = 0.0 if mode != "quiet" else float("inf")
 
     def update(self, round: int, up_bytes: int, down_bytes: int) -> None:
         """Say which round is done and the bytes sent so far, up and down; draws where it is time."""
+        if round < self._round:  # gone back: what lies before says nothing of the pace
+            self._history.clear()
         self._round, self._up, self._down = round, up_bytes, down_bytes
         if time.monotonic() >= self._next:
             self._draw()
@@ -70,17 +73,24 @@ class Progress:
         try:
             if inline:
                 self._print(f"{name} ... ", end="")
+                self._open = True
             yield
         except BaseException as error:
-            end = "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-            self._print(end if inline else f"{name} ... {end}")
+            self._end(name, "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed")
             raise
-        took = f"done in {_seconds(time.monotonic() - begin)}"
-        self._print(took if inline else f"{name} ... {took}")
+        self._end(name, f"done in {_seconds(time.monotonic() - begin)}")
 
     def note(self, text: str) -> None:
-        """Say something between two drawings."""
+        """Say something between two drawings, on a line of its own."""
+        if self._open:
+            self._open = False
+            self._print("")
         self._print(text)
+
+    def _end(self, name: str, how: str) -> None:
+        """End a stage's line; where something was said meanwhile, on a line of its own."""
+        self._print(how if self._open else f"{name} ... {how}")
+        self._open = False
 
     def close(self) -> None:
         """Draw the last state and leave the terminal as it was; harmless a second time."""
@@ -146,7 +156,7 @@ class Progress:
 
     def _rate(self) -> float:
         """Rounds a second since the oldest of the last drawings; 0 where nothing is known yet."""
-        if self._history[-1][1] != self._round:
+        if not self._history or self._history[-1][1] != self._round:
             self._history.append((time.monotonic(), self._round))
         (then, first), (last, current) = self._history[0], self._history[-1]
         return (current - first) / (last - then) if last > then else 0.0

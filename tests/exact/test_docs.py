@@ -35,7 +35,7 @@ def test_every_preset_is_in_the_readme() -> None:
         "docs/configuration.md",
         "docs/methods.md",
         "docs/run-directory.md",
-        "docs/devices/certificates.md",
+        *(f"docs/devices/{name}.md" for name in ("README", "certificates", "protocol", "raspberry-pi", "recovery")),
     ],
 )
 def test_links_lead_somewhere(document: str) -> None:

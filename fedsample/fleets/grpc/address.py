@@ -5,12 +5,13 @@ A host is a DNS name, an IPv4 address, or an IPv6 address in brackets, as in `[2
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import re
 import socket
 from typing import NamedTuple
 
-from fedsample.errors import AddressError
+from fedsample.errors import AddressError, FedSampleError
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _SHAPES = "expected HOST:PORT such as sampler.example.org:8443, 192.0.2.7:8443 or [2001:db8::1]:8443"
@@ -87,6 +88,38 @@ def is_loopback(address: IPAddress) -> bool:
     """Whether packets to it stay on this machine; an IPv4 address mapped into IPv6 counts as what it maps."""
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
+
+
+def check_free(address: Address) -> None:
+    """Refuse an address at which nothing can listen, with the system's reason; gRPC's says little.
+
+    Raises:
+        FedSampleError: another process listens there, it is not this machine's, or the port is reserved.
+    """
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise _occupied(address, error) from None
+    errors = []
+    for family, kind, protocol, _, place in found:
+        try:
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+                trial.bind(place)
+                trial.listen(1)
+        except OSError as error:
+            errors.append(error)
+            if error.errno == errno.EADDRINUSE or len(errors) == len(found):  # a name may have one that is not here
+                raise _occupied(address, error) from None
+
+
+def _occupied(address: Address, error: OSError) -> FedSampleError:
+    advice = {
+        errno.EADDRINUSE: "another process listens there, perhaps another server: end it, or choose another port",
+        errno.EADDRNOTAVAIL: "it is none of this machine's addresses: take one of them, or 0.0.0.0 for all",
+        errno.EACCES: "ports below 1024 are reserved: choose one above",
+    }.get(error.errno or 0, "choose another with --listen")
+    return FedSampleError(f"cannot listen at {address} ({error.strerror or error}): {advice}")
 
 
 def check_insecure(address: Address | str, *, listen: bool = False) -> Address:

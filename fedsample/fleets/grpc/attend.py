@@ -8,6 +8,7 @@ given; an answer that could not be sent is kept, and sent when it is asked for a
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 import traceback
@@ -21,7 +22,7 @@ import grpc
 import grpc.aio
 
 from fedsample.clients.resident import Resident
-from fedsample.errors import FedSampleError
+from fedsample.errors import ConfigError, DataError, FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, pieces
 from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
@@ -29,6 +30,8 @@ from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 
 LIMIT = 1 << 33  # bytes that a request's arrays may have
 FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
+_HINT = 8  # failures to connect in a row after which it is said how to find out why
+_LEAVE = 2.0  # seconds for the server to read why a device leaves
 _OPTIONS = [
     *DIRECT,
     ("grpc.max_receive_message_length", 4 << 20),
@@ -40,6 +43,7 @@ _OPTIONS = [
 ]
 
 
+_NOWHERE = re.compile(r"last error: \w+: \S+ (?:Failed to connect to remote host: )?(.{1,200})")
 _BROKEN = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, Damaged, OSError)
 
 
@@ -53,11 +57,14 @@ class Watching:
 
     Attributes:
         state: in a few words. round: last one answered. answers, connections: counts. received, sent: bytes of frames.
-        latencies: seconds of computing, the last few. error: the last thing that went wrong.
+        latencies: seconds of computing, the last few. error, erred: the last thing that went wrong, and when.
+        until: when the next attempt to connect is due. farewell: why the server left, until it is back. changed: called
+            when the state is another. say: says something to whoever looks on.
     """
 
     server: str = ""
     client: int = -1
+    clients: int = 0
     state: str = "starting"
     round: int = 0
     answers: int = 0
@@ -66,12 +73,21 @@ class Watching:
     sent: int = 0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     error: str = ""
-    since: float = field(default_factory=time.monotonic)
+    erred: float = 0.0
+    until: float = 0.0
+    farewell: str = ""
+    changed: Callable[[], None] = lambda: None
+    say: Callable[[str], None] = lambda text: None
 
     def to(self, state: str) -> None:
         """Change the state."""
         if state != self.state:
-            self.state, self.since = state, time.monotonic()
+            self.state = state
+            self.changed()
+
+    def fail(self, reason: str) -> None:
+        """Something went wrong."""
+        self.error, self.erred = reason, time.monotonic()
 
 
 class Attendant:
@@ -81,7 +97,8 @@ class Attendant:
         target: host:port. credentials: of the device; None: plaintext. claimed: which client it is, where no
             certificate says so. found: makes the device's half of a run, from what the server tells about it; called in
             the computing thread.
-        attempts: failures to connect in a row after which it gives up; None: never.
+        attempts: failures to connect in a row after which it gives up; None: never. doctor: the command that examines
+            the way to the server.
     """
 
     def __init__(
@@ -93,10 +110,12 @@ class Attendant:
         *,
         attempts: int | None = None,
         watching: Watching | None = None,
+        doctor: str = "",
     ) -> None:
         """Nothing is open yet; see `attend`."""
         self.target, self.claimed, self.attempts = target, claimed, attempts
         self.watching = watching or Watching(target)
+        self._advice = f". `{doctor or f'fedsample doctor net {target}'}` names the step that fails"
         self._credentials, self._found = credentials, found
         self._instance = secrets.token_bytes(16)
         self._resident: tuple[bytes, asyncio.Future[Resident]] | None = None  # the run, and this device's half of it
@@ -121,15 +140,15 @@ class Attendant:
                 reason = "the stream ended"
             except _BROKEN as error:
                 reason = _reason(error)
-            self.watching.error = reason
             failures = 0 if self.watching.connections > welcomed else failures + 1
             if self.attempts is not None and failures >= self.attempts:
                 raise FedSampleError(
-                    f"{self.target} could not be reached in {failures} attempts; the last: {reason}. `fedsample doctor "
-                    f"net {self.target}` names the step that fails"
+                    f"{self.target} could not be reached in {failures} attempts; the last: {reason}{self._advice}"
                 )
+            self.watching.fail(reason + (self._advice if failures >= _HINT else ""))
             pause = secrets.SystemRandom().uniform(0, min(LONGEST, FIRST * 2 ** min(failures, 16)))
-            self.watching.to(f"waiting {pause:.1f} s to connect again ({reason})")
+            self.watching.until = time.monotonic() + pause
+            self.watching.to("waiting to connect again")
             await asyncio.sleep(pause)
 
     def close(self) -> None:
@@ -171,12 +190,20 @@ class Attendant:
         working = asyncio.create_task(self._work(call, requests, welcome))
         try:
             await asyncio.wait({listening, working}, return_when=asyncio.FIRST_COMPLETED)
+            if self._unfit():
+                await asyncio.wait({listening}, timeout=_LEAVE)  # the server hangs up when it has read why
+                await working
             over = listening if listening.done() else working
             return None if over.cancelled() else over.result()  # gRPC cancels who reads when the other side has ended
         finally:
             for task in (listening, working):
                 task.cancel()
             await asyncio.gather(listening, working, return_exceptions=True)
+
+    def _unfit(self) -> bool:
+        """Whether this device has found that it cannot take part."""
+        found = None if self._resident is None else self._resident[1]
+        return found is not None and found.done() and not found.cancelled() and found.exception() is not None
 
     async def _listen(
         self, call: Any, requests: asyncio.Queue[Message], welcome: asyncio.Future[pb.Welcome]
@@ -206,18 +233,26 @@ class Attendant:
                     raise Refused(f"{self.target} refuses this device: {frame.refusal.reason}")
                 raise Damaged(frame.refusal.reason)
             elif kind == "farewell":
-                return str(frame.farewell.reason) if frame.farewell.finished else None
+                self.watching.farewell = str(frame.farewell.reason)
+                return self.watching.farewell if frame.farewell.finished else None
 
     async def _enter(self, call: Any, welcome: pb.Welcome) -> Resident:
         """Take part in the run that the server has."""
         if welcome.protocol != PROTOCOL:
             raise Refused(f"{self.target} speaks protocol {welcome.protocol}, this device {PROTOCOL}: install the same")
         watching = self.watching
-        watching.client, watching.connections = welcome.client, watching.connections + 1
+        watching.client, watching.clients = welcome.client, welcome.clients
+        watching.connections, watching.farewell = watching.connections + 1, ""
         if self._resident is None or self._resident[0] != welcome.run:
             self._resident = welcome.run, asyncio.ensure_future(self._compute(self._found, welcome))
+            self._resident[1].add_done_callback(lambda done: done.cancelled() or done.exception())
         watching.to("reading the data")
-        resident = await asyncio.shield(self._resident[1])  # it is read once, whatever happens to the stream meanwhile
+        try:  # it is read once, whatever happens to the stream meanwhile
+            resident = await asyncio.shield(self._resident[1])
+        except (ConfigError, DataError) as error:
+            await self._send(call, pb.DeviceFrame(failure=pb.Failure(stage="data", detail=str(error), round=-1)))
+            await call.done_writing()
+            raise
         standing = resident.standing
         ready = pb.Ready(
             run=welcome.run, term=standing.term, live=standing.live, snapshots=standing.snapshots,
@@ -246,7 +281,7 @@ class Attendant:
                 failure = pb.Failure(
                     digest=message.name.digest, stage=trace.stage, detail=traceback.format_exc(), round=trace.round
                 )
-                watching.error = f"{type(error).__name__}: {error}"
+                watching.fail(f"{type(error).__name__}: {error}")
                 await self._send(call, pb.DeviceFrame(failure=failure))
                 continue
             watching.latencies.append(time.monotonic() - began)
@@ -276,6 +311,8 @@ def _reason(error: BaseException) -> str:
     """Why a stream ended, in a line."""
     if isinstance(error, grpc.aio.AioRpcError):
         text = " ".join(str(error.details() or "").split())
+        if (found := _NOWHERE.search(text)) is not None:
+            return f"cannot connect: {found.group(1)}"
         return f"{error.code().name.lower()}: {text[:200]}"
     return str(error) or type(error).__name__
 

@@ -19,8 +19,8 @@ from fedsample.config import dump_toml
 from fedsample.data.device import agreed_schema
 from fedsample.data.schema import Schema
 from fedsample.diagnostics.counts import scores
-from fedsample.errors import CertificateError, RunDirectoryError
-from fedsample.fleets.grpc.address import Address, check_insecure
+from fedsample.errors import CertificateError, ConfigError, DataError, Interrupted, RunDirectoryError
+from fedsample.fleets.grpc.address import Address, check_free, check_insecure
 from fedsample.fleets.grpc.credentials import server_credentials
 from fedsample.fleets.grpc.desk import Desk
 from fedsample.fleets.grpc.fleet import GrpcFleet, fleet_on, gather, sums_of
@@ -63,7 +63,11 @@ class Host:
         """
         experiment = session.experiment
         hub = self._listen(session, progress)
-        stack.callback(lambda: hub.stop("the run has ended", finished=session.finished))
+
+        def leave(kind: object, error: BaseException | None, trace: object) -> None:
+            hub.stop(_farewell(error), finished=session.finished)
+
+        stack.push(leave)
         if isinstance(progress, FleetProgress):
             progress.watch(hub.seats)
         self.opened(hub)
@@ -91,8 +95,10 @@ class Host:
             address, credentials = check_insecure(self.address, listen=True), None
         else:
             address, credentials = self.address, server_credentials(self.certs)
+        check_free(address)
         hub = Hub(invitation, str(address), credentials, _claimed if credentials is None else _certified)
         hub.say = progress.note
+        hub.remind = progress.remind if isinstance(progress, FleetProgress) else progress.note
         hub.stopping = lambda: session.stopped is not None
         hub.start()
         return hub
@@ -140,6 +146,17 @@ def _scores(counts: torch.Tensor, likelihood: str | None) -> dict[str, float]:
     if likelihood is None or float(counts[0]) == 0:
         return {}
     return {name: value for name, value in scores(counts, likelihood).items() if value is not None}
+
+
+def _farewell(error: BaseException | None) -> str:
+    """What devices are told in the end; other errors may hold what is none of their business."""
+    if error is None:
+        return "the run has ended"
+    if isinstance(error, Interrupted):
+        return "the server was stopped, and can go on"
+    if isinstance(error, ConfigError | DataError):
+        return f"the server stopped: {(str(error).splitlines() or [''])[0]}"
+    return "the server stopped with an error, which it shows itself"
 
 
 def _claimed(context: Any, claimed: int) -> Identified:

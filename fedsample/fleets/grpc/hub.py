@@ -26,6 +26,7 @@ from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 
 STAGE = 256 << 20  # bytes of large answers that may wait to be added, all clients together
 COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
+_LINE = 500  # characters of a device's own words that are shown
 _HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong
 _LEAVE = 2.0  # seconds that a device has to read the last word and go
 _TERMS = 1 << 62  # no run goes back so often
@@ -83,6 +84,7 @@ class Hub:
         self.term = 0
         self.port = 0
         self.say: Callable[[str], None] = lambda text: None
+        self.remind: Callable[[str], None] = lambda text: self.say(text)  # of who is waited for, again and again
         self.stopping: Callable[[], bool] = lambda: False
         self.duplicates = 0  # answers that came again
         self._credentials, self._identify = credentials, identify
@@ -210,7 +212,7 @@ class Hub:
                 if now - said >= COMPLAIN:
                     said = now
                     waiting = [self.seats[each].account(now) for each in sorted(batch.left)]
-                    self.say(f"waiting for {_listed(waiting)}")
+                    self.remind(f"waiting for {_listed(waiting)}")
                     self._loop.call_soon_threadsafe(self._nudge, batch)
                 if self.stopping():
                     stop = stop or now
@@ -258,7 +260,7 @@ class Hub:
             now = time.monotonic()
             if missing() and now - said >= COMPLAIN:
                 said = now
-                self.say(f"waiting for {_listed([self.seats[each].account(now) for each in missing()])}")
+                self.remind(f"waiting for {_listed([self.seats[each].account(now) for each in missing()])}")
             if self.stopping():
                 raise Abandoned("stopped while waiting for clients")
 
@@ -399,7 +401,10 @@ class Hub:
         if hello.protocol != PROTOCOL:
             problem = f"this server speaks protocol {PROTOCOL}, the device {hello.protocol}: install the same fedsample"
         elif not problem and not 0 <= who.client < len(self.seats):
-            problem = f"client {who.client} is none of the run's {len(self.seats)}: 0 to {len(self.seats) - 1}"
+            problem = (
+                f"client {who.client} is none of the run's {len(self.seats)}, which are 0 to {len(self.seats) - 1}: "
+                "raise data.clients on the server, or use another client's certificate"
+            )
         if problem:
             await context.write(_refusal(problem, retry=False))
             return
@@ -502,7 +507,11 @@ class Hub:
             elif kind == "ready":
                 self._ready(seat, stream, frame.ready)
             elif kind == "failure":
-                if seat.asked is not None and seat.asked.message.name.digest == frame.failure.digest:
+                if not frame.failure.digest:  # of no request: the device cannot take part, and leaves
+                    reason = last_line(frame.failure.detail)[:_LINE]
+                    self.say(f"client {seat.client} cannot take part: {reason}")
+                    stream.close(reason)
+                elif seat.asked is not None and seat.asked.message.name.digest == frame.failure.digest:
                     asked, seat.asked = seat.asked, None
                     seat.error = last_line(frame.failure.detail)
                     asked.batch.put(seat.client, frame.failure, soon=True)

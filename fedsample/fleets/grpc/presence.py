@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedsample.clients.holding import Held, Source
 from fedsample.clients.resident import Resident
+from fedsample.data.builtin import datasets
 from fedsample.errors import Interrupted, RunDirectoryError
 from fedsample.experiment import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
@@ -67,7 +69,7 @@ def take_part(presence: Presence) -> str:
         place = experiment.fleet.model_copy(update={"device": presence.device})
         experiment = experiment.model_copy(update={"fleet": place})
         prepare_threads(experiment.fleet.threads or 1)
-        source = Source(presence.data, presence.target, presence.partition, presence.partitions)
+        source = _source(presence, welcome, watching)
         held = Held(experiment, welcome.client, welcome.clients, source)
         while folders:
             folders.pop().close()  # of another run, which this server may take up again
@@ -76,8 +78,10 @@ def take_part(presence: Presence) -> str:
         return Resident(folder, welcome.run, experiment, welcome.client, welcome.clients, held)
 
     attendant = Attendant(
-        str(address), credentials, presence.claimed, found, attempts=presence.attempts, watching=watching
-    )
+        str(address), credentials, presence.claimed, found, attempts=presence.attempts, watching=watching,
+        doctor=f"fedsample doctor net {address} "
+        + ("--insecure" if presence.certs is None else f"--certs {shlex.quote(str(presence.certs))}"),
+    )  # fmt: skip
     try:
         with device_display(watching, Console(stderr=True), quiet=presence.quiet):
             return asyncio.run(_until_told(attendant))
@@ -100,6 +104,21 @@ async def _until_told(attendant: Attendant) -> str:
     attending.cancel()
     await asyncio.gather(attending, return_exceptions=True)
     raise Interrupted("stopped; start it again with the same options, and the run goes on")
+
+
+def _source(presence: Presence, welcome: pb.Welcome, watching: Watching) -> Source:
+    """Where the rows come from; a share of a built-in set is this client's own, unless told otherwise."""
+    client, clients = welcome.client, welcome.clients
+    partition, partitions = presence.partition, presence.partitions
+    builtin = presence.data in {fact.name for fact in datasets()} and not Path(presence.data or "").is_file()
+    if builtin and partition is None and partitions is None:
+        partition, partitions = client, clients
+    elif builtin and None not in (partition, partitions) and (partition, partitions) != (client, clients):
+        watching.say(
+            f"note: client {client} of {clients} takes partition {partition} of {partitions} of {presence.data}; rows "
+            "that two devices hold count twice, and rows that none holds do not count"
+        )
+    return Source(presence.data, presence.target, partition, partitions)
 
 
 def _name(welcome: pb.Welcome) -> str:

@@ -1,0 +1,75 @@
+"""The command line as on a device that has only what requirements-device.txt names: python slim.py ARGUMENTS.
+
+Every other distribution that is installed here is hidden, as if it were not.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+REQUIREMENTS = Path(__file__).parents[2] / "requirements-device.txt"
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required(text: str) -> list[str]:
+    """Names of the distributions in a requirements file."""
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [normal(line.partition("==")[0]) for line in lines if line]
+
+
+def closure(names: list[str]) -> set[str]:
+    """These distributions and what they need, without extras."""
+    from packaging.requirements import Requirement
+
+    found: set[str] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # for another platform
+            continue
+        for need in map(Requirement, needs):
+            if need.marker is None or need.marker.evaluate({"extra": ""}):
+                todo.append(normal(need.name))
+    return found
+
+
+class Hidden:
+    """Finds nothing of the modules that are not to be there."""
+
+    def __init__(self, modules: set[str]) -> None:
+        self.modules = modules
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> None:
+        if name.partition(".")[0] in self.modules:
+            raise ModuleNotFoundError(f"No module named {name!r} (hidden)", name=name)
+
+
+def hide() -> None:
+    allowed = closure(required(REQUIREMENTS.read_text()))
+    owners = metadata.packages_distributions()
+    hidden = {module for module, each in owners.items() if not {normal(name) for name in each} & allowed}
+    hidden -= {"fedsample", "slim", *sys.stdlib_module_names}
+    for module in [name for name in sys.modules if name.partition(".")[0] in hidden]:
+        del sys.modules[module]  # what looked up the distributions
+    sys.meta_path.insert(0, Hidden(hidden))
+
+
+if __name__ == "__main__":
+    hide()
+    from fedsample.cli import main
+
+    sys.argv[0] = "fedsample"
+    main()
