@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedsample import benchmark_table as table
 from fedsample.errors import ConfigError, FedSampleError
 
 
@@ -20,34 +23,55 @@ class Part(NamedTuple):
     """One benchmark.
 
     Attributes:
-        script: its file. title: what it compares. quick: arguments that make it short.
+        script: its file. title: what it compares. full: arguments of the whole of it. quick: those that make it short.
+        ray: whether it starts Flower's simulation. cuda: whether it takes --device.
     """
 
     script: str
     title: str
+    full: tuple[str, ...]
     quick: tuple[str, ...]
+    ray: bool = False
+    cuda: bool = False
 
 
 PARTS = {
     "a": Part(
         "workload_a.py",
-        "Workload A: a Langevin-MARINA round of logistic regression against the bare gradient, ms",
-        ("--clients", "10", "--rounds", "40", "--repeats", "2", "--engines", "batched"),
+        "Workload A: a Langevin-MARINA round of logistic regression against the bare gradient",
+        ("--torch-compile",),
+        ("--clients", "10", "--rounds", "40", "--repeats", "2", "--engines", "batched", "compiled"),
+        cuda=True,
     ),
     "a-flower": Part(
-        "workload_a_flower.py", "Workload A under Flower's simulation runtime, ms", ("--clients", "2", "--rounds", "2")
+        "workload_a_flower.py",
+        "Workload A under Flower's simulation runtime",
+        (),
+        ("--clients", "2", "--rounds", "2"),
+        ray=True,
+    ),
+    "b": Part(
+        "flower_app.py",
+        "Workload B: FedAvg of a CNN as a Flower app against a plain loop",
+        ("--only", "cnn"),
+        ("--only", "cnn", "--cnn-rounds", "1"),
     ),
     "flower": Part(
-        "flower_app.py", "Flower apps, and FedAvg of a CNN (workload B)", ("--only", "overhead", "--clients", "2")
+        "flower_app.py",
+        "Flower apps against Flower's simulation runtime",
+        ("--only", "overhead"),
+        ("--only", "overhead", "--clients", "2"),
+        ray=True,
     ),
     "c": Part(
         "workload_c.py",
-        "Workload C: QLSD++ of networks against a plain loop, ms",
+        "Workload C: QLSD++ of networks against a plain loop",
+        (),
         ("--models", "lenet5", "--rounds", "1"),
     ),
-    "growth": Part("growth.py", "Growth with the number of clients", ("--clients", "10", "--rounds", "3")),
+    "growth": Part("growth.py", "Growth with the number of clients", (), ("--clients", "10", "--rounds", "3")),
     "devices": Part(
-        "devices.py", "Devices over gRPC against bare streams", ("--devices", "2", "--large", "--rounds", "5")
+        "devices.py", "Devices over gRPC against bare streams", (), ("--devices", "2", "--large", "--rounds", "5")
     ),
 }
 
@@ -78,27 +102,52 @@ def chosen(parts: str) -> list[str]:
     return names
 
 
-def measure(names: Sequence[str], *, quick: bool) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Run parts one after the other -> each part's name and rows.
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
 
     Raises:
-        FedSampleError: if one fails.
+        ConfigError: it is not, or is none that could be.
     """
-    folder = scripts()
-    for name in names:
-        part = PARTS[name]
-        with tempfile.TemporaryDirectory() as place:
-            out = Path(place) / "rows.json"
-            form = ["--out", str(out)] if name == "flower" else ["--json"]
-            command = [sys.executable, str(folder / part.script), *form, *(part.quick if quick else ())]
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-            if done.returncode:
-                raise FedSampleError(f"benchmark {name} failed with exit code {done.returncode}; its message is above")
-            text = out.read_text() if name == "flower" else done.stdout
-        found = json.loads(text)
-        yield name, found if isinstance(found, list) else found["rows"]
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: got {device!r}, expected cpu or cuda")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda, but this machine has no GPU that PyTorch can use; choose cpu")
+
+
+def why_not(name: str, device: str) -> str:
+    """Why a part cannot be measured here; empty: it can."""
+    part = PARTS[name]
+    if not (scripts() / part.script).is_file():
+        return f"{part.script} is not in this installation"
+    if device == "cuda" and not part.cuda:
+        return "measured on the CPU only"
+    if part.ray and importlib.util.find_spec("ray") is None:
+        return "Flower's simulation needs Ray: pip install 'fedsample[ray]'"
+    return ""
+
+
+def measure(name: str, *, quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
+    """Run a part in a fresh process with one thread -> its rows.
+
+    Raises:
+        FedSampleError: if it fails.
+    """
+    part = PARTS[name]
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "rows.json"
+        to_file = part.script == "flower_app.py"
+        form = ["--out", str(out)] if to_file else ["--json"]
+        form += ["--device", device] if part.cuda else []
+        command = [sys.executable, str(scripts() / part.script), *form, *(part.quick if quick else part.full)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise FedSampleError(f"benchmark {name} failed with exit code {done.returncode}; its message is above")
+        found = json.loads(out.read_text() if to_file else done.stdout)
+    rows: list[dict[str, Any]] = found if isinstance(found, list) else found["rows"]
+    return rows
 
 
 def machine() -> dict[str, Any]:
@@ -110,8 +159,17 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "processor": _processor(),
         "cores": os.cpu_count(), "load": [round(each, 2) for each in os.getloadavg()],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(), "torch": torch.__version__, "fedsample": fedsample.__version__,
+        "flwr": _version("flwr"), "ray": _version("ray"),
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -121,14 +179,13 @@ def _processor() -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as tables."""
+    """Date, machine and the one table."""
     about = report["machine"]
-    lines = [
-        f"Measured {about['date']} on {about['cores']} cores of {about['processor']}, torch {about['torch']}, load "
-        f"{about['load'][0]} at the start."
-    ]
-    for name, rows in report["parts"].items():
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        lines += ["", f"### {PARTS[name].title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(str(row.get(column, '')) for column in columns)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "flwr", "ray") if about[name])
+    where = about["gpu"] if report["device"] == "cuda" else f"{about['cores']} cores of {about['processor']}"
+    quick = " Small sizes (--quick): these say that it works, not how fast it is." if report["quick"] else ""
+    head = (
+        f"Measured {about['date']} on {where}, one thread, {versions}, load {about['load'][0]} at the start and "
+        f"{about['load_end'][0]} at the end.{quick}"
+    )
+    return f"{head}\n\n{table.markdown(table.lines(report['parts'], report['absent']))}"

@@ -1,6 +1,6 @@
 """Speed on Flower's ground: FedAvg apps on our Grid, against Flower's runtime and against a plain torch loop.
 
-    python simulations/benchmarks/flower_app.py [--out FILE] [--only overhead|cnn] [--clients 10 100] [--rounds 3]
+    python simulations/benchmarks/flower_app.py [--out FILE] [--only overhead|cnn] [--clients 10 100]
 
 `overhead`: a quickstart app, a perceptron that all clients train and evaluate in each round, in Flower's simulation
 runtime and on our Grid; and the same with clients that give back what they get, where nothing is left but the cost of
@@ -213,8 +213,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("overhead", "cnn"))
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cnn-rounds", type=int, default=4)
     options = parser.parse_args()
-    table = measure(options.clients, options.rounds, only=options.only)
+    table = measure(options.clients, options.rounds, only=options.only, cnn_rounds=options.cnn_rounds)
     for row in table:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if options.out is not None:

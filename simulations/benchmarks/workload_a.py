@@ -1,6 +1,6 @@
 """Workload A: a round of Langevin-MARINA on logistic regression, beside the same work done in other ways.
 
-    python simulations/benchmarks/workload_a.py [--clients 10 100 1000] [--threads 1] [--torch-compile] [--json]
+    python simulations/benchmarks/workload_a.py [--clients 10 100 1000] [--torch-compile] [--device cuda] [--json]
 
 d = 123, 300 rows a client, full gradients, 10 % sparsification by random blocks, one chain. In one process and
 interleaved, the fastest of several repeats of each:
@@ -11,7 +11,8 @@ interleaved, the fastest of several repeats of each:
     loop        the round as a plain loop over clients in PyTorch, without keyed draws, prior, memories or accounts
     round       ours, with each engine: everything that a run computes between two rounds
 
-`ratio` divides ours by the fastest gradient. The load of the machine stands beside it: on a busy one nothing is fast.
+What cannot be measured here has a row that says `why`. `ratio` divides ours by the fastest gradient. The load of the
+machine stands beside it: on a busy one nothing is fast.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import json
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def write_data(path: Path, clients: int) -> None:
     np.savez(path, X=x, y=y, client=np.repeat(np.arange(clients), ROWS))
 
 
-def settings(file: Path, engine: str = "auto") -> dict[str, Any]:
+def settings(file: Path, engine: str = "auto", device: str = "cpu") -> dict[str, Any]:
     """The experiment."""
     return {
         "preset": "langevin-marina",
@@ -61,13 +62,13 @@ def settings(file: Path, engine: str = "auto") -> dict[str, Any]:
         "model": {"name": "logistic", "intercept": False},
         "uplink": {"compressor": "randblock", "k": SHARE},
         "start": {"at": "zeros"},
-        "fleet": {"engine": engine},
+        "fleet": {"engine": engine, "device": device},
     }
 
 
-def rounds_of(file: Path, engine: str) -> tuple[Problem, Callable[[], None]]:
+def rounds_of(file: Path, engine: str, device: str = "cpu") -> tuple[Problem, Callable[[], None]]:
     """The problem, and a function that does the next round."""
-    experiment = load(settings(file, engine), environment={})
+    experiment = load(settings(file, engine, device), environment={})
     problem = build_problem(experiment)
     fleet = build_fleet(experiment, problem)
     prepared = prepare(experiment, problem, fleet, Progress(1, 0, "quiet"))
@@ -84,31 +85,30 @@ def rounds_of(file: Path, engine: str) -> tuple[Problem, Callable[[], None]]:
 
 def plain_loop(x: Tensor, y: Tensor) -> Callable[[], None]:
     """The round as one writes it down: x (n, rows, d), y (n, rows)."""
-    point, kept = torch.zeros(D), round(SHARE * D)
-    last = [torch.zeros(D) for _ in x]
-    estimate = torch.zeros(D)
+    zeros, kept = torch.zeros(D, device=x.device), round(SHARE * D)
+    point, estimate, last = zeros, zeros, [zeros for _ in x]
 
     def one_round() -> None:
         nonlocal point, estimate
-        total = torch.zeros(D)
+        total = torch.zeros_like(zeros)
         dense = bool(torch.rand(()) < SHARE)
         for i in range(len(x)):
             gradient = x[i].T @ (torch.sigmoid(x[i] @ point) - y[i])
             if dense:
                 total += gradient
             else:
-                chosen = torch.randperm(D)[:kept]
+                chosen = torch.randperm(D, device=x.device)[:kept]
                 total[chosen] += (gradient - last[i])[chosen] * (D / kept)
             last[i] = gradient
         estimate = total if dense else estimate + total
-        point = point - STEP * estimate + (2 * STEP) ** 0.5 * torch.randn(D)
+        point = point - STEP * estimate + (2 * STEP) ** 0.5 * torch.randn_like(zeros)
 
     return one_round
 
 
 def gradients(clients: GeneralizedLinear, x: Tensor, y: Tensor, torch_compile: bool) -> dict[str, Callable[[], object]]:
     """Ways to every client's gradient: x (n, rows, d), y (n, rows)."""
-    point, flat = torch.full((D,), 0.01), x.view(-1, D)
+    point, flat = torch.full((D,), 0.01, device=x.device), x.view(-1, D)
 
     def two_products() -> Tensor:
         residual = torch.sigmoid_(flat.mv(point)).sub_(y.view(-1)).view(len(x), 1, -1)
@@ -124,29 +124,38 @@ def gradients(clients: GeneralizedLinear, x: Tensor, y: Tensor, torch_compile: b
 
     ways: dict[str, Callable[[], object]] = {"two products": two_products, "batched products": batched}
     for name in ENGINES[:3]:
-        try:
+        if not missing(clients, name):
             path = clients.on(name)
-        except CompileError as error:
-            warnings.warn(str(error), stacklevel=1)
-            continue
-        ways[name] = lambda path=path: path.gradient(point.unsqueeze(0))  # type: ignore[misc]
+            ways[name] = lambda path=path: path.gradient(point.unsqueeze(0))  # type: ignore[misc]
     if torch_compile:
         made = torch.compile(by_rows, fullgraph=True, dynamic=False)
         ways["torch.compile"] = lambda: made(x, y, point)
     return ways
 
 
-def best(works: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, float]:
+def missing(clients: GeneralizedLinear, engine: str) -> str:
+    """Why an engine cannot be had here; empty: it can."""
+    try:
+        clients.on(engine)
+    except CompileError as error:
+        return str(error)
+    return ""
+
+
+def best(works: dict[str, Callable[[], object]], rounds: int, repeats: int, device: torch.device) -> dict[str, float]:
     """Milliseconds of one call of each, the fastest of `repeats` times the mean of `rounds`; interleaved."""
     found = dict.fromkeys(works, float("inf"))
+    settle = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None  # a GPU answers early
     for work in works.values():
         work()
         work()
     for _ in range(repeats):
         for name, work in works.items():
+            settle()
             start = time.perf_counter()
             for _ in range(rounds):
                 work()
+            settle()
             found[name] = min(found[name], 1e3 * (time.perf_counter() - start) / rounds)
     return found
 
@@ -158,6 +167,7 @@ def measure(
     repeats: int = 15,
     engines: Sequence[str] = ENGINES[:3],
     torch_compile: bool = False,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """The table, one row a number of clients and way; `rounds` / clients of them in each repeat, at least 4."""
     rows: list[dict[str, Any]] = []
@@ -166,22 +176,28 @@ def measure(
             file = Path(folder) / "data.npz"
             write_data(file, n)
             works: dict[str, Callable[[], object]] = {}
-            for engine in engines:
-                problem, works[f"round: {engine}"] = rounds_of(file, engine)
-            linear = problem.clients
+            linear = build_problem(load(settings(file, device=device), environment={})).clients
             if not isinstance(linear, GeneralizedLinear):
                 raise TypeError("workload A is a logistic regression")
+            absent = {f"round: {engine}": why for engine in engines if (why := missing(linear, engine))}
+            for engine in engines:
+                if f"round: {engine}" not in absent:
+                    _, works[f"round: {engine}"] = rounds_of(file, engine, device)
+            compiler = "" if linear.device.type == "cuda" else missing(linear, "compiled")  # a GPU's is Triton
+            if torch_compile and compiler:
+                absent["gradient: torch.compile"] = compiler
             x, y = linear.design.view(n, ROWS, D), linear.labels.view(n, ROWS).to(torch.float32)
             works["floor: one pass"] = linear.design.sum
             works["loop: plain torch"] = plain_loop(x, y)
-            ways = gradients(linear, x, y, torch_compile)
+            ways = gradients(linear, x, y, torch_compile and not compiler)
             works |= {f"gradient: {name}": way for name, way in ways.items()}
-            found = best(works, max(4, rounds // n), repeats)
+            found = best(works, max(4, rounds // n), repeats, linear.device)
         fastest = min(ms for name, ms in found.items() if name.startswith("gradient"))
-        load = round(os.getloadavg()[0], 1)
+        busy = round(os.getloadavg()[0], 1)
         for name, ms in sorted(found.items()):
-            row = {"clients": n, "what": name, "ms": round(ms, 4), "threads": torch.get_num_threads(), "load": load}
+            row = {"clients": n, "what": name, "ms": round(ms, 4), "threads": torch.get_num_threads(), "load": busy}
             rows.append(row | ({"ratio": round(ms / fastest, 2)} if name.startswith("round") else {}))
+        rows += [{"clients": n, "what": name, "why": why} for name, why in sorted(absent.items())]
     return rows
 
 
@@ -194,6 +210,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES[:3]), choices=ENGINES)
     parser.add_argument("--torch-compile", action="store_true")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -203,11 +220,15 @@ def main() -> None:
         repeats=options.repeats,
         engines=options.engines,
         torch_compile=options.torch_compile,
+        device=options.device,
     )
     if options.json:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
+        if "why" in row:
+            print(f"{row['clients']:6d}  {row['what']:28} {row['why']}")
+            continue
         ratio = f"{row['ratio']:7.2f} x the fastest gradient" if "ratio" in row else ""
         print(f"{row['clients']:6d}  {row['what']:28} {row['ms']:9.3f} ms  load {row['load']}{ratio}")
 

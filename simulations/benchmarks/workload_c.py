@@ -151,6 +151,7 @@ def measure(models: Sequence[str] = ("lenet5", "resnet20"), rounds: int = 3) -> 
         rows.append(
             {
                 "model": model,
+                "clients": CLIENTS,
                 "parameters": problem.d,
                 **{f"{name}_ms": round(ms, 2) for name, ms in found.items()},
                 "ratio": round(found["ours"] / found["loop"], 3),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from commands import call
 
-from fedsample import benchmarks
-from fedsample.errors import ConfigError
+from fedsample import benchmark_table, benchmarks
+from fedsample.cli_bench import bench
+from fedsample.errors import ConfigError, FedSampleError
 
 
 @pytest.mark.slow
@@ -17,14 +21,90 @@ def test_a_part_is_measured_and_written(tmp_path: Path) -> None:
     done = call(tmp_path, "bench", "--quick", "--parts", "a", "--out", "there")
     assert done.code == 0
     report = json.loads((tmp_path / "there" / "bench.json").read_text())
-    assert report["machine"].keys() >= {"date", "processor", "cores", "load", "torch"}
-    rows = {row["what"]: row for row in report["parts"]["a"]}
-    fastest = min(row["ms"] for what, row in rows.items() if what.startswith("gradient"))
-    ours = rows["round: batched"]
-    assert ours["ratio"] == pytest.approx(ours["ms"] / fastest, rel=0.01)
+    assert report["machine"].keys() >= {"date", "processor", "cores", "load", "load_end", "torch", "flwr", "ray"}
+    lines = {line["what"]: line for line in report["table"]}
+    assert {line["workload"] for line in report["table"]} == {"a"}
+    fastest = min(line["ms"] for what, line in lines.items() if what.startswith("gradient"))
+    for line in lines.values():
+        if line["ms"] is not None:
+            assert line["ratio"] == pytest.approx(line["ms"] / fastest, rel=0.001)
+    ours = lines["round: batched"]
+    assert (ours["target"], ours["reached"]) == ("0.6 ms", ours["ms"] <= 0.6)
     text = (tmp_path / "there" / "bench.md").read_text()
     assert text in done.out
-    assert text.count("| round: batched |") == 1
+    assert text.count("| a | 10 | round: batched |") == 1
+    assert "pfl-research | 53 |" in text
+    assert "these say that it works" in text
+
+
+def test_ratios_and_targets_of_every_part() -> None:
+    parts: dict[str, list[dict[str, Any]]] = {
+        "a": [
+            {"clients": 100, "what": "gradient: stacked", "ms": 1.0},
+            {"clients": 100, "what": "gradient: torch.compile", "why": "no | compiler"},
+            {"clients": 100, "what": "round: stacked", "ms": 2.5},
+            {"clients": 1000, "what": "gradient: stacked", "ms": 10.0},
+            {"clients": 1000, "what": "round: stacked", "ms": 20.0},
+        ],
+        "a-flower": [{"clients": 100, "flower_ms": 500.0, "ours_ms": 1.25}],
+        "b": [{"clients": 100, "name": "CNN", "seconds": 3.3, "plain_seconds": 3.0}],
+        "flower": [{"clients": 10, "name": "idle", "seconds": 0.01, "flower_seconds": 0.5}],
+        "c": [{"clients": 20, "model": "lenet5", "ours_ms": 12.0, "loop_ms": 10.0, "processor_ratio": 1.2}],
+        "growth": [{"clients": 10, "engine": "stacked", "ms": 0.2, "times_data": 2.5, "state_kb": 11.0}],
+        "devices": [{"devices": 2, "parameters": 1000, "bare_ms": 2.0, "ours_ms": 3.0}],
+    }
+    table = benchmark_table.lines(parts, {})
+    found = [(line.workload, line.clients, line.ratio, line.reached) for line in table if line.target or line.over]
+    assert found == [
+        ("a", 100, 1.0, None),
+        ("a", 100, 2.5, False),
+        ("a", 1000, 1.0, None),
+        ("a", 1000, 2.0, True),
+        ("a-flower", 100, 400.0, True),
+        ("b", 100, pytest.approx(1.1), None),
+        ("flower", 10, 50.0, None),
+        ("c", 20, 1.2, False),
+        ("devices", 2, 1.5, None),
+    ]
+    assert benchmark_table.READERS.keys() == benchmarks.PARTS.keys()
+    lines = benchmark_table.markdown(table).splitlines()
+    assert "| a | 100 | gradient: torch.compile |  |  |  |  | no \\| compiler |" in lines
+    assert "| a | 100 | round: stacked | 2.5 | 2.5 x fastest gradient | at most 2 x | no |  |" in lines
+
+
+def test_what_is_missing_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    why = benchmarks.why_not("a-flower", "cpu")
+    assert "pip install" in why
+    assert benchmarks.why_not("a", "cpu") == ""
+    (line,) = benchmark_table.lines({}, {"a-flower": why})
+    assert line == ("a-flower", None, "not measured", None, None, "", "", None, why)
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no GPU that PyTorch can use; choose cpu") as caught:
+        benchmarks.check_device("cuda")
+    assert caught.value.exit_code == 2
+    with pytest.raises(ConfigError, match="got 'tpu', expected cpu or cuda"):
+        benchmarks.check_device("tpu")
+    assert benchmarks.why_not("c", "cuda") == "measured on the CPU only"
+
+
+def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(name: str, **_: object) -> list[dict[str, Any]]:
+        if name == "c":
+            raise FedSampleError("it broke")
+        return [{"clients": 10, "engine": "stacked", "ms": 0.2, "times_data": 2.5, "state_kb": 11.0}]
+
+    monkeypatch.setattr(benchmarks, "measure", measure)
+    with pytest.raises(FedSampleError, match="failed: c; "):
+        bench(parts="c,growth", out=tmp_path)
+    table = json.loads((tmp_path / "bench.json").read_text())["table"]
+    assert [(line["workload"], line["ms"], line["note"][:8]) for line in table] == [
+        ("growth", 0.2, "peak mem"),
+        ("c", None, "it broke"),
+    ]
 
 
 def test_every_part_has_its_script() -> None:
@@ -34,5 +114,5 @@ def test_every_part_has_its_script() -> None:
 def test_parts_are_chosen_by_name() -> None:
     assert benchmarks.chosen("") == list(benchmarks.PARTS)
     assert benchmarks.chosen(" c, a") == ["c", "a"]
-    with pytest.raises(ConfigError, match="no part 'b'; expected some of a, "):
-        benchmarks.chosen("a,b")
+    with pytest.raises(ConfigError, match="no part 'z'; expected some of a, "):
+        benchmarks.chosen("a,z")
