@@ -1,4 +1,4 @@
-"""Stock Flower apps with real devices: what one process gives, contexts that outlive a device, errors in Flower's words."""
+"""Stock Flower apps with real devices: what one process gives, contexts that outlive a device, Flower's errors."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ wait = 0
     "averages/__init__.py": "",
     "averages/server.py": """
 import json
+from pathlib import Path
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import ServerApp
@@ -67,15 +68,14 @@ def main(grid, context):
     ]
     before = list(grid.send_and_receive(ask()))
     failed = [each.error for each in grid.send_and_receive(ask(boom="1")) if each.has_error()]
-    open("half-way", "w").write("".join(str(each.content["said"]["pid"]) for each in before[1:]))
     after = list(grid.send_and_receive(ask(wait=config["wait"])))
-    json.dump({
+    Path(config["out"]).write_text(json.dumps({
         "arrays": [array.tolist() for array in result.arrays.to_numpy_ndarrays()],
         "metrics": {str(round): dict(each) for round, each in result.evaluate_metrics_clientapp.items()},
         "before": [dict(each.content["said"]) for each in before],
         "after": [dict(each.content["said"]) for each in after],
         "errors": [[each.code, each.reason] for each in failed],
-    }, open(config["out"], "w"))
+    }))
 """,
     "averages/client.py": """
 import os
@@ -108,6 +108,7 @@ def query(message, context):
         context.state["seen"] = MetricRecord({"messages": -1000})
         raise ValueError("boom")
     if asked.get("wait") and partition == 1 and not os.path.exists("killed"):
+        open("working", "w").close()
         time.sleep(60)  # until this process is killed
     said = ConfigRecord({"pid": os.getpid(), "seen": context.state["seen"]["messages"], "partition": partition})
     return Message(RecordDict({"said": said}), reply_to=message)
@@ -156,9 +157,7 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str
         )
         running.append(server)
         logs = [folder / f"{who}.log" for who in ("server", "client-0", "client-1")]
-        until((folder / "half-way").exists, *logs)
-        pid = lambda: (folder / "half-way").read_text()  # noqa: E731
-        until(lambda: pid() == str(running[1].pid), *logs)
+        until((folder / "working").exists, *logs)
         running[1].kill()
         running[1].wait()
         (folder / "killed").touch()
