@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,17 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from federation import ENVIRONMENT, free_port
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from typer.testing import CliRunner
 
-from fedsample.errors import RunDirectoryError
-from fedsample.fleets.flower_grid import AppFolder, FlowerRun, imported, read_app, run_flower
-from fedsample.fleets.flower_grid.adapter import packed
+from fedsample import cli
+from fedsample.errors import ConfigError, QuorumError, RunDirectoryError
+from fedsample.fleets.flower_grid import AppFolder, FlowerRun, adapter, imported, read_app, run_flower
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc import frames
+from fedsample.fleets.grpc import frames, presence
 from fedsample.fleets.grpc.address import Address
 from fedsample.fleets.grpc.attend import Attendant
 from fedsample.fleets.grpc.flower_carrier import FLOWER, message_in, parcel_of
@@ -30,6 +34,7 @@ from fedsample.fleets.grpc.flower_host import serve_app
 from fedsample.fleets.grpc.flower_node import FILE, FlowerNode, run_config_in
 from fedsample.fleets.grpc.host import Host
 from fedsample.fleets.grpc.hub import Hub
+from fedsample.fleets.grpc.presence import Presence
 
 RAISED, NODE_GONE = 2, 5  # Flower's codes
 
@@ -230,8 +235,6 @@ def served(
     main: Callable[[Grid, Context], None], app: ClientApp, folder: Path, clients: int, patience: float = 60
 ) -> tuple[FlowerRun, list[str]]:
     """A ServerApp over devices in a thread; it may find them by number in `attendants`."""
-    from flwr.serverapp import ServerApp
-
     server, said = ServerApp(), []
     server.main()(main)
     loop = asyncio.new_event_loop()
@@ -335,17 +338,83 @@ def test_a_slow_device_is_left_out_in_time_and_its_reply_can_be_pulled_later(tmp
     served(main, client_app(slow), tmp_path, 1)
 
 
+def test_messages_of_many_pieces(tmp_path: Path) -> None:
+    def echo(message: Message, context: Context) -> Message:
+        context.state["kept"] = message.content["arrays"]
+        return Message(message.content, reply_to=message)
+
+    def main(grid: Grid, context: Context) -> None:
+        sent = ArrayRecord([np.arange(700_000, dtype=np.float32), np.zeros(0), np.arange(3)])
+        messages = [Message(RecordDict({"arrays": sent}), node, "train") for node in grid.get_node_ids()]
+        for reply in grid.send_and_receive(messages, timeout=30):
+            got = reply.content["arrays"]
+            assert isinstance(got, ArrayRecord)
+            for one, other in zip(got.to_numpy_ndarrays(), sent.to_numpy_ndarrays(), strict=True):
+                np.testing.assert_array_equal(one, other, strict=True)
+
+    run, _ = served(main, client_app(echo), tmp_path, 2)
+    assert (run.answered, run.failed) == (2, 0)
+
+
+def test_a_strategy_that_wants_more_devices_than_there_are_is_told(tmp_path: Path) -> None:
+    def main(grid: Grid, context: Context) -> None:
+        FedAvg(min_available_nodes=3).start(grid, ArrayRecord([np.zeros(1)]), 1)
+
+    with pytest.raises(QuorumError, match="waits for 3 nodes, and there are 2"):
+        served(main, client_app(), tmp_path, 2)
+
+
+def test_what_a_server_app_raises_ends_the_run_on_all_sides(tmp_path: Path) -> None:
+    def main(grid: Grid, context: Context) -> None:
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        served(main, client_app(), tmp_path, 2)
+
+
+def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    server, client = ["server", "--insecure"], ["client", "127.0.0.1:1", "--insecure", "--client", "0"]
+    for line, text in (
+        ([*server, "--app", "x"], "--clients N go together"),
+        ([*server, "--patience", "3"], "--clients N go together"),
+        ([*server, "--app", "x", "--clients", "2", "--out", "y"], "--out: not with --app"),
+        ([*client, "--app", "a:b", "--data", "d"], "--data: not with --app"),
+    ):
+        done = run(cli.app, line)
+        assert done.exit_code == 2
+        assert text in " ".join(done.output.replace("│", " ").split())
+    for line, text in (
+        ([*server, "--app", str(tmp_path), "--clients", "2"], "no pyproject.toml"),
+        ([*client, "--app", str(tmp_path)], "no pyproject.toml"),
+        ([*client, "--app", "averages_that_are_not_here:app"], "cannot be imported"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            run(cli.app, line, catch_exceptions=False)
+
+
+def test_each_side_says_when_the_other_runs_something_else(tmp_path: Path) -> None:
+    apps, samples = '[flower]\nname = "x"\n[config]\n', "rounds = 3\n"
+    named = Presence("", None, 0, tmp_path, "cpu", None, None, None, None, None, True)
+    with pytest.raises(ConfigError, match="add --app"):
+        presence._sampling(named, lambda welcome: tmp_path)(pb.Welcome(config=apps))
+    (tmp_path / "stock.py").write_text("from flwr.clientapp import ClientApp\napp = ClientApp()\n")
+    with contextlib.chdir(tmp_path), contextlib.ExitStack() as stack:
+        enter = presence._app("stock:app", lambda welcome: tmp_path, stack)
+        with pytest.raises(ConfigError, match="drop --app"):
+            enter(pb.Welcome(config=samples))
+        assert isinstance(enter(pb.Welcome(config=apps)), FlowerNode)
+
+
 # --- a device's half --------------------------------------------------------------------------------------------------
 
 RUN = bytes(range(16))
 
 
 def request(number: int, run_id: int = 7) -> frames.Message:
-    from fedsample.fleets.flower_grid import adapter
-
     with adapter.identity(run_id):
         message = adapter.outgoing(Message(RecordDict({"c": ConfigRecord({"x": number})}), 5, "train"), run_id, "m")
-    parcel = parcel_of(packed(message))
+    parcel = parcel_of(adapter.packed(message))
     return frames.Message(frames.Name(RUN, 1, number, 0, bytes(16), number), FLOWER, parcel)
 
 
@@ -354,8 +423,6 @@ def node(folder: Path, app: ClientApp) -> FlowerNode:
 
 
 def count(answer: frames.Message | None) -> int:
-    from fedsample.fleets.flower_grid import adapter
-
     assert answer is not None
     return seen(adapter.unpacked(message_in(answer.parcel)))
 
