@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from fedsample import cli
 from fedsample.errors import ConfigError, QuorumError, RunDirectoryError
-from fedsample.fleets.flower_grid import AppFolder, FlowerRun, adapter, imported, read_app, run_flower
+from fedsample.fleets.flower_grid import AppFolder, FlowerRun, adapter, imported, node_id, read_app, run_flower
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc import frames, presence
 from fedsample.fleets.grpc.address import Address
@@ -234,7 +234,7 @@ def seen(reply: Message) -> int:
 def served(
     main: Callable[[Grid, Context], None], app: ClientApp, folder: Path, clients: int, patience: float = 60
 ) -> tuple[FlowerRun, list[str]]:
-    """A ServerApp over devices in a thread; it may find them by number in `attendants`."""
+    """A ServerApp over devices in a thread; as attributes of `main` it finds the hub, and how to make a device leave."""
     server, said = ServerApp(), []
     server.main()(main)
     loop = asyncio.new_event_loop()
@@ -261,6 +261,7 @@ def served(
     thread: list[threading.Thread] = []
 
     def opened(hub: Hub) -> None:
+        main.__dict__["hub"] = hub
         thread.append(threading.Thread(target=lambda: loop.run_until_complete(attend(hub.port))))
         thread[0].start()
 
@@ -286,6 +287,7 @@ def test_devices_work_at_the_same_time(tmp_path: Path) -> None:
         return counting(message, context)
 
     def main(grid: Grid, context: Context) -> None:
+        assert list(grid.get_node_ids()) == [node_id(0), node_id(1)]  # as in one process
         assert [seen(reply) for reply in ask(grid)] == [1, 1]
 
     run, _ = served(main, client_app(together), tmp_path, 2)
@@ -305,7 +307,8 @@ def test_a_device_that_stays_away_is_gone(tmp_path: Path) -> None:
         replies = ask(grid)
         codes.extend(reply.error.code for reply in replies if reply.has_error())
         assert len(replies) == 2
-        assert len(list(grid.get_node_ids())) == 1
+        assert list(grid.get_node_ids()) == [node_id(0)]
+        until(lambda: main.__dict__["hub"].seats[1].asked is None, seconds=5)  # it is not asked that again
         assert [seen(reply) for reply in ask(grid)] == [2]
 
     run, said = served(main, client_app(leaving), tmp_path, 2, patience=0.3)
