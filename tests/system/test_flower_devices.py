@@ -234,7 +234,7 @@ def seen(reply: Message) -> int:
 def served(
     main: Callable[[Grid, Context], None], app: ClientApp, folder: Path, clients: int, patience: float = 60
 ) -> tuple[FlowerRun, list[str]]:
-    """A ServerApp over devices in a thread; as attributes of `main` it finds the hub, and how to make a device leave."""
+    """A ServerApp over devices in a thread; as attributes of `main` it has the hub, and how to make a device leave."""
     server, said = ServerApp(), []
     server.main()(main)
     loop = asyncio.new_event_loop()
@@ -357,6 +357,22 @@ def test_messages_of_many_pieces(tmp_path: Path) -> None:
 
     run, _ = served(main, client_app(echo), tmp_path, 2)
     assert (run.answered, run.failed) == (2, 0)
+
+
+def test_a_device_that_cannot_remember_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise RunDirectoryError("no room on the disk")
+
+    def main(grid: Grid, context: Context) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("fedsample.fleets.grpc.flower_node.write_atomic", full)
+            (reply,) = ask(grid)
+        assert reply.error.code == RAISED
+        assert "client 0 failed" in reply.error.reason
+        assert "no room on the disk" in reply.error.reason
+        assert [seen(reply) for reply in ask(grid)] == [1]
+
+    served(main, client_app(), tmp_path, 1)
 
 
 def test_a_strategy_that_wants_more_devices_than_there_are_is_told(tmp_path: Path) -> None:
