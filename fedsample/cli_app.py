@@ -1,16 +1,22 @@
-"""`fedsample simulate --app FOLDER`: a Flower app in this process, as `flwr run FOLDER` would run it."""
+"""`--app FOLDER`: a Flower app in this process, as `flwr run FOLDER` would run it, or with real devices."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fedsample.errors import FedSampleError
+
+if TYPE_CHECKING:
+    from fedsample.fleets.flower_grid import FlowerRun
+    from fedsample.fleets.grpc.host import Host
 
 CLIENTS = 10  # unless said otherwise; Flower's own simulation has 2
 
@@ -43,14 +49,54 @@ def simulate_app(
     number = clients or app.nodes or CLIENTS
     if quiet:
         logging.getLogger("flwr").setLevel(logging.WARNING)
-    with imported(app) as (server_app, client_app):
-        try:
-            run = run_flower(server_app, client_app, number, config)
-        except FedSampleError:
-            raise
-        except Exception as error:
-            traceback.print_exception(error)
-            raise FedSampleError(f"{folder}: the ServerApp raised {type(error).__name__}: {error}") from error
+    with imported(app) as (server_app, client_app), _explained(folder):
+        run = run_flower(server_app, client_app, number, config)
+    _report(folder, number, run, quiet)
+
+
+def serve_app(
+    folder: Path, clients: int, run_config: Sequence[str], host: Host, patience: float, *, quiet: bool = False
+) -> None:
+    """Run an app's ServerApp with devices that run its ClientApp; see `simulate_app`.
+
+    Args:
+        folder: of the app. clients: devices. run_config: as for `simulate_app`. host: where to listen. patience:
+            seconds after which a device that is away is gone. quiet: no log of Flower's and no line of ours.
+
+    Raises:
+        FedSampleError: as `simulate_app`, or if the address or the certificates cannot be used.
+    """
+    from fedsample.fleets.flower_grid import imported_server, read_app
+    from fedsample.fleets.flower_grid.adapter import overridden
+    from fedsample.fleets.grpc import flower_host
+
+    app = read_app(folder)
+    config = overridden(app.config, run_config)
+    if quiet:
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    with imported_server(app) as server_app, _explained(folder):
+        run = flower_host.serve_app(app, server_app, clients, config, host, patience=patience, say=say)
+    _report(folder, clients, run, quiet)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What a ServerApp raises, with its traceback."""
+    try:
+        yield
+    except FedSampleError:
+        raise
+    except Exception as error:
+        traceback.print_exception(error)
+        raise FedSampleError(f"{folder}: the ServerApp raised {type(error).__name__}: {error}") from error
+
+
+def _report(folder: Path, number: int, run: FlowerRun, quiet: bool) -> None:
     if not quiet:
         failed = f", {run.failed} of them errors" if run.failed else ""
         replies = run.answered + run.failed

@@ -37,6 +37,15 @@ def server(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as configured there.")] = False,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
+    app: Annotated[Path | None, typer.Option(help="Run the ServerApp of the Flower app in this folder.")] = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="With --app: how many devices to wait for.")] = None,
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", metavar="'KEY=VALUE ...'", help="With --app: as in `flwr run`.")
+    ] = None,
+    patience: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --app: seconds after which a device that is away is gone; 60 by default."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Sample with real devices: wait for data.clients of them, and serve until the chain has ended.
@@ -44,8 +53,15 @@ def server(
     Every device needs `fedsample client HOST:PORT`, a certificate and data; what is sampled is configured here.
 
     A device or this server may die at any moment: start it again (the server with --resume).
+
+    With --app it runs any Flower app's ServerApp as it is; devices need `fedsample client HOST:PORT --app`.
     """
     _either(certs, insecure, "certs/server")
+    if app is not None or clients is not None or run_config or patience is not None:
+        given = {"FILE": file, "--set": settings, "--out": out, "--resume": resume or None, "--json": as_json or None}
+        others = [name for name, value in given.items() if value]
+        _serve_app(app, clients, run_config or [], listen, certs, patience, others, quiet)
+        return
     if resume and out is None:
         raise click.UsageError("--resume needs --out DIR, the directory of the run to go on with")
     if resume and (file is not None or settings):
@@ -99,6 +115,13 @@ def client(
     attempts: Annotated[
         int | None, typer.Option(min=1, help="Failures to connect in a row after which to give up; by default never.")
     ] = None,
+    app: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER | MODULE:ATTRIBUTE",
+            help="Run a Flower app's ClientApp, as it is; its server needs --app too.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -113,13 +136,37 @@ def client(
         raise click.UsageError("--insecure has no certificate that says which client this is: add --client N")
     if certs is not None and index is not None:
         raise click.UsageError("the certificate says which client this is: drop --client")
+    given = {"--data": data, "--target": target, "--partition": partition, "--partitions": partitions}
+    others = [name for name, value in given.items() if value is not None]
+    if app is not None and others:
+        raise click.UsageError(f"{', '.join(others)}: not with --app, whose ClientApp finds its own data")
     from fedsample.fleets.grpc.presence import Presence, take_part
 
     presence = Presence(
         address, certs, -1 if index is None else index, state or _state_home(), device, data, target, partition,
-        partitions, attempts, quiet,
+        partitions, attempts, quiet, app,
     )  # fmt: skip
     typer.echo(take_part(presence))
+
+
+def _serve_app(
+    folder: Path | None, clients: int | None, run_config: list[str], listen: str, certs: Path | None,
+    patience: float | None, others: list[str], quiet: bool,
+) -> None:  # fmt: skip
+    """What `server` does with --app."""
+    if folder is None or clients is None:
+        raise click.UsageError("--app FOLDER and --clients N go together; --run-config and --patience are for them")
+    if others:
+        raise click.UsageError(
+            f"{', '.join(others)}: not with --app, whose configuration is the app's own: --run-config 'key=value ...'"
+        )
+    from fedsample.cli_app import serve_app
+    from fedsample.fleets.grpc.address import parse_address
+
+    address = parse_address(listen, listen=True)
+    from fedsample.fleets.grpc.host import Host
+
+    serve_app(folder, clients, run_config, Host(address, certs), 60.0 if patience is None else patience, quiet=quiet)
 
 
 def _either(certs: Path | None, insecure: bool, example: str) -> None:

@@ -30,7 +30,8 @@ try:
     from flwr.common.config import flatten_dict, fuse_dicts, parse_config_args
     from flwr.common.constant import MESSAGE_TTL_TOLERANCE, NUM_PARTITIONS_KEY, PARTITION_ID_KEY, ErrorCode
     from flwr.common.constant import SUPERLINK_NODE_ID as SERVER
-    from flwr.common.serde import message_from_proto, message_to_proto
+    from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
+    from flwr.proto.message_pb2 import Context as ContextProto
     from flwr.proto.message_pb2 import Message as MessageProto
     from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
     from flwr.supercore.run import Run, RunNotRunningException
@@ -188,6 +189,25 @@ def unpacked(data: bytes) -> Message:
     except Exception as error:  # protobuf's own, which is none of Python's
         raise DataError(
             f"{len(data)} bytes that are no message of Flower's ({error}): is the other side of the same version?"
+        ) from error
+
+
+def packed_context(context: Context) -> bytes:
+    """A context as Flower writes it, for nodes that keep theirs on a disk."""
+    return bytes(context_to_proto(context).SerializeToString())
+
+
+def unpacked_context(data: bytes) -> Context:
+    """Back from `packed_context`.
+
+    Raises:
+        DataError: if these bytes are no context.
+    """
+    try:
+        return context_from_proto(ContextProto.FromString(data))
+    except Exception as error:  # protobuf's own, which is none of Python's
+        raise DataError(
+            f"{len(data)} bytes that are no context of Flower's ({error}): were they written by another version?"
         ) from error
 
 

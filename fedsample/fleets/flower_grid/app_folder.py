@@ -29,6 +29,7 @@ class AppFolder:
     Attributes:
         path: the folder. server: `module:attribute` of the ServerApp. client: of the ClientApp. config: the run
             configuration, with dotted keys. nodes: how many its own default federation simulates, where it says so.
+        name, version: of the project, where it has them.
     """
 
     path: Path
@@ -36,6 +37,8 @@ class AppFolder:
     client: str
     config: dict[str, Value]
     nodes: int | None
+    name: str = ""
+    version: str = ""
 
 
 def read_app(folder: Path) -> AppFolder:
@@ -63,17 +66,45 @@ def read_app(folder: Path) -> AppFolder:
                 f"'{'server' if name == 'serverapp' else 'client'}_app:app'"
             )
     config = adapter.flat(_table(app, "config", file), f"{file}, [tool.flwr.app.config]")
-    return AppFolder(path, str(references[0]), str(references[1]), config, _nodes(flower))
+    project = content.get("project")
+    name, version = (str(project.get(key, "")) if isinstance(project, Mapping) else "" for key in ("name", "version"))
+    return AppFolder(path, str(references[0]), str(references[1]), config, _nodes(flower), name or path.name, version)
 
 
 @contextmanager
 def imported(app: AppFolder) -> Iterator[tuple[ServerApp, ClientApp]]:
     """The two apps, for as long as the context lasts; they may import from their folder until then.
 
-    The search path and the loaded modules are put back at the end, so that another app may use the same names.
-
     Raises:
         ConfigError: if a component cannot be imported, or is something else.
+    """
+    with _importable(app):
+        yield _component(app, app.server, ServerApp), _component(app, app.client, ClientApp)
+
+
+@contextmanager
+def imported_server(app: AppFolder) -> Iterator[ServerApp]:
+    """The ServerApp alone: what the ClientApp depends on need not be installed. See `imported`."""
+    with _importable(app):
+        yield _component(app, app.server, ServerApp)
+
+
+@contextmanager
+def imported_client(app: str) -> Iterator[ClientApp]:
+    """The ClientApp alone, of a folder or of `module:attribute`, seen from the current directory. See `imported`."""
+    if ":" in app and not Path(app).is_dir():
+        found = AppFolder(Path.cwd(), "", app, {}, None)
+    else:
+        found = read_app(Path(app))
+    with _importable(found):
+        yield _component(found, found.client, ClientApp)
+
+
+@contextmanager
+def _importable(app: AppFolder) -> Iterator[None]:
+    """Imports find the app's folder first, for as long as the context lasts.
+
+    The search path and the loaded modules are put back at the end, so that another app may use the same names.
     """
     path, before, ours = list(sys.path), set(sys.modules), _names(app)
     hidden = {
@@ -86,7 +117,7 @@ def imported(app: AppFolder) -> Iterator[tuple[ServerApp, ClientApp]]:
     sys.path.insert(0, str(app.path))
     importlib.invalidate_caches()
     try:
-        yield _component(app, app.server, ServerApp), _component(app, app.client, ClientApp)
+        yield
     finally:
         sys.path[:] = path
         fresh = {name: module for name, module in sys.modules.items() if name not in before or name in hidden}

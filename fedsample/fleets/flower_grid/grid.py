@@ -27,13 +27,11 @@ _log = logging.getLogger("flwr")
 
 
 class Carrier(Protocol):
-    """How messages travel to nodes: in this process, over gRPC, ...
+    """How messages travel to nodes: in this process, over gRPC, ..."""
 
-    Attributes:
-        fixed: whether the nodes are all there will ever be, so that waiting for more is an error.
-    """
-
-    fixed: bool
+    @property
+    def fixed(self) -> bool:
+        """Whether the nodes that are there are all there will ever be, so that waiting for more is an error."""
 
     def nodes(self) -> Sequence[int]:
         """Ids of the nodes that are there now, in an order that stays; any thread may ask."""

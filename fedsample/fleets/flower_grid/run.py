@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
@@ -14,7 +14,7 @@ from flwr.serverapp import ServerApp
 from fedsample.errors import ConfigError
 from fedsample.fleets.flower_grid import adapter
 from fedsample.fleets.flower_grid.adapter import Value
-from fedsample.fleets.flower_grid.grid import CarrierGrid
+from fedsample.fleets.flower_grid.grid import Carrier, CarrierGrid
 from fedsample.fleets.flower_grid.in_process import InProcess
 
 NodeConfig = Mapping[str, Value]
@@ -26,7 +26,8 @@ class FlowerRun:
 
     Attributes:
         context: the ServerApp's; what it keeps of a run lies in `context.state`. clients: the nodes' contexts, by
-            partition. answered: replies with content. failed: replies with an error. seconds: from start to end.
+            partition, where the nodes are in this process. answered: replies with content. failed: replies with an
+            error. seconds: from start to end.
     """
 
     context: Context
@@ -69,9 +70,20 @@ def run_flower(
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ConfigError(f"{what} = {number!r}, expected a number from 1 up")
     config = adapter.flat(run_config or {}, "run_config")
-    run_id = secrets.randbits(63) | 1
     nodes = InProcess(client_app, _node_configs(node_config, num_clients), config, workers)
-    grid = CarrierGrid(nodes, run_id)
+    run = drive(server_app, nodes, config)
+    clients = [nodes.context(node, run.context.run_id) for node in nodes.nodes()]
+    return replace(run, clients=clients)
+
+
+def drive(server_app: ServerApp, carrier: Carrier, config: Mapping[str, Value]) -> FlowerRun:
+    """Run a ServerApp in this thread over a carrier, which is closed at the end -> what is left, no client's context.
+
+    Raises:
+        ConfigError: if Flower's own simulation is running in this process. Whatever the ServerApp raises.
+    """
+    run_id = secrets.randbits(63) | 1
+    grid = CarrierGrid(carrier, run_id)
     context = Context(run_id, adapter.SERVER, {}, RecordDict(), dict(config))
     start = time.perf_counter()
     with adapter.identity(run_id):
@@ -79,8 +91,7 @@ def run_flower(
             server_app(grid, context)
         finally:
             grid.close()
-    clients = [nodes.context(node, run_id) for node in nodes.nodes()]
-    return FlowerRun(context, clients, grid.answered, grid.failed, time.perf_counter() - start)
+    return FlowerRun(context, [], grid.answered, grid.failed, time.perf_counter() - start)
 
 
 def _node_configs(given: NodeConfig | Sequence[NodeConfig] | None, n: int) -> list[dict[str, Value]]:

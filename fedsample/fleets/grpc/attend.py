@@ -16,17 +16,20 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 import grpc.aio
 
-from fedsample.clients.resident import Resident
 from fedsample.errors import ConfigError, DataError, FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, pieces
 from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+
+if TYPE_CHECKING:
+    from fedsample.clients.device import Trace
+    from fedsample.clients.resident import Standing
 
 LIMIT = 1 << 33  # bytes that a request's arrays may have
 FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
@@ -49,6 +52,26 @@ _BROKEN = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, 
 
 class Refused(FedSampleError):
     """The server does not want this device, and says that it never will."""
+
+
+class Answering(Protocol):
+    """A device's half of one run.
+
+    Attributes:
+        trace: how far the last request has come. round: of the last one that was answered.
+    """
+
+    trace: Trace
+    round: int
+
+    @property
+    def standing(self) -> Standing:
+        """What the server must know to go on with this device."""
+        ...
+
+    def answer(self, message: Message) -> Message | None:
+        """The answer to a request; None to one that is no longer wanted."""
+        ...
 
 
 @dataclass
@@ -106,7 +129,7 @@ class Attendant:
         target: str,
         credentials: grpc.ChannelCredentials | None,
         claimed: int,
-        found: Callable[[pb.Welcome], Resident],
+        found: Callable[[pb.Welcome], Answering],
         *,
         attempts: int | None = None,
         watching: Watching | None = None,
@@ -118,7 +141,7 @@ class Attendant:
         self._advice = f". `{doctor or f'fedsample doctor net {target}'}` names the step that fails"
         self._credentials, self._found = credentials, found
         self._instance = secrets.token_bytes(16)
-        self._resident: tuple[bytes, asyncio.Future[Resident]] | None = None  # the run, and this device's half of it
+        self._resident: tuple[bytes, asyncio.Future[Answering]] | None = None  # the run, and this device's half of it
         self._writing = asyncio.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._busy = False
@@ -236,7 +259,7 @@ class Attendant:
                 self.watching.farewell = str(frame.farewell.reason)
                 return self.watching.farewell if frame.farewell.finished else None
 
-    async def _enter(self, call: Any, welcome: pb.Welcome) -> Resident:
+    async def _enter(self, call: Any, welcome: pb.Welcome) -> Answering:
         """Take part in the run that the server has."""
         if welcome.protocol != PROTOCOL:
             raise Refused(f"{self.target} speaks protocol {welcome.protocol}, this device {PROTOCOL}: install the same")

@@ -90,18 +90,26 @@ class Host:
         return problem, fleet
 
     def _listen(self, session: Session, progress: Progress) -> Hub:
-        invitation = _invitation(session)
-        if self.certs is None:
-            address, credentials = check_insecure(self.address, listen=True), None
-        else:
-            address, credentials = self.address, server_credentials(self.certs)
-        check_free(address)
-        hub = Hub(invitation, str(address), credentials, _claimed if credentials is None else _certified)
+        hub = listening(_invitation(session), self)
         hub.say = progress.note
         hub.remind = progress.remind if isinstance(progress, FleetProgress) else progress.note
         hub.stopping = lambda: session.stopped is not None
         hub.start()
         return hub
+
+
+def listening(invitation: Invitation, host: Host) -> Hub:
+    """A hub that will listen where a host says, once it is started.
+
+    Raises:
+        FedSampleError: if the address or the certificates cannot be used.
+    """
+    if host.certs is None:
+        address, credentials = check_insecure(host.address, listen=True), None
+    else:
+        address, credentials = host.address, server_credentials(host.certs)
+    check_free(address)
+    return Hub(invitation, str(address), credentials, _claimed if credentials is None else _certified)
 
 
 def _invitation(session: Session) -> Invitation:

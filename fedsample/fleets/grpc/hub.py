@@ -301,6 +301,10 @@ class Hub:
         """End a newcomer's stream."""
         self._call(self._refuse, client, stream, reason, retry)
 
+    def excuse(self, client: int) -> None:
+        """What a client was asked is no longer wanted: `ask` goes on without its answer."""
+        self._call(self._excuse, client)
+
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function in the loop's thread and wait for it."""
 
@@ -331,6 +335,13 @@ class Hub:
 
     def _restore_private(self, client: int, before: Asked | None) -> None:
         self.seats[client].asked = before
+
+    def _excuse(self, client: int) -> None:
+        seat = self.seats[client]
+        if seat.asked is not None and not seat.asked.batch.private:
+            seat.asked.batch.left.discard(client)
+            seat.asked.batch.wake.set()
+            seat.asked = None
 
     def _withdraw(self, batch: Batch) -> None:
         """Nobody waits for these answers any more."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import shlex
 import signal
+import tomllib
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedsample.clients.holding import Held, Source
 from fedsample.clients.resident import Resident
 from fedsample.data.builtin import datasets
-from fedsample.errors import Interrupted, RunDirectoryError
+from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.experiment import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.address import check_insecure, parse_address
-from fedsample.fleets.grpc.attend import Attendant, Refused, Watching, prepare_threads
+from fedsample.fleets.grpc.attend import Answering, Attendant, Refused, Watching, prepare_threads
 from fedsample.fleets.grpc.credentials import client_credentials
 from fedsample.fleets.grpc.version import run_id
 from fedsample.monitor.fleet import device_display
@@ -30,7 +33,8 @@ class Presence(NamedTuple):
     Attributes:
         address: of the server. certs: folder; None: plaintext. claimed: which client, in plaintext. state: folder for
             all runs of all devices on this machine. device: where to compute. data, target, partition, partitions: see
-            `Source`. attempts: None: for ever. quiet: show nothing.
+            `Source`. attempts: None: for ever. quiet: show nothing. app: a Flower app's folder, or `module:attribute`
+            of its ClientApp, to run in place of what fedsample computes.
     """
 
     address: str
@@ -44,6 +48,7 @@ class Presence(NamedTuple):
     partitions: int | None
     attempts: int | None
     quiet: bool
+    app: str | None = None
 
 
 def take_part(presence: Presence) -> str:
@@ -62,33 +67,69 @@ def take_part(presence: Presence) -> str:
     watching = Watching(str(address))
     folders: list[BufferedWriter] = []
 
-    def found(welcome: pb.Welcome) -> Resident:
-        if welcome.run != run_id(welcome.nonce, welcome.config):
-            raise Refused("the server's run does not belong to its configuration: it is not a fedsample server's")
+    def release() -> None:
+        while folders:
+            folders.pop().close()
+
+    def hold(welcome: pb.Welcome) -> Path:
+        """This device's folder of a run, which no other process has."""
+        release()  # that of another run, which this server may take up again
+        folder = presence.state / _name(welcome)
+        folders.append(_locked(folder))
+        return folder
+
+    with ExitStack() as stack:
+        stack.callback(release)
+        entered = _sampling(presence, watching, hold) if presence.app is None else _app(presence.app, hold, stack)
+
+        def found(welcome: pb.Welcome) -> Answering:
+            if welcome.run != run_id(welcome.nonce, welcome.config):
+                raise Refused("the server's run does not belong to its configuration: it is not a fedsample server's")
+            return entered(welcome)
+
+        attendant = Attendant(
+            str(address), credentials, presence.claimed, found, attempts=presence.attempts, watching=watching,
+            doctor=f"fedsample doctor net {address} "
+            + ("--insecure" if presence.certs is None else f"--certs {shlex.quote(str(presence.certs))}"),
+        )  # fmt: skip
+        stack.callback(attendant.close)
+        with device_display(watching, Console(stderr=True), quiet=presence.quiet):
+            return asyncio.run(_until_told(attendant))
+
+
+def _sampling(
+    presence: Presence, watching: Watching, hold: Callable[[pb.Welcome], Path]
+) -> Callable[[pb.Welcome], Answering]:
+    """What takes part in fedsample's own runs."""
+
+    def enter(welcome: pb.Welcome) -> Answering:
+        if "flower" in tomllib.loads(welcome.config):
+            raise ConfigError("this server runs a Flower app: add --app, its folder or the module:attribute here")
         experiment = reread(welcome.config)
         place = experiment.fleet.model_copy(update={"device": presence.device})
         experiment = experiment.model_copy(update={"fleet": place})
         prepare_threads(experiment.fleet.threads or 1)
         source = _source(presence, welcome, watching)
         held = Held(experiment, welcome.client, welcome.clients, source)
-        while folders:
-            folders.pop().close()  # of another run, which this server may take up again
-        folder = presence.state / _name(welcome)
-        folders.append(_locked(folder))
-        return Resident(folder, welcome.run, experiment, welcome.client, welcome.clients, held)
+        return Resident(hold(welcome), welcome.run, experiment, welcome.client, welcome.clients, held)
 
-    attendant = Attendant(
-        str(address), credentials, presence.claimed, found, attempts=presence.attempts, watching=watching,
-        doctor=f"fedsample doctor net {address} "
-        + ("--insecure" if presence.certs is None else f"--certs {shlex.quote(str(presence.certs))}"),
-    )  # fmt: skip
-    try:
-        with device_display(watching, Console(stderr=True), quiet=presence.quiet):
-            return asyncio.run(_until_told(attendant))
-    finally:
-        attendant.close()
-        for lock in folders:
-            lock.close()
+    return enter
+
+
+def _app(app: str, hold: Callable[[pb.Welcome], Path], stack: ExitStack) -> Callable[[pb.Welcome], Answering]:
+    """What takes part in runs of a Flower app; its ClientApp is imported until the stack ends."""
+    from fedsample.fleets.flower_grid import imported_client
+    from fedsample.fleets.grpc.flower_node import FlowerNode, run_config_in
+
+    client_app = stack.enter_context(imported_client(app))
+
+    def enter(welcome: pb.Welcome) -> Answering:
+        config = run_config_in(welcome.config)
+        if config is None:
+            raise ConfigError("this server samples and runs no Flower app: drop --app, or start it with --app FOLDER")
+        return FlowerNode(hold(welcome), welcome.run, welcome.client, welcome.clients, client_app, config)
+
+    return enter
 
 
 async def _until_told(attendant: Attendant) -> str:
