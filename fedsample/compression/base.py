@@ -77,8 +77,8 @@ class LinkKeys:
         self._common = key(seed, purpose=f"{purpose}/common", device=device)
         self._block: tuple[int, Tensor] | None = None
 
-    def at(self, round: int, clients: Tensor | None = None) -> PacketKeys:
-        """The keys of one round: own (n, C) or (C,); `clients` picks rows of a fleet's keys."""
+    def at(self, round: int, clients: Tensor | int | None = None) -> PacketKeys:
+        """The keys of one round: own (n, C) or (C,); `clients` picks rows of a fleet's keys, or one."""
         own = self._round_words(round)
         client = self._client
         if clients is not None:

@@ -234,7 +234,7 @@ class RemoteFleet:
             active=None if active is None else active[client].cpu(),
             applied=0,
             epoch=request.epoch,
-            keys=self._keys.at(request.round, torch.tensor(client)),
+            keys=self._keys.at(request.round, client),
         )
 
     def _bear(self, missing: list[int], request: Request) -> None:

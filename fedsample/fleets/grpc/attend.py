@@ -1,6 +1,7 @@
 """A device's end of the stream: connect, answer, and come back whatever happens.
 
-What the model computes runs in a thread of its own, so that pings are answered meanwhile. A stream that breaks is
+What the model computes runs in a thread of its own, so that pings are answered meanwhile; estimates that have taken
+less than `BRIEF` many times in a row are made in between, as handing them over takes longer. A stream that breaks is
 opened again with full-jitter back-off (Brooker 2015, AWS Architecture Blog), for ever unless a number of attempts is
 given; an answer that could not be sent is kept, and sent when it is asked for again.
 """
@@ -19,15 +20,19 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import torch
 
 from fedsample.clients.resident import Resident
 from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, frames
+from fedsample.fleets.grpc.packing import Piece, server_frame, written
 from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+from fedsample.messages import TRAIN
 
 LIMIT = 1 << 33  # bytes that a request's arrays may have
+BRIEF, STEADY = 5e-3, 32  # seconds of an estimate, and how many in a row, from which on it is not handed over
 FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
 _OPTIONS = [
     *DIRECT,
@@ -103,6 +108,8 @@ class Attendant:
         self._writing = asyncio.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._busy = False
+        self._brief = 0  # estimates in a row that took less than `BRIEF`
+        self._threads = 1  # with which they were made
 
     async def attend(self) -> str:
         """Serve until the run has ended -> the server's farewell.
@@ -146,8 +153,8 @@ class Attendant:
         async with channel:
             connect = channel.stream_stream(
                 f"/{SERVICE}/Connect",
-                request_serializer=pb.DeviceFrame.SerializeToString,
-                response_deserializer=pb.ServerFrame.FromString,
+                request_serializer=written,
+                response_deserializer=server_frame,
             )
             call = connect()
             try:
@@ -185,6 +192,14 @@ class Attendant:
         assembler = Assembler(LIMIT)
         while True:
             frame = await call.read()
+            if isinstance(frame, Piece):
+                self.watching.received += frame.size
+                if assembler.expected is None:
+                    assembler.begin(frame)
+                message = assembler.add(frame)
+                if message is not None:
+                    requests.put_nowait(message)
+                continue
             if not isinstance(frame, pb.ServerFrame):
                 await _status(call)
                 return None
@@ -192,12 +207,6 @@ class Attendant:
             kind = frame.WhichOneof("frame")
             if kind == "welcome" and not welcome.done():
                 welcome.set_result(frame.welcome)
-            elif kind == "piece":
-                if assembler.expected is None:
-                    assembler.begin(frame.piece)
-                message = assembler.add(frame.piece)
-                if message is not None:
-                    requests.put_nowait(message)
             elif kind == "ping":
                 busy = self._busy or not requests.empty()
                 await self._send(call, pb.DeviceFrame(pong=pb.Pong(number=frame.ping.number, busy=busy)))
@@ -240,7 +249,7 @@ class Attendant:
             self._busy, began = True, time.monotonic()
             watching.to("computing")
             try:
-                answer = await self._compute(resident.answer, message)
+                answer = await self._answered(resident, message)
             except Exception as error:
                 trace = resident.trace
                 failure = pb.Failure(
@@ -251,18 +260,39 @@ class Attendant:
                 continue
             watching.latencies.append(time.monotonic() - began)
             if answer is not None:
-                for piece in pieces(answer):
-                    await self._send(call, pb.DeviceFrame(piece=piece))
+                for frame in frames(answer):
+                    await self._send(call, frame)
                 watching.round, watching.answers = resident.round, watching.answers + 1
             watching.to("connected")
 
-    async def _send(self, call: Any, frame: pb.DeviceFrame) -> None:
-        self.watching.sent += frame.ByteSize()
+    async def _answered(self, resident: Resident, message: Message) -> Message | None:
+        """A request's answer, and how long estimates take."""
+        if message.kind != TRAIN:
+            return await self._compute(resident.answer, message)
+        if self._brief < STEADY:
+            answer, spent, self._threads = await self._compute(_timed, resident.answer, message)
+        else:
+            torch.set_num_threads(self._threads)  # the setting is a thread's own, and sums depend on it
+            began = time.perf_counter()
+            answer = resident.answer(message)
+            spent = time.perf_counter() - began
+        self._brief = self._brief + 1 if spent < BRIEF else 0
+        return answer
+
+    async def _send(self, call: Any, frame: bytes | pb.DeviceFrame) -> None:
+        self.watching.sent += len(frame) if isinstance(frame, bytes) else frame.ByteSize()
         async with self._writing:  # pongs go between the pieces of an answer
             await call.write(frame)
 
     async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+
+def _timed(function: Callable[[Message], Message | None], message: Message) -> tuple[Message | None, float, int]:
+    """What a function gives, the seconds that this thread took for it, and its number of threads for tensors."""
+    began = time.thread_time()
+    result = function(message)
+    return result, time.thread_time() - began, torch.get_num_threads()
 
 
 async def _status(call: Any) -> None:
@@ -282,8 +312,6 @@ def _reason(error: BaseException) -> str:
 
 def prepare_threads(count: int) -> None:
     """Set the threads of the computing thread, and let the numerical library choose its code paths there alone."""
-    import torch
-
     from fedsample.paths import choose_paths
 
     torch.set_num_threads(1)

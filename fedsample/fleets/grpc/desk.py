@@ -82,5 +82,6 @@ class Desk:
     def _message(self, client: int, kind: str, parcel: Parcel, round: int, digests: Digests) -> Message:
         self._sequence += 1
         hub = self.hub
-        name = Name(hub.invitation.run, hub.term, round, client, digests.of(kind, parcel), self._sequence)
-        return Message(name, kind, parcel)
+        sealed = digests.sealed(kind, parcel)
+        name = Name(hub.invitation.run, hub.term, round, client, sealed.digest, self._sequence)
+        return Message(name, kind, parcel, sealed)
