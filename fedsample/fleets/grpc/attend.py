@@ -25,7 +25,8 @@ import torch
 from fedsample.clients.resident import Resident
 from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, frames
+from fedsample.fleets.grpc.frames import Assembler, Message, frames
+from fedsample.fleets.grpc.heads import Damaged
 from fedsample.fleets.grpc.packing import Piece, server_frame, written
 from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
@@ -268,14 +269,16 @@ class Attendant:
     async def _answered(self, resident: Resident, message: Message) -> Message | None:
         """A request's answer, and how long estimates take."""
         if message.kind != TRAIN:
-            return await self._compute(resident.answer, message)
+            return (await self._compute(_timed, resident.answer, message))[0]  # type: ignore[no-any-return]
         if self._brief < STEADY:
-            answer, spent, self._threads = await self._compute(_timed, resident.answer, message)
+            timed: tuple[Message | None, float, int] = await self._compute(_timed, resident.answer, message)
+            answer, spent, self._threads = timed
         else:
             torch.set_num_threads(self._threads)  # the setting is a thread's own, and sums depend on it
             began = time.perf_counter()
             answer = resident.answer(message)
             spent = time.perf_counter() - began
+            await asyncio.sleep(0)  # the next device of this process computes first, its code and data still at hand
         self._brief = self._brief + 1 if spent < BRIEF else 0
         return answer
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 
 from fedsample.errors import ClientError
-from fedsample.fleets.grpc.frames import Damaged, Digests, Message, Name
+from fedsample.fleets.grpc.frames import Digests, Message
+from fedsample.fleets.grpc.heads import Damaged, Name
 from fedsample.fleets.grpc.hub import Hub, last_line
 from fedsample.wire import Parcel
 

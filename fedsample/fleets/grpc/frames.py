@@ -9,42 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.packing import Data, Piece, varint, write
-from fedsample.wire import Array, Field, Parcel
+from fedsample.fleets.grpc.heads import Damaged as Damaged
+from fedsample.fleets.grpc.heads import Head, read_head, write_content, write_name
+from fedsample.fleets.grpc.heads import Name as Name
+from fedsample.fleets.grpc.packing import Data, Piece, checksum, write
+from fedsample.wire import Array, Parcel
 
 PIECE = 1 << 20  # bytes of data in a piece
 HEAD = 1 << 21  # bytes of a head, at most
 SMALL = 1 << 16  # below this, arrays are copied out of the message; above, they are views of it
-_NAME = b"\x0a"  # the tag of `name` in a Head
-
-
-class Damaged(FedSampleError):
-    """A message that arrived in another shape than it was sent."""
-
-
-class Name(NamedTuple):
-    """Which request, or the answer to which.
-
-    Attributes:
-        run: 16 bytes. term: rises when the run goes back or forks. round: 0 while the run is prepared. client: index.
-        digest: 16 bytes that stand for the request's content. sequence: rises from request to request within a term.
-    """
-
-    run: bytes
-    term: int
-    round: int
-    client: int
-    digest: bytes
-    sequence: int
 
 
 class Message(NamedTuple):
@@ -76,10 +56,10 @@ class Sealed:
         """Make the head, but for the name."""
         self.parcel = parcel  # kept: `Digests` knows it by its id
         self._digests = digests
-        self._head = _head(kind, parcel).SerializeToString(deterministic=True)
+        self._head = write_content(kind, parcel)
         self._arrays: list[Data] = [each.data for each in parcel.arrays.values()]
         self._size = sum(map(len, self._arrays))
-        self._tail: dict[int, bytes] = {}  # frames after the first, by their offsets
+        self._later: dict[int, int] = {}  # checksums of the pieces after the first, by their offsets
 
     @cached_property
     def digest(self) -> bytes:
@@ -91,17 +71,15 @@ class Sealed:
         return found.digest()
 
     def frames(self, name: Name) -> Iterator[bytes]:
-        """The message of this name, in pieces; those after the first are kept for the other names if there are any."""
-        octets = pb.Name(**name._asdict()).SerializeToString()
-        head = b"".join((_NAME, varint(len(octets)), octets, self._head))
-        yield write(head, 0, self._arrays if self._size <= PIECE else self._cut(0))
+        """The message of this name, in pieces."""
+        head = write_name(name) + self._head
+        first = self._arrays if self._size <= PIECE else self._cut(0)
+        yield write(head, 0, first, checksum(head, first))
         for offset in range(PIECE, self._size, PIECE):
-            if self._digests is None:
-                yield write(b"", offset, self._cut(offset))
-                continue
-            if offset not in self._tail:
-                self._tail[offset] = write(b"", offset, self._cut(offset))
-            yield self._tail[offset]
+            parts = self._cut(offset)
+            if offset not in self._later:
+                self._later[offset] = checksum(b"", parts)
+            yield write(b"", offset, parts, self._later[offset])
 
     def _cut(self, offset: int) -> list[Data]:
         """`PIECE` bytes of the arrays from an offset; the last may be fewer."""
@@ -141,49 +119,6 @@ class Digests:
         return kept[1]
 
 
-def _head(kind: str, parcel: Parcel) -> pb.Head:
-    """A head without the name; as bytes, a name may stand before it."""
-    head = pb.Head(kind=kind)
-    for key, value in parcel.header.items():
-        _put(head.header.add(name=key), value)
-    for key, array in parcel.arrays.items():
-        head.arrays.add(name=key, dtype=array.dtype, shape=array.shape, stype=array.stype, size=len(array.data))
-    return head
-
-
-def _put(field: pb.Field, value: Field) -> None:
-    """Write a value; a truth value is an integer too, so it is asked for first."""
-    if isinstance(value, bool):
-        field.flag = value
-    elif isinstance(value, int):
-        field.integer = value
-    elif isinstance(value, float):
-        field.number = value
-    elif isinstance(value, str):
-        field.text = value
-    elif isinstance(value, bytes):
-        field.octets = value
-    else:
-        first = value[0] if value else ""
-        if isinstance(first, bool):
-            field.flags.values.extend(value)
-        elif isinstance(first, int):
-            field.integers.values.extend(value)
-        elif isinstance(first, float):
-            field.numbers.values.extend(value)
-        else:
-            field.texts.values.extend(value)
-            field.texts.SetInParent()
-
-
-def _value(field: pb.Field) -> Field:
-    which = field.WhichOneof("value")
-    if which is None:
-        raise Damaged(f"field {field.name!r} of a header has no value that this version knows")
-    value = getattr(field, which)
-    return list(value.values) if which in ("flags", "integers", "numbers", "texts") else value
-
-
 def frames(message: Message) -> Iterator[bytes]:
     """The message in parts as they travel in either direction, the first with the head."""
     return (message.sealed or Sealed(message.kind, message.parcel)).frames(message.name)
@@ -204,12 +139,12 @@ class Assembler:
     def __init__(self, limit: int) -> None:
         """Nothing has arrived."""
         self.limit = limit
-        self._head: pb.Head | None = None
+        self._head: Head | None = None
         self._data = memoryview(b"")
         self._have = self._size = 0
 
     @property
-    def expected(self) -> tuple[pb.Head, int] | None:
+    def expected(self) -> tuple[Head, int] | None:
         """The head and the size in bytes of the message that is on its way."""
         return None if self._head is None else (self._head, self._size)
 
@@ -222,11 +157,8 @@ class Assembler:
         if self._head is not None or piece.offset or not piece.head or len(piece.head) > HEAD:
             raise Damaged("a message began before the last one was whole, or without a head")
         self._check(piece)
-        try:
-            head = pb.Head.FromString(piece.head)
-        except DecodeError as error:
-            raise Damaged(f"the head of a message cannot be read: {error}") from None
-        size: int = sum(array.size for array in head.arrays)
+        head = read_head(piece.head)
+        size = sum([array.size for array in head.arrays])
         if size > self.limit:
             raise Damaged(f"a message of {size} bytes, expected at most {self.limit}: it belongs to another run")
         self._head, self._size, self._have, self._data = head, size, 0, memoryview(b"")
@@ -264,13 +196,11 @@ class Assembler:
             raise Damaged("the checksum of a piece does not match")
 
 
-def _whole(head: pb.Head, data: Data) -> Message:
-    name = Name(*(getattr(head.name, field) for field in Name._fields))
+def _whole(head: Head, data: Data) -> Message:
     view, arrays, at = memoryview(data), {}, 0
-    for each in head.arrays:
-        part = view[at : at + each.size]
-        content = bytes(part) if len(part) <= SMALL else part
-        arrays[each.name] = Array(each.dtype, tuple(each.shape), each.stype, content)  # type: ignore[arg-type]
-        at += each.size
-    header: Mapping[str, Field] = {field.name: _value(field) for field in head.header}
-    return Message(name, head.kind, Parcel(header, arrays))
+    for name, dtype, shape, stype, size in head.arrays:
+        part = view[at : at + size]
+        content = bytes(part) if size <= SMALL else part
+        arrays[name] = Array(dtype, shape, stype, content)  # type: ignore[arg-type]
+        at += size
+    return Message(head.name, head.kind, Parcel(head.header, arrays))

@@ -19,7 +19,8 @@ import grpc.aio
 from fedsample.errors import ClientError, FedSampleError
 from fedsample.exchange import Abandoned
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import PIECE, Assembler, Damaged, Message, frames
+from fedsample.fleets.grpc.frames import PIECE, Assembler, Message, frames
+from fedsample.fleets.grpc.heads import Damaged
 from fedsample.fleets.grpc.packing import Piece, device_frame, written
 from fedsample.fleets.grpc.probe import SOFTWARE, probe_handler
 from fedsample.fleets.grpc.seat import Asked, Batch, Seat, Stream
@@ -463,6 +464,8 @@ class Hub:
                 seat.sent[0] += item.size
                 for frame in frames(item):
                     seat.sent[1] += len(frame)
+                    if item.size <= PIECE:
+                        await asyncio.sleep(0)  # all frames of a round are made before the first is encrypted and sent
                     await context.write(frame)
             else:
                 seat.sent[1] += item.ByteSize()

@@ -49,12 +49,17 @@ def varint(value: int) -> bytes:
     return bytes(octets)
 
 
-def write(head: bytes, offset: int, parts: Sequence[Data]) -> bytes:
-    """A frame with a piece whose data are these parts, one after the other."""
-    crc, size = zlib.crc32(head), 0
+def checksum(head: bytes, parts: Sequence[Data]) -> int:
+    """CRC-32 of a head and of data, one after the other."""
+    crc = zlib.crc32(head)
     for part in parts:
         crc = zlib.crc32(part, crc)
-        size += len(part)
+    return crc
+
+
+def write(head: bytes, offset: int, parts: Sequence[Data], crc: int) -> bytes:
+    """A frame with a piece whose data are these parts, one after the other."""
+    size = sum(map(len, parts))
     fields: list[Data] = []
     if head:
         fields += (_HEAD_TAG, varint(len(head)), head)
@@ -97,6 +102,22 @@ def read(frame: bytes) -> Piece | None:
     except IndexError:
         return None
     return Piece(head, offset, data, crc, whole) if at == end else None
+
+
+def cut(message: bytes) -> list[tuple[int, bytes]] | None:
+    """The fields of a message all of which are written with their lengths, by tag; None: another one is among them."""
+    parts, at, end = [], 0, len(message)
+    try:
+        while at < end:
+            tag = message[at]
+            size, start = _varint(message, at + 1)
+            at = start + size
+            if tag & 0x87 != 2:
+                return None
+            parts.append((tag, message[start:at]))
+    except IndexError:
+        return None
+    return parts if at == end else None
 
 
 def device_frame(frame: bytes) -> Piece | pb.DeviceFrame:
