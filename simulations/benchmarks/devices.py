@@ -276,10 +276,10 @@ def measure(
 async def pool(count: int, bare: int, ours: int, folder: Path) -> None:
     """Both kinds of devices, in one loop."""
     certs, file = folder / "certs", folder / "potentials.npz"
-    await asyncio.gather(
-        bare_devices(f"127.0.0.1:{bare}", certs, count),
-        our_devices(f"127.0.0.1:{ours}", certs, count, file, folder / "state"),
-    )
+    kinds = [our_devices(f"127.0.0.1:{ours}", certs, count, file, folder / "state")]
+    if bare:
+        kinds.append(bare_devices(f"127.0.0.1:{bare}", certs, count))
+    await asyncio.gather(*kinds)
 
 
 def main() -> None:
