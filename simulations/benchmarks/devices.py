@@ -5,7 +5,8 @@
 All devices share one other process. A bare round sends every device as many bytes as a request of ours has, and waits
 for as many as an answer has, over bidirectional streams of `grpc.aio` without any meaning; of messages above 1 MiB in
 pieces of that size, and whole, whichever is faster. Ours is `GrpcFleet.exchange` of dense gradients of a quadratic.
-The two take turns; the best of each counts.
+The two take turns; the best of each counts. `working` are bare streams that do the same work: their devices compute the
+gradients too, and their server sums them.
 """
 
 from __future__ import annotations
@@ -289,6 +290,7 @@ def main() -> None:
     parser.add_argument("--large", type=int, nargs="*", default=[2_500_000, 25_000_000])
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--flower", action="store_true", help="also Flower's deployed runtime: two minutes more")
     parser.add_argument("--pool", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.pool:
@@ -299,6 +301,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     rows = measure(options.devices, options.large, options.rounds)
+    if options.flower:
+        import deployed
+
+        rows += deployed.measure()
     if options.json:
         print(json.dumps(rows, indent=1))
         return
