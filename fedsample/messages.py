@@ -34,6 +34,7 @@ from fedsample.wire import (
     DENSE,
     TRIANGLE,
     Array,
+    Field,
     Form,
     Header,
     Parcel,
@@ -67,6 +68,7 @@ class Outgoing:
         """Make the arrays."""
         self._request, self._metric = request, metric
         self._arrays: dict[str, Array] = {}
+        self._parcels: dict[tuple[object, ...], Parcel] = {}
         if request.vector is not None:
             self._arrays["vector"] = dense(request.vector)
         if coins:
@@ -86,6 +88,16 @@ class Outgoing:
                 the same for the reference of variance reduction.
         """
         request = self._request
+        applied = 0 if request.applied is None else int(request.applied[client])
+        active = tuple(request.active[client].tolist()) if estimate and request.active is not None else None
+        same = estimate, None if missed is None else missed.since, previous, reference, applied, active
+        if same not in self._parcels:  # most clients are told the same: it is made, named and checked once
+            arrays = self._chosen(estimate, missed, previous, reference)
+            self._parcels[same] = Parcel(self._header(estimate, missed, applied, active), arrays)
+        return self._parcels[same]
+
+    def _chosen(self, estimate: bool, missed: Missed | None, previous: bool, reference: bool) -> dict[str, Array]:
+        request = self._request
         names = ["points"] if missed is None else []
         names += ["vector"] if request.vector is not None else []
         if estimate:
@@ -94,20 +106,23 @@ class Outgoing:
             moved = request.reference is not None and 0 < request.reference_round < request.round
             names += ["reference"] if reference and moved else []
         arrays = {name: self._array(name) for name in names}
-        if missed is not None:
-            arrays["increments"] = missed.array
-        fields = header(
+        return arrays if missed is None else {**arrays, "increments": missed.array}
+
+    def _header(
+        self, estimate: bool, missed: Missed | None, applied: int, active: tuple[bool, ...] | None
+    ) -> dict[str, Field]:
+        request = self._request
+        return header(
             round=request.round,
             metric=self._metric,
             outputs=sorted(request.outputs if estimate else request.outputs - {ESTIMATE}),
             epoch=request.epoch,
-            applied=0 if request.applied is None else int(request.applied[client]),
-            active=request.active[client].tolist() if estimate and request.active is not None else None,
+            applied=applied,
+            active=None if active is None else list(active),
             track=ESTIMATE in request.outputs,
             since=None if missed is None else missed.since,
             reference=request.reference_round if estimate and request.reference is not None else None,
         )
-        return Parcel(fields, arrays)
 
     def _array(self, name: str) -> Array:
         if name not in self._arrays:

@@ -15,7 +15,8 @@ from torch import Tensor
 from fedsample import messages
 from fedsample.clients.device import Device, Trace
 from fedsample.errors import DataError, RunDirectoryError
-from fedsample.fleets.grpc.frames import Message, Name
+from fedsample.fleets.grpc.frames import Message
+from fedsample.fleets.grpc.heads import Name
 from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.wire import Header, Parcel, header, pack_tensors
 

@@ -77,8 +77,8 @@ class LinkKeys:
         self._common = key(seed, purpose=f"{purpose}/common", device=device)
         self._block: tuple[int, Tensor] | None = None
 
-    def at(self, round: int, clients: Tensor | None = None) -> PacketKeys:
-        """The keys of one round: own (n, C) or (C,); `clients` picks rows of a fleet's keys."""
+    def at(self, round: int, clients: Tensor | int | None = None) -> PacketKeys:
+        """The keys of one round: own (n, C) or (C,); `clients` picks rows of a fleet's keys, or one."""
         own = self._round_words(round)
         client = self._client
         if clients is not None:
@@ -239,7 +239,10 @@ def values_from_bytes(data: bytes, count: int, dtype: torch.dtype) -> Tensor:
     form = _NUMPY[dtype]
     if len(data) != count * form.itemsize:
         raise DataError(f"a packet of {len(data)} bytes, expected {count * form.itemsize} ({count} values of {form})")
-    values = torch.from_numpy(np.frombuffer(data, dtype=form).astype(form.newbyteorder("="), copy=True))
+    array = np.frombuffer(data, dtype=form)
+    if not array.flags.writeable or not form.isnative:  # bytes are shared; what may be written is the receiver's own
+        array = array.astype(form.newbyteorder("="))
+    values = torch.from_numpy(array)
     if not finite(values):
         raise DataError("a packet holds NaN or infinite values and is refused")
     return values

@@ -164,8 +164,13 @@ class Uplink(ABC):
             DataError: if the length is wrong or a value is not finite.
         """
         chains = turn.point.shape[0]
-        width = torch.empty((), dtype=dtype).element_size()
+        width = dtype.itemsize
         dense = torch.zeros(chains, d, dtype=dtype) if turn.sync is not None and bool(turn.sync.any()) else None
+        if chains == 1 and dense is None and turn.active is None and len(data) == self.compressor.bits(d, dtype) // 8:
+            one = self.compressor.parse(data, d, dtype)
+            if one.indices is None and one.side is None and one.length is None and one.values.dtype == dtype:
+                # Plain values of a single chain, which may be all of a large model: they are not copied into a stack.
+                return Upload(Packet(one.values.unsqueeze(0), self.compressor.support(turn.keys, d)), None)
         packet = self.compressor.empty((chains, d), dtype)
         at = 0
         for chain in range(chains):

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedsample import messages
 from fedsample.clients.exact import exact_bits
 from fedsample.compression import LinkKeys
+from fedsample.compression.base import finite
 from fedsample.errors import ConfigError, DivergenceError
 from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Turn, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
@@ -109,7 +110,7 @@ class RemoteFleet:
         Raises:
             DivergenceError: if the points are not finite.
         """
-        if not bool(torch.isfinite(request.points).all()):
+        if not finite(request.points):
             raise DivergenceError(
                 f"the points of round {request.round} hold NaN or infinite values: a chain diverged; lower step_size, "
                 "or set it to 'auto'"
@@ -203,8 +204,7 @@ class RemoteFleet:
         if ESTIMATE not in request.outputs:
             return Aggregate(None, sums, torch.ones(self.n, dtype=torch.bool), 1.0, traffic)
         arrival = 1.0 if self.arrival is None or self._whole(request) else self.arrival
-        nothing = torch.zeros(self.chains, len(self.like), dtype=self.like.dtype)
-        summed = total.total() if any(arrived) else nothing
+        summed = total.total() if any(arrived) else torch.zeros(self.chains, len(self.like), dtype=self.like.dtype)
         return Aggregate(summed.to(device), sums, torch.tensor(arrived), arrival, traffic, norms)
 
     def _read(
@@ -234,7 +234,7 @@ class RemoteFleet:
             active=None if active is None else active[client].cpu(),
             applied=0,
             epoch=request.epoch,
-            keys=self._keys.at(request.round, torch.tensor(client)),
+            keys=self._keys.at(request.round, client),
         )
 
     def _bear(self, missing: list[int], request: Request) -> None:

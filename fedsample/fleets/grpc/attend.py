@@ -1,6 +1,7 @@
 """A device's end of the stream: connect, answer, and come back whatever happens.
 
-What the model computes runs in a thread of its own, so that pings are answered meanwhile. A stream that breaks is
+What the model computes runs in a thread of its own, so that pings are answered meanwhile; estimates that have taken
+less than `BRIEF` many times in a row are made in between, as handing them over takes longer. A stream that breaks is
 opened again with full-jitter back-off (Brooker 2015, AWS Architecture Blog), for ever unless a number of attempts is
 given; an answer that could not be sent is kept, and sent when it is asked for again.
 """
@@ -20,18 +21,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 import grpc.aio
+import torch
 
 from fedsample.errors import ConfigError, DataError, FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.frames import Assembler, Message, frames
+from fedsample.fleets.grpc.heads import Damaged
+from fedsample.fleets.grpc.packing import Piece, server_frame, written
 from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+from fedsample.messages import TRAIN
 
 if TYPE_CHECKING:
     from fedsample.clients.device import Trace
     from fedsample.clients.resident import Standing
 
 LIMIT = 1 << 33  # bytes that a request's arrays may have
+BRIEF, STEADY = 5e-3, 32  # seconds of an estimate, and how many in a row, from which on it is not handed over
 FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
 _HINT = 8  # failures to connect in a row after which it is said how to find out why
 _LEAVE = 2.0  # seconds for the server to read why a device leaves
@@ -145,6 +151,8 @@ class Attendant:
         self._writing = asyncio.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._busy = False
+        self._brief = 0  # estimates in a row that took less than `BRIEF`
+        self._threads = 1  # with which they were made
 
     async def attend(self) -> str:
         """Serve until the run has ended -> the server's farewell.
@@ -188,8 +196,8 @@ class Attendant:
         async with channel:
             connect = channel.stream_stream(
                 f"/{SERVICE}/Connect",
-                request_serializer=pb.DeviceFrame.SerializeToString,
-                response_deserializer=pb.ServerFrame.FromString,
+                request_serializer=written,
+                response_deserializer=server_frame,
             )
             call = connect()
             try:
@@ -235,6 +243,14 @@ class Attendant:
         assembler = Assembler(LIMIT)
         while True:
             frame = await call.read()
+            if isinstance(frame, Piece):
+                self.watching.received += frame.size
+                if assembler.expected is None:
+                    assembler.begin(frame)
+                message = assembler.add(frame)
+                if message is not None:
+                    requests.put_nowait(message)
+                continue
             if not isinstance(frame, pb.ServerFrame):
                 await _status(call)
                 return None
@@ -242,12 +258,6 @@ class Attendant:
             kind = frame.WhichOneof("frame")
             if kind == "welcome" and not welcome.done():
                 welcome.set_result(frame.welcome)
-            elif kind == "piece":
-                if assembler.expected is None:
-                    assembler.begin(frame.piece)
-                message = assembler.add(frame.piece)
-                if message is not None:
-                    requests.put_nowait(message)
             elif kind == "ping":
                 busy = self._busy or not requests.empty()
                 await self._send(call, pb.DeviceFrame(pong=pb.Pong(number=frame.ping.number, busy=busy)))
@@ -298,7 +308,7 @@ class Attendant:
             self._busy, began = True, time.monotonic()
             watching.to("computing")
             try:
-                answer = await self._compute(resident.answer, message)
+                answer = await self._answered(resident, message)
             except Exception as error:
                 trace = resident.trace
                 failure = pb.Failure(
@@ -309,18 +319,41 @@ class Attendant:
                 continue
             watching.latencies.append(time.monotonic() - began)
             if answer is not None:
-                for piece in pieces(answer):
-                    await self._send(call, pb.DeviceFrame(piece=piece))
+                for frame in frames(answer):
+                    await self._send(call, frame)
                 watching.round, watching.answers = resident.round, watching.answers + 1
             watching.to("connected")
 
-    async def _send(self, call: Any, frame: pb.DeviceFrame) -> None:
-        self.watching.sent += frame.ByteSize()
+    async def _answered(self, resident: Resident, message: Message) -> Message | None:
+        """A request's answer, and how long estimates take."""
+        if message.kind != TRAIN:
+            return (await self._compute(_timed, resident.answer, message))[0]  # type: ignore[no-any-return]
+        if self._brief < STEADY:
+            timed: tuple[Message | None, float, int] = await self._compute(_timed, resident.answer, message)
+            answer, spent, self._threads = timed
+        else:
+            torch.set_num_threads(self._threads)  # the setting is a thread's own, and sums depend on it
+            began = time.perf_counter()
+            answer = resident.answer(message)
+            spent = time.perf_counter() - began
+            await asyncio.sleep(0)  # the next device of this process computes first, its code and data still at hand
+        self._brief = self._brief + 1 if spent < BRIEF else 0
+        return answer
+
+    async def _send(self, call: Any, frame: bytes | pb.DeviceFrame) -> None:
+        self.watching.sent += len(frame) if isinstance(frame, bytes) else frame.ByteSize()
         async with self._writing:  # pongs go between the pieces of an answer
             await call.write(frame)
 
     async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+
+def _timed(function: Callable[[Message], Message | None], message: Message) -> tuple[Message | None, float, int]:
+    """What a function gives, the seconds that this thread took for it, and its number of threads for tensors."""
+    began = time.thread_time()
+    result = function(message)
+    return result, time.thread_time() - began, torch.get_num_threads()
 
 
 async def _status(call: Any) -> None:
@@ -342,8 +375,6 @@ def _reason(error: BaseException) -> str:
 
 def prepare_threads(count: int) -> None:
     """Set the threads of the computing thread, and let the numerical library choose its code paths there alone."""
-    import torch
-
     from fedsample.paths import choose_paths
 
     torch.set_num_threads(1)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 
 from fedsample.errors import ClientError
-from fedsample.fleets.grpc.frames import Damaged, Digests, Message, Name
+from fedsample.fleets.grpc.frames import Digests, Message
+from fedsample.fleets.grpc.heads import Damaged, Name
 from fedsample.fleets.grpc.hub import Hub, last_line
 from fedsample.wire import Parcel
 
@@ -82,5 +83,6 @@ class Desk:
     def _message(self, client: int, kind: str, parcel: Parcel, round: int, digests: Digests) -> Message:
         self._sequence += 1
         hub = self.hub
-        name = Name(hub.invitation.run, hub.term, round, client, digests.of(kind, parcel), self._sequence)
-        return Message(name, kind, parcel)
+        sealed = digests.sealed(kind, parcel)
+        name = Name(hub.invitation.run, hub.term, round, client, sealed.digest, self._sequence)
+        return Message(name, kind, parcel, sealed)

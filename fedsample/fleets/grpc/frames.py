@@ -9,46 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
-from google.protobuf.message import DecodeError
+import numpy as np
 
-from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.wire import Array, Field, Parcel
+from fedsample.fleets.grpc.heads import Damaged as Damaged
+from fedsample.fleets.grpc.heads import Head, read_head, write_content, write_name
+from fedsample.fleets.grpc.heads import Name as Name
+from fedsample.fleets.grpc.packing import Data, Piece, checksum, write
+from fedsample.wire import Array, Parcel
 
 PIECE = 1 << 20  # bytes of data in a piece
 HEAD = 1 << 21  # bytes of a head, at most
 SMALL = 1 << 16  # below this, arrays are copied out of the message; above, they are views of it
 
 
-class Damaged(FedSampleError):
-    """A message that arrived in another shape than it was sent."""
-
-
-class Name(NamedTuple):
-    """Which request, or the answer to which.
+class Message(NamedTuple):
+    """A parcel with its name, ready to travel or whole on arrival.
 
     Attributes:
-        run: 16 bytes. term: rises when the run goes back or forks. round: 0 while the run is prepared. client: index.
-        digest: 16 bytes that stand for the request's content. sequence: rises from request to request within a term.
+        sealed: what it shares with other messages of the same content; None: nothing.
     """
-
-    run: bytes
-    term: int
-    round: int
-    client: int
-    digest: bytes
-    sequence: int
-
-
-class Message(NamedTuple):
-    """A parcel with its name, ready to travel or whole on arrival."""
 
     name: Name
     kind: str
     parcel: Parcel
+    sealed: Sealed | None = None
 
     @property
     def size(self) -> int:
@@ -56,102 +45,88 @@ class Message(NamedTuple):
         return sum(len(each.data) for each in self.parcel.arrays.values())
 
 
+class Sealed:
+    """The content of messages, ready to travel: what does not depend on their names is made once for all of them.
+
+    Args:
+        kind, parcel: the content. digests: where the arrays' checksums are kept; None: no digest is wanted.
+    """
+
+    def __init__(self, kind: str, parcel: Parcel, digests: Digests | None = None) -> None:
+        """Make the head, but for the name."""
+        self.parcel = parcel  # kept: `Digests` knows it by its id
+        self._digests = digests
+        self._head = write_content(kind, parcel)
+        self._arrays: list[Data] = [each.data for each in parcel.arrays.values()]
+        self._size = sum(map(len, self._arrays))
+        self._later: dict[int, int] = {}  # checksums of the pieces after the first, by their offsets
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that stand for the content."""
+        found = hashlib.blake2b(self._head, digest_size=16)
+        for array in self.parcel.arrays.values():
+            checksum = zlib.crc32(array.data) if self._digests is None else self._digests.checksum(array)
+            found.update(checksum.to_bytes(4, "little"))
+        return found.digest()
+
+    def frames(self, name: Name) -> Iterator[bytes]:
+        """The message of this name, in pieces."""
+        head = write_name(name) + self._head
+        first = self._arrays if self._size <= PIECE else self._cut(0)
+        yield write(head, 0, first, checksum(head, first))
+        for offset in range(PIECE, self._size, PIECE):
+            parts = self._cut(offset)
+            if offset not in self._later:
+                self._later[offset] = checksum(b"", parts)
+            yield write(b"", offset, parts, self._later[offset])
+
+    def _cut(self, offset: int) -> list[Data]:
+        """`PIECE` bytes of the arrays from an offset; the last may be fewer."""
+        parts: list[Data] = []
+        start, end = offset, offset + PIECE
+        for array in self._arrays:
+            if start < len(array) and end > 0:
+                parts.append(memoryview(array)[max(0, start) : end])
+            start, end = start - len(array), end - len(array)
+        return parts
+
+
 class Digests:
-    """Digests of requests; the checksums of arrays that many requests share are computed once."""
+    """Contents of requests; what many requests share is computed once."""
 
     def __init__(self) -> None:
         """Nothing known."""
         self._known: dict[int, tuple[Array, int]] = {}  # the array itself is kept, or its id might be used again
+        self._sealed: dict[tuple[str, int], Sealed] = {}
+
+    def sealed(self, kind: str, parcel: Parcel) -> Sealed:
+        """A content, ready to travel."""
+        name = kind, id(parcel)
+        if name not in self._sealed:
+            self._sealed[name] = Sealed(kind, parcel, self)
+        return self._sealed[name]
 
     def of(self, kind: str, parcel: Parcel) -> bytes:
         """16 bytes that name a request by its content."""
-        found = hashlib.blake2b(_head(None, kind, parcel).SerializeToString(deterministic=True), digest_size=16)
-        for array in parcel.arrays.values():
-            kept = self._known.get(id(array.data))
-            if kept is None:
-                kept = self._known[id(array.data)] = array, zlib.crc32(array.data)
-            found.update(kept[1].to_bytes(4, "little"))
-        return found.digest()
+        return self.sealed(kind, parcel).digest
+
+    def checksum(self, array: Array) -> int:
+        """CRC-32 of an array's bytes."""
+        kept = self._known.get(id(array.data))
+        if kept is None:
+            kept = self._known[id(array.data)] = array, zlib.crc32(array.data)
+        return kept[1]
 
 
-def _head(name: Name | None, kind: str, parcel: Parcel) -> pb.Head:
-    head = pb.Head(kind=kind)
-    if name is not None:
-        for field, part in name._asdict().items():
-            setattr(head.name, field, part)
-    for key, value in parcel.header.items():
-        _put(head.header.add(name=key), value)
-    for key, array in parcel.arrays.items():
-        head.arrays.add(name=key, dtype=array.dtype, shape=array.shape, stype=array.stype, size=len(array.data))
-    return head
-
-
-def _put(field: pb.Field, value: Field) -> None:
-    """Write a value; a truth value is an integer too, so it is asked for first."""
-    if isinstance(value, bool):
-        field.flag = value
-    elif isinstance(value, int):
-        field.integer = value
-    elif isinstance(value, float):
-        field.number = value
-    elif isinstance(value, str):
-        field.text = value
-    elif isinstance(value, bytes):
-        field.octets = value
-    else:
-        first = value[0] if value else ""
-        if isinstance(first, bool):
-            field.flags.values.extend(value)
-        elif isinstance(first, int):
-            field.integers.values.extend(value)
-        elif isinstance(first, float):
-            field.numbers.values.extend(value)
-        else:
-            field.texts.values.extend(value)
-            field.texts.SetInParent()
-
-
-def _value(field: pb.Field) -> Field:
-    which = field.WhichOneof("value")
-    if which is None:
-        raise Damaged(f"field {field.name!r} of a header has no value that this version knows")
-    value = getattr(field, which)
-    return list(value.values) if which in ("flags", "integers", "numbers", "texts") else value
+def frames(message: Message) -> Iterator[bytes]:
+    """The message in parts as they travel in either direction, the first with the head."""
+    return (message.sealed or Sealed(message.kind, message.parcel)).frames(message.name)
 
 
 def pieces(message: Message) -> Iterator[pb.Piece]:
-    """The message in parts, the first with the head."""
-    head = _head(*message).SerializeToString()
-    arrays = [memoryview(each.data) for each in message.parcel.arrays.values()]
-    if message.size <= PIECE:
-        yield _piece(head, 0, b"".join(arrays))
-        return
-    offset = 0
-    for part in _cut(arrays):
-        yield _piece(head, offset, part)
-        head = b""
-        offset += len(part)
-
-
-def _piece(head: bytes, offset: int, data: bytes) -> pb.Piece:
-    return pb.Piece(head=head, offset=offset, data=data, crc=zlib.crc32(data, zlib.crc32(head)))
-
-
-def _cut(arrays: list[memoryview]) -> Iterator[bytes]:
-    """The bytes of all arrays, in parts of `PIECE` bytes; the last may be shorter."""
-    held, size = [], 0
-    for array in arrays:
-        at = 0
-        while at < len(array):
-            part = array[at : at + PIECE - size]
-            held.append(part)
-            at += len(part)
-            size += len(part)
-            if size == PIECE:
-                yield b"".join(held)
-                held, size = [], 0
-    if held:
-        yield b"".join(held)
+    """The same as messages of the generated code."""
+    return (pb.ServerFrame.FromString(frame).piece for frame in frames(message))
 
 
 class Assembler:
@@ -164,16 +139,16 @@ class Assembler:
     def __init__(self, limit: int) -> None:
         """Nothing has arrived."""
         self.limit = limit
-        self._head: pb.Head | None = None
-        self._data = bytearray()
+        self._head: Head | None = None
+        self._data = memoryview(b"")
         self._have = self._size = 0
 
     @property
-    def expected(self) -> tuple[pb.Head, int] | None:
+    def expected(self) -> tuple[Head, int] | None:
         """The head and the size in bytes of the message that is on its way."""
         return None if self._head is None else (self._head, self._size)
 
-    def begin(self, piece: pb.Piece) -> int:
+    def begin(self, piece: Piece | pb.Piece) -> int:
         """Look at the first piece of a message -> the size in bytes of its arrays.
 
         Raises:
@@ -182,17 +157,14 @@ class Assembler:
         if self._head is not None or piece.offset or not piece.head or len(piece.head) > HEAD:
             raise Damaged("a message began before the last one was whole, or without a head")
         self._check(piece)
-        try:
-            head = pb.Head.FromString(piece.head)
-        except DecodeError as error:
-            raise Damaged(f"the head of a message cannot be read: {error}") from None
-        size: int = sum(array.size for array in head.arrays)
+        head = read_head(piece.head)
+        size = sum([array.size for array in head.arrays])
         if size > self.limit:
             raise Damaged(f"a message of {size} bytes, expected at most {self.limit}: it belongs to another run")
-        self._head, self._size, self._have, self._data = head, size, 0, bytearray()
+        self._head, self._size, self._have, self._data = head, size, 0, memoryview(b"")
         return size
 
-    def add(self, piece: pb.Piece) -> Message | None:
+    def add(self, piece: Piece | pb.Piece) -> Message | None:
         """One more piece, the first one after `begin` -> the message when it is whole.
 
         Raises:
@@ -203,34 +175,32 @@ class Assembler:
             raise Damaged(f"a piece at byte {piece.offset}, expected {self._have}: a piece is missing or came twice")
         if self._have:
             self._check(piece)
-        data = piece.data
+        data: Data = piece.data
         if self._have + len(data) > self._size or (not data and self._size > self._have):
             raise Damaged(f"{self._have + len(data)} bytes of a message of {self._size}")
         if len(data) == self._size:
-            whole: bytes | bytearray = data
+            whole = data
         else:
             if not self._data:
-                self._data = bytearray(self._size)
+                self._data = memoryview(np.empty(self._size, dtype=np.uint8))  # type: ignore[arg-type]
             self._data[self._have : self._have + len(data)] = data
             whole = self._data
         self._have += len(data)
         if self._have < self._size:
             return None
-        self._head, self._data = None, bytearray()
+        self._head, self._data = None, memoryview(b"")
         return _whole(head, whole)
 
-    def _check(self, piece: pb.Piece) -> None:
+    def _check(self, piece: Piece | pb.Piece) -> None:
         if zlib.crc32(piece.data, zlib.crc32(piece.head)) != piece.crc:
             raise Damaged("the checksum of a piece does not match")
 
 
-def _whole(head: pb.Head, data: bytes | bytearray) -> Message:
-    name = Name(*(getattr(head.name, field) for field in Name._fields))
+def _whole(head: Head, data: Data) -> Message:
     view, arrays, at = memoryview(data), {}, 0
-    for each in head.arrays:
-        part = view[at : at + each.size]
-        content = bytes(part) if len(part) <= SMALL else part
-        arrays[each.name] = Array(each.dtype, tuple(each.shape), each.stype, content)  # type: ignore[arg-type]
-        at += each.size
-    header: Mapping[str, Field] = {field.name: _value(field) for field in head.header}
-    return Message(name, head.kind, Parcel(header, arrays))
+    for name, dtype, shape, stype, size in head.arrays:
+        part = view[at : at + size]
+        content = bytes(part) if size <= SMALL else part
+        arrays[name] = Array(dtype, shape, stype, content)  # type: ignore[arg-type]
+        at += size
+    return Message(head.name, head.kind, Parcel(head.header, arrays))

@@ -19,7 +19,9 @@ import grpc.aio
 from fedsample.errors import ClientError, FedSampleError
 from fedsample.exchange import Abandoned
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import PIECE, Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.frames import PIECE, Assembler, Message, frames
+from fedsample.fleets.grpc.heads import Damaged
+from fedsample.fleets.grpc.packing import Piece, device_frame, written
 from fedsample.fleets.grpc.probe import SOFTWARE, probe_handler
 from fedsample.fleets.grpc.seat import Asked, Batch, Seat, Stream
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
@@ -110,9 +112,7 @@ class Hub:
         self._room = asyncio.Condition()
         self._server = grpc.aio.server(options=_OPTIONS)
         handlers = {
-            "Connect": grpc.stream_stream_rpc_method_handler(
-                self._connect, pb.DeviceFrame.FromString, pb.ServerFrame.SerializeToString
-            ),
+            "Connect": grpc.stream_stream_rpc_method_handler(self._connect, device_frame, written),
         }
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers), probe_handler(lambda: len(self.seats)))
@@ -479,10 +479,11 @@ class Hub:
         while (item := await stream.queue.get()) is not None:
             if isinstance(item, Message):
                 item, stream.request = stream.request or item, None
-                for piece in pieces(item):
-                    frame = pb.ServerFrame(piece=piece)
-                    seat.sent[0] += len(piece.data)
-                    seat.sent[1] += frame.ByteSize()
+                seat.sent[0] += item.size
+                for frame in frames(item):
+                    seat.sent[1] += len(frame)
+                    if item.size <= PIECE:
+                        await asyncio.sleep(0)  # all frames of a round are made before the first is encrypted and sent
                     await context.write(frame)
             else:
                 seat.sent[1] += item.ByteSize()
@@ -501,14 +502,16 @@ class Hub:
     ) -> None:
         while True:
             frame = await context.read()
+            stream.pinged = 0.0
+            if isinstance(frame, Piece):
+                seat.received[1] += frame.size
+                await self._piece(seat, stream, assembler, frame)
+                continue
             if not isinstance(frame, pb.DeviceFrame):
                 return  # the device closed its end
-            stream.pinged = 0.0
             seat.received[1] += frame.ByteSize()
             kind = frame.WhichOneof("frame")
-            if kind == "piece":
-                await self._piece(seat, stream, assembler, frame.piece)
-            elif kind == "pong":
+            if kind == "pong":
                 stream.busy = frame.pong.busy
                 stream.pong.set()
                 asked = seat.asked
@@ -527,7 +530,7 @@ class Hub:
                     seat.error = last_line(frame.failure.detail)
                     asked.batch.put(seat.client, frame.failure, soon=True)
 
-    async def _piece(self, seat: Seat, stream: Stream, assembler: Assembler, piece: pb.Piece) -> None:
+    async def _piece(self, seat: Seat, stream: Stream, assembler: Assembler, piece: Piece) -> None:
         seat.received[0] += len(piece.data)
         if assembler.expected is None:
             asked = seat.asked
