@@ -28,7 +28,7 @@ from fedsample.fleets.flower_grid import AppFolder, FlowerRun, adapter, imported
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc import frames, presence
 from fedsample.fleets.grpc.address import Address
-from fedsample.fleets.grpc.attend import Attendant
+from fedsample.fleets.grpc.attend import Attendant, Watching
 from fedsample.fleets.grpc.flower_carrier import FLOWER, message_in, parcel_of
 from fedsample.fleets.grpc.flower_host import serve_app
 from fedsample.fleets.grpc.flower_node import FILE, FlowerNode, run_config_in
@@ -416,7 +416,7 @@ def test_each_side_says_when_the_other_runs_something_else(tmp_path: Path) -> No
     apps, samples = '[flower]\nname = "x"\n[config]\n', "rounds = 3\n"
     named = Presence("", None, 0, tmp_path, "cpu", None, None, None, None, None, True)
     with pytest.raises(ConfigError, match="add --app"):
-        presence._sampling(named, lambda welcome: tmp_path)(pb.Welcome(config=apps))
+        presence._sampling(named, Watching(""), lambda welcome: tmp_path)(pb.Welcome(config=apps))
     (tmp_path / "stock.py").write_text("from flwr.clientapp import ClientApp\napp = ClientApp()\n")
     with contextlib.chdir(tmp_path), contextlib.ExitStack() as stack:
         enter = presence._app("stock:app", lambda welcome: tmp_path, stack)

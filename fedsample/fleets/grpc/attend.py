@@ -324,7 +324,7 @@ class Attendant:
                 watching.round, watching.answers = resident.round, watching.answers + 1
             watching.to("connected")
 
-    async def _answered(self, resident: Resident, message: Message) -> Message | None:
+    async def _answered(self, resident: Answering, message: Message) -> Message | None:
         """A request's answer, and how long estimates take."""
         if message.kind != TRAIN:
             return (await self._compute(_timed, resident.answer, message))[0]  # type: ignore[no-any-return]

@@ -135,9 +135,9 @@ class Hub:
         """Say farewell to everyone and close; harmless a second time."""
         if self._server is not None:
             asyncio.run_coroutine_threadsafe(self._close(reason, finished), self._loop).result()
-            self._server = None
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            self._server = None  # with it gRPC closes what the loop polls, so the loop must have stopped
             self._loop.close()
 
     async def _close(self, reason: str, finished: bool) -> None:
