@@ -11,7 +11,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,15 +20,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from fedsample.assembly import build_fleet, build_sampler, check_size
 from fedsample.chain import Chain, Clock
 from fedsample.config import Experiment, ScheduleConfig, dump_toml
-from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
+from fedsample.errors import Interrupted, RunDirectoryError
 from fedsample.exchange import Abandoned, Fleet, Recovers, Rollback, Traffic
 from fedsample.experiment import Mode, digest, reread
-from fedsample.fleets.engines import choose_engine
-from fedsample.fleets.faults import Faults, Recorded
-from fedsample.fleets.local import LocalFleet
-from fedsample.links import links, refresh_of
 from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.monitor.directory import RunDirectory
 from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
@@ -37,9 +34,8 @@ from fedsample.monitor.progress import Progress
 from fedsample.monitor.tensorboard import LAZY_QUEUE, Recorder
 from fedsample.paths import choose_paths
 from fedsample.preparation import Prepared, prepare, restore_prepared
-from fedsample.problem import DTYPES, Problem, build_problem
-from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
-from fedsample.strategies.schedule import Constant, Cyclical, Polynomial, Schedule
+from fedsample.problem import Problem, build_problem
+from fedsample.strategies import Sampler, State
 from fedsample.watch import Watch, summarise
 
 SHARD_ROUNDS = 1000
@@ -380,94 +376,6 @@ class Session:
     def stopped(self) -> str | None:
         """The name of the signal that asked the run to end."""
         return self._stop
-
-
-def build_fleet(
-    experiment: Experiment,
-    problem: Problem,
-    arrivals: Mapping[int, Sequence[int]] | None = None,
-    *,
-    strict: bool = False,
-) -> LocalFleet:
-    """The simulated federation of an experiment.
-
-    Args:
-        experiment: its settings. problem: its clients. arrivals: the clients that took part in rounds by number; None:
-            as the settings say. strict: as for `choose_engine`.
-    """
-    section = experiment.fleet
-    clients = problem.clients
-    faults = Faults(clients.n, experiment.seed, section.loss, section.dropout, section.dropout_rounds)
-    if arrivals is not None:
-        faults = Recorded(**vars(faults), arrivals=arrivals)
-    uplink, downlink = links(experiment, problem)
-    engine = choose_engine(
-        clients,
-        section.engine,
-        chains=experiment.chains,
-        batch_size=experiment.batch_size,
-        tune=section.tune,
-        strict=strict,
-    )
-    return LocalFleet(
-        clients,
-        uplink,
-        experiment.seed,
-        experiment.chains,
-        batch_size=experiment.batch_size,
-        engine=engine,
-        faults=faults,
-        downlink=downlink,
-    )
-
-
-def build_sampler(experiment: Experiment, problem: Problem, prepared: Prepared, n: int) -> Sampler:
-    """The server's half of an experiment, once its geometry is known."""
-    extra = {"friction": experiment.sampler.friction} if experiment.sampler.name == "baoab" else {}
-    uplink, downlink = links(experiment, problem)
-    return SAMPLERS[experiment.sampler.name](
-        uplink,
-        problem.prior,
-        prepared.geometry.metric,
-        step_size=_schedule(experiment, prepared.step_size),
-        temperature=experiment.temperature,
-        seed=experiment.seed,
-        cohort=Cohort(n, experiment.chains, experiment.seed, experiment.fleet.participation),
-        stability=Stability(prepared.geometry.curvature, prepared.forecast.limit, prepared.radius),
-        downlink=downlink,
-        refresh=refresh_of(experiment),
-        anchor=prepared.geometry.gradient,
-        **extra,
-    )
-
-
-def check_size(experiment: Experiment, problem: Problem) -> None:
-    """Refuse what does not fit the number of parameters or of clients.
-
-    Raises:
-        ConfigError: a dense metric for too many parameters, more coordinates on the wire than there are, or a cohort of
-            more clients.
-    """
-    if experiment.metric.name == "hessian" and problem.d > 5000:
-        raise ConfigError(
-            f"metric.name = 'hessian' needs a matrix of {problem.d} x {problem.d} entries on every client; "
-            "choose kronecker or diagonal above 5,000 parameters"
-        )
-    uplink, downlink = links(experiment, problem)
-    dtype = DTYPES[experiment.dtype]
-    uplink.bits(1, 0, problem.d, dtype)  # refuses settings that do not fit d
-    downlink.bits(torch.ones(1, dtype=torch.int64), 1, problem.d, dtype)
-    Cohort(problem.clients.n, experiment.chains, experiment.seed, experiment.fleet.participation)
-
-
-def _schedule(experiment: Experiment, initial: float) -> Schedule:
-    """The steps of a run that begins with `initial`."""
-    section = experiment.step_size
-    if isinstance(section, ScheduleConfig) and section.schedule == "polynomial":
-        return Polynomial(initial, section.power, section.offset)
-    if isinstance(section, ScheduleConfig) and section.schedule == "cyclical":
-        return Cyclical(initial, section.period)
-    return Constant(initial)
 
 
 def _resolved(section: float | str | ScheduleConfig, step: float) -> float | ScheduleConfig:

@@ -22,17 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-FEATURES = 123
-
-
-def write_data(path: Path, clients: int, rows: int) -> None:
-    """Rows of a logistic model, the same number for each client."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((clients * rows, FEATURES))
-    y = (rng.random(clients * rows) < 1 / (1 + np.exp(-x @ (rng.standard_normal(FEATURES) / 11)))).astype(np.int64)
-    np.savez(path, X=x, y=y, client=np.repeat(np.arange(clients), rows))
+from rows import show
+from workload_a import write_data
 
 
 def memory(name: str) -> float:
@@ -44,53 +35,35 @@ def memory(name: str) -> float:
 def alone(file: Path, engine: str, rounds: int, long: int) -> dict[str, Any]:
     """Everything about one experiment, in this process, which did nothing else before."""
     import torch
+    from workload_a import settings
 
+    from fedsample.assembly import assemble
     from fedsample.config import load
-    from fedsample.monitor.progress import Progress
-    from fedsample.preparation import prepare
-    from fedsample.problem import build_problem
-    from fedsample.session import build_fleet, build_sampler
 
     torch.set_num_threads(1)
-    settings = {
-        "preset": "langevin-marina",
-        "chains": 1,
-        "step_size": 1e-6,
-        "data": {"kind": "npz", "file": str(file)},
-        "model": {"name": "logistic", "intercept": False},
-        "uplink": {"compressor": "randblock", "k": 0.1},
-        "start": {"at": "zeros"},
-        "fleet": {"engine": engine},
-    }
-    experiment = load(settings, environment={})
+    experiment = load(settings(file, engine), environment={})
     before = memory("VmRSS")
-    problem = build_problem(experiment)
-    fleet = build_fleet(experiment, problem)
-    prepared = prepare(experiment, problem, fleet, Progress(1, 0, "quiet"))
-    sampler = build_sampler(experiment, problem, prepared, fleet.n)
-    state = sampler.begin(prepared.start)
+    chain = assemble(experiment)
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
-        request = sampler.request(state)
-        state = sampler.update(state, request, fleet.exchange(request))
+        chain.round()
         best = min(best, 1e3 * (time.perf_counter() - start))
-    most, data = memory("VmHWM") - before, problem.data.x.nbytes / 1e6 if problem.data is not None else 0.0
+    most, data = memory("VmHWM") - before, chain.problem.data.x.nbytes / 1e6 if chain.problem.data is not None else 0.0
     result = {
-        "clients": fleet.n,
-        "engine": fleet.engine,
+        "clients": chain.fleet.n,
+        "engine": chain.fleet.engine,
         "ms": round(best, 3),
         "data_mb": round(data, 1),
         "peak_mb": round(most, 1),
         "times_data": round(most / data, 2),
-        "state_kb": round(sum(each.nbytes for each in state.tensors().values()) / 1e3, 1),
+        "state_kb": round(sum(each.nbytes for each in chain.state.tensors().values()) / 1e3, 1),
     }
     if long:
         at = 0.0
-        for round_ in range(state.round + 1, long + 1):
-            request = sampler.request(state)
-            state = sampler.update(state, request, fleet.exchange(request))
-            if round_ == 1000:
+        while chain.state.round < long:
+            chain.round()
+            if chain.state.round == 1000:
                 at = memory("VmRSS")
         result["grown_mb"] = round(memory("VmRSS") - at, 2)
     return result | {"load": round(os.getloadavg()[0], 1)}
@@ -132,11 +105,7 @@ def main() -> None:
         print(json.dumps(alone(options.alone, options.engine, options.rounds, options.long)))
         return
     rows = measure(options.clients, rows=options.rows, rounds=options.rounds, engine=options.engine, long=options.long)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    show(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

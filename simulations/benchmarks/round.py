@@ -15,11 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from fedsample.assembly import assemble
 from fedsample.config import load
-from fedsample.monitor.progress import Progress
-from fedsample.preparation import prepare
-from fedsample.problem import build_problem
-from fedsample.session import build_fleet, build_sampler
 
 
 def seconds(work: Callable[[], object], count: int) -> float:
@@ -40,31 +37,22 @@ def main() -> None:
     options = parser.parse_args()
     experiment = load(None, options.overrides)
     torch.set_num_threads(experiment.fleet.threads or 1)
-    problem = build_problem(experiment)
-    fleet = build_fleet(experiment, problem)
-    prepared = prepare(experiment, problem, fleet, Progress(1, 0, "quiet"))
-    sampler = build_sampler(experiment, problem, prepared, fleet.n)
-    state = sampler.begin(prepared.start)
-
-    def one_round() -> None:
-        nonlocal state
-        request = sampler.request(state)
-        state = sampler.update(state, request, fleet.exchange(request))
+    chain = assemble(experiment)
 
     def one_gradient() -> None:
-        for worker in fleet.workers:
-            worker.clients.gradient(state.params)
+        for worker in chain.fleet.workers:
+            worker.clients.gradient(chain.state.params)
 
-    seconds(one_round, options.rounds)  # warm up: caches, and past marina's dense first round
+    seconds(chain.round, options.rounds)  # warm up: caches, and past marina's dense first round
     pairs = [
-        (seconds(one_round, options.rounds), seconds(one_gradient, options.rounds)) for _ in range(options.repeats)
+        (seconds(chain.round, options.rounds), seconds(one_gradient, options.rounds)) for _ in range(options.repeats)
     ]
     round_ms, gradient_ms = (1e3 * min(each) for each in zip(*pairs, strict=True))
     result = {
         "preset": experiment.preset,
-        "clients": fleet.n,
+        "clients": chain.fleet.n,
         "chains": experiment.chains,
-        "parameters": problem.d,
+        "parameters": chain.problem.d,
         "threads": torch.get_num_threads(),
         "round_ms": round(round_ms, 4),
         "gradient_ms": round(gradient_ms, 4),

@@ -31,12 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsample.assembly import assemble
 from fedsample.config import load
 from fedsample.errors import CompileError
-from fedsample.monitor.progress import Progress
-from fedsample.preparation import prepare
 from fedsample.problem import Problem, build_problem
-from fedsample.session import build_fleet, build_sampler
 from fedsample.targets import GeneralizedLinear
 
 D, ROWS, SHARE = 123, 300, 0.1
@@ -44,12 +42,12 @@ STEP = 1e-6
 ENGINES = ("batched", "stacked", "compiled", "by-client")
 
 
-def write_data(path: Path, clients: int) -> None:
+def write_data(path: Path, clients: int, rows: int = ROWS) -> None:
     """Rows of a logistic model, the same number for each client."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((clients * ROWS, D), dtype=np.float32)
-    y = (rng.random(clients * ROWS) < 1 / (1 + np.exp(-x @ (rng.standard_normal(D) / 11)))).astype(np.int64)
-    np.savez(path, X=x, y=y, client=np.repeat(np.arange(clients), ROWS))
+    x = rng.standard_normal((clients * rows, D), dtype=np.float32)
+    y = (rng.random(clients * rows) < 1 / (1 + np.exp(-x @ (rng.standard_normal(D) / 11)))).astype(np.int64)
+    np.savez(path, X=x, y=y, client=np.repeat(np.arange(clients), rows))
 
 
 def settings(file: Path, engine: str = "auto", device: str = "cpu") -> dict[str, Any]:
@@ -68,19 +66,8 @@ def settings(file: Path, engine: str = "auto", device: str = "cpu") -> dict[str,
 
 def rounds_of(file: Path, engine: str, device: str = "cpu") -> tuple[Problem, Callable[[], None]]:
     """The problem, and a function that does the next round."""
-    experiment = load(settings(file, engine, device), environment={})
-    problem = build_problem(experiment)
-    fleet = build_fleet(experiment, problem)
-    prepared = prepare(experiment, problem, fleet, Progress(1, 0, "quiet"))
-    sampler = build_sampler(experiment, problem, prepared, fleet.n)
-    state = sampler.begin(prepared.start)
-
-    def one_round() -> None:
-        nonlocal state
-        request = sampler.request(state)
-        state = sampler.update(state, request, fleet.exchange(request))
-
-    return problem, one_round
+    chain = assemble(load(settings(file, engine, device), environment={}))
+    return chain.problem, chain.round
 
 
 def plain_loop(x: Tensor, y: Tensor) -> Callable[[], None]:

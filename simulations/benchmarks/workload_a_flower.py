@@ -8,7 +8,6 @@ The same experiment, the same sampler and the same first state; needs Ray (`pip 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -17,49 +16,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rows import show
 
 
 def compare(clients: int, rounds: int) -> dict[str, Any]:
     """One row: milliseconds a round, Flower's and ours."""
     import torch
+    from workload_a import settings, write_data
 
+    from fedsample.assembly import assemble
     from fedsample.config import load
     from fedsample.fleets.simulation import simulated_fleet
-    from fedsample.monitor.progress import Progress
-    from fedsample.preparation import prepare
-    from fedsample.problem import build_problem
-    from fedsample.session import build_fleet, build_sampler
 
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((clients * 300, 123))
-    y = (rng.random(len(x)) < 1 / (1 + np.exp(-x @ (rng.standard_normal(123) / 11)))).astype(np.int64)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "data.npz"
-        np.savez(file, X=x, y=y, client=np.repeat(np.arange(clients), 300))
-        values = {
-            "preset": "langevin-marina", "chains": 1, "step_size": 1e-6, "data": {"kind": "npz", "file": str(file)},
-            "model": {"name": "logistic", "intercept": False}, "uplink": {"compressor": "randblock", "k": 0.1},
-            "start": {"at": "zeros"},
-        }  # fmt: skip
-        experiment = load(values, environment={})
-        problem = build_problem(experiment)
-        local = build_fleet(experiment, problem)
-        prepared = prepare(experiment, problem, local, Progress(1, 0, "quiet"))
+        write_data(file, clients)
+        experiment = load(settings(file), environment={})
+        chain = assemble(experiment)
+        first = chain.state
 
         def spend(fleet: Any, count: int) -> float:
-            sampler = build_sampler(experiment, problem, prepared, clients)
-            fleet.set_metric(prepared.geometry.metric)
-            state, spent = sampler.begin(prepared.start), []
+            fleet.set_metric(chain.prepared.geometry.metric)
+            chain.state, spent = first, []
             for _ in range(count + 1):
                 start = time.perf_counter()
-                request = sampler.request(state)
-                state = sampler.update(state, request, fleet.exchange(request))
+                chain.round(fleet)
                 spent.append(time.perf_counter() - start)
             return float(np.median(spent[1:]))  # the first round is dense, and finds everything cold
 
-        ours = spend(local, 200)
-        with simulated_fleet(experiment, problem) as fleet:
+        ours = spend(chain.fleet, 200)
+        with simulated_fleet(experiment, chain.problem) as fleet:
             theirs = spend(fleet, rounds)
     return {
         "clients": clients, "flower_ms": round(1e3 * theirs, 1), "ours_ms": round(1e3 * ours, 3),
@@ -80,11 +67,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = measure(options.clients, options.rounds)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    show(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

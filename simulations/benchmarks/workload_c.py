@@ -13,7 +13,6 @@ round, by the clock on the wall and by the processor time of the thread, which a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -23,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import show
 from torch import nn
 
+from fedsample.assembly import build_fleet
 from fedsample.config import load
 from fedsample.problem import Problem, build_problem
-from fedsample.session import build_fleet
 from fedsample.strategies import Cohort, Langevin, Stability
 from fedsample.targets.metric import Identity
 from fedsample.targets.module import ModuleClients, skeleton
@@ -173,11 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = measure(options.models, options.rounds)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    show(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from fedsample.assembly import build_sampler
 from fedsample.config import dump_toml
 from fedsample.experiment import check, of_run_config
 from fedsample.fleets.flower import fleet_on
@@ -14,7 +15,7 @@ from fedsample.monitor.draws import DrawStore
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import prepare
 from fedsample.problem import build_problem
-from fedsample.session import SHARD_ROUNDS, build_sampler
+from fedsample.session import SHARD_ROUNDS
 
 app = ServerApp()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fedsample
+from fedsample.assembly import build_fleet, build_sampler
 from fedsample.config import load
 from fedsample.errors import CompileError
 from fedsample.fleets.engines import Engine, by_shape, choose_engine
@@ -22,7 +23,6 @@ from fedsample.monitor.progress import Progress
 from fedsample.preparation import prepare
 from fedsample.problem import build_problem
 from fedsample.random import key
-from fedsample.session import build_fleet, build_sampler
 from fedsample.strategies import Sampler
 from fedsample.targets import Clients, GeneralizedLinear, ModuleClients, Quadratic, fused, module
 from fedsample.targets import glm as glm_file

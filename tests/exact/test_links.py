@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsample import compression
+from fedsample.assembly import build_fleet, build_sampler
 from fedsample.compression import Compressor, Packet
 from fedsample.config import Experiment, load
 from fedsample.errors import ConfigError, RunDirectoryError, UnsoundError
@@ -26,7 +27,6 @@ from fedsample.monitor.progress import Progress
 from fedsample.preparation import prepare
 from fedsample.presets import PRESETS
 from fedsample.problem import build_problem
-from fedsample.session import build_fleet, build_sampler
 from fedsample.strategies import State
 
 FLOAT64 = torch.float64

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import fedsample
 from fedsample import messages
+from fedsample.assembly import build_sampler
 from fedsample.clients import app as client_module
 from fedsample.clients.app import client_app
 from fedsample.clients.worker import Worker
@@ -48,7 +49,6 @@ from fedsample.monitor.progress import Progress
 from fedsample.preparation import Prepared, prepare
 from fedsample.presets import PRESETS
 from fedsample.problem import Problem, build_problem
-from fedsample.session import build_sampler
 from fedsample.strategies import SAMPLERS, Sampler, State
 from fedsample.targets.metric import Identity
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedsample.assembly import check_size
 from fedsample.clients.resident import FIT, SCALE, SPREAD
 from fedsample.config import dump_toml
 from fedsample.data.device import agreed_schema
@@ -85,6 +86,7 @@ class Host:
                 desk.tell(FIT, Parcel(header(schema=agreed.to_json())))
                 desk.tell(SCALE, _scale(sums))
         problem = remote_problem(experiment, agreed, experiment.data.clients)
+        check_size(experiment, problem)
         fleet = fleet_on(desk, experiment, problem)
         fleet.scores = partial(_scores, likelihood=problem.likelihood)
         return problem, fleet
