@@ -150,8 +150,11 @@ class Hub:
                 seat.stream.close(reason)
         if self._server is not None:
             await self._server.stop(_LEAVE)
-        if calls := asyncio.all_tasks() - {asyncio.current_task()}:  # gRPC's own, which may have a step to go
-            await asyncio.wait(calls, timeout=_LEAVE)
+        if calls := asyncio.all_tasks() - {asyncio.current_task()}:  # gRPC's own too, which may have a step to go
+            _, late = await asyncio.wait(calls, timeout=_LEAVE)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     # --- the chain's thread -------------------------------------------------------------------------------------------
 
