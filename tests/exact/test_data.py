@@ -522,7 +522,7 @@ def test_shares_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.zeros((4, 1), dtype=np.float32)}, "float32"),
+        ({"x": np.zeros((4, 1), dtype=np.float16)}, "float16"),
         ({"x": np.array([[0.0], [1], [np.nan], [0]])}, "column 'x0' holds nan in row 2"),
         ({"y": np.zeros(4)}, "int64"),
         ({"y": np.array([0, 1, 2, 0])}, "labels 0 to 2"),
