@@ -157,6 +157,7 @@ def simulate(
         given: dict[str, object] = {"FILE": file, "--set": settings or None, "--out": out, "--preset": preset}
         given |= {"--device": device, "--seed": seed, "--rounds": rounds, "--resume": resume or None}
         given |= {"--dry-run": dry_run or None, "--json": as_json or None, "--replay": replay}
+        given |= {"--check-step": check_step or None}
         others = [name for name, value in given.items() if value is not None]
         simulate_app(folder, clients, run_config or [], others, quiet=quiet)
         return
@@ -222,6 +223,8 @@ def init(
             file.write(template())
     except FileExistsError:
         raise ConfigError(f"{path}: exists and is left as it is; name another file, or move this one away") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it first, or name another place") from None
     typer.echo(f"wrote {path}; edit it, then: fedsample simulate {path}")
 
 
