@@ -315,7 +315,9 @@ class Attendant:
                 failure = pb.Failure(
                     digest=message.name.digest, stage=trace.stage, detail=traceback.format_exc(), round=trace.round
                 )
-                watching.fail(f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                watching.fail(reason)
+                watching.say(f"failed in round {trace.round} ({trace.stage}): {reason}")  # a log has no table
                 await self._send(call, pb.DeviceFrame(failure=failure))
                 continue
             watching.latencies.append(time.monotonic() - began)
