@@ -19,8 +19,9 @@ from typing import NamedTuple
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedsample.fleets.computing import Stopped
 from fedsample.fleets.flower_grid.adapter import Value
-from fedsample.fleets.flower_grid.answer import Stopped, answer
+from fedsample.fleets.flower_grid.answer import answer
 
 _GRACE = 0.5  # seconds that ClientApps have to end when their run does
 _log = logging.getLogger("flwr")
