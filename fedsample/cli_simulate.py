@@ -63,6 +63,8 @@ def simulate(
     short = {"preset": preset, "seed": seed, "rounds": rounds, "fleet.device": device}
     overrides = _overrides(settings, short)
     _agree(file, overrides, out, replay, resume=resume, dry_run=dry_run)
+    if dry_run and check_step:
+        raise click.UsageError("--dry-run samples nothing that --check-step could check: drop one")
     from fedsample.config import load
 
     configured = None if resume or replay is not None else load(file, overrides)
@@ -74,7 +76,15 @@ def simulate(
 
 
 def _overrides(settings: Sequence[str] | None, short: Mapping[str, object]) -> list[str]:
-    """What --set says, and after it the options that are short for it: KEY=VALUE each."""
+    """What --set says, and after it the options that are short for it: KEY=VALUE each.
+
+    Raises:
+        click.UsageError: where both name one key.
+    """
+    said = {each.partition("=")[0].strip() for each in settings or []}
+    twice = [key for key, value in short.items() if value is not None and key in said]
+    if twice:
+        raise click.UsageError(f"{twice[0]} is given twice, by --set and by its short option: drop one")
     return [*(settings or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 

@@ -70,8 +70,9 @@ def read_archive(path: Path) -> dict[str, Array]:
                 raise DataError(f"{path.name} is a single array, expected an archive: write it with numpy.savez")
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = "it holds pickled objects" if "allow_pickle" in str(error) else str(error).rstrip(".")
         raise DataError(
-            f"cannot read {path.name} as a numpy archive: {error}. Expected the output of numpy.savez with plain "
+            f"cannot read {path.name} as a numpy archive: {reason}. Expected the output of numpy.savez with plain "
             "numeric or text arrays; pickled objects are refused because loading them can run code"
         ) from error
 
