@@ -19,6 +19,7 @@ from fedsample.exchange import ESTIMATE, Request
 from fedsample.random import Key, key
 from fedsample.targets import Clients, Metric, MetricClients
 from fedsample.targets.metric import Identity
+from fedsample.targets.portions import on_device
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Worker:
         clients: their potentials, in the model's own parameters. uplink: the estimator. seed: the experiment's seed.
         chains: C. indices: (n,) int64, which clients of the federation these are. batch_size: rows of a gradient, or
             None for all.
+
+    Raises:
+        DeviceMemoryError: if the device's memory does not hold the clients' memories.
     """
 
     def __init__(
@@ -54,7 +58,8 @@ class Worker:
         batches = key(seed, client=indices.unsqueeze(-1), chain=chain, purpose="batch", device=device)
         self._batches = batches.fold("round")
         self.clients = MetricClients(clients, Identity(torch.zeros(clients.d, dtype=clients.dtype, device=device)))
-        self.memory: Memory = uplink.memory((clients.n, chains, clients.d), clients.dtype, device)
+        with on_device(clients, chains, "the clients' memories"):
+            self.memory: Memory = uplink.memory((clients.n, chains, clients.d), clients.dtype, device)
         self.about = Reference(clients.n)
         self._whole = torch.equal(indices, torch.arange(len(indices), device=device))
 
@@ -68,11 +73,16 @@ class Worker:
         self.about = Reference(self.base.n)
 
     def answer(self, request: Request, who: Tensor | None = None) -> Answer:
-        """Everything that the request asks for; the estimate of the clients at positions `who` (None: all)."""
+        """Everything that the request asks for; the estimate of the clients at positions `who` (None: all).
+
+        Raises:
+            DeviceMemoryError: if the device's memory does not hold it.
+        """
         exact: dict[str, Tensor] = {}
-        for name in sorted(request.outputs - {ESTIMATE}):
-            exact.update(evaluate(self.clients, name, request.points, request.vector))
-        upload = self._estimate(request, who) if ESTIMATE in request.outputs else None
+        with on_device(self.base, self.chains, f"the {' and the '.join(sorted(request.outputs))}"):
+            for name in sorted(request.outputs - {ESTIMATE}):
+                exact.update(evaluate(self.clients, name, request.points, request.vector))
+            upload = self._estimate(request, who) if ESTIMATE in request.outputs else None
         return Answer(upload, exact)
 
     def turn(self, request: Request, who: Tensor | None = None) -> Turn:

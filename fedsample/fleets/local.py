@@ -33,7 +33,7 @@ class LocalFleet:
             what goes wrong. downlink: what the points cost; None: they are sent as they are.
 
     Raises:
-        CompileError: if the compiled engine cannot be made.
+        CompileError: if the engine cannot be had for these clients or on this machine.
     """
 
     def __init__(
