@@ -133,12 +133,13 @@ class Reference:
     def at(self, clients: MetricClients, who: Tensor | None, point: Tensor, since: int) -> Tensor:
         """Gradients at `point` (C, d), which is the reference since that round -> (m, C, d)."""
         mine = slice(None) if who is None else who
-        if self.gradient is None or bool((self.round[mine] != since).any()):
+        told = slice(None) if who is None else who.cpu()  # the rounds are kept where clients are counted
+        if self.gradient is None or bool((self.round[told] != since).any()):
             fresh = clients.gradient(point, clients=who)
             if self.gradient is None:
                 self.gradient = fresh.new_zeros((clients.n, *fresh.shape[1:]))
             self.gradient[mine] = fresh
-            self.round[mine] = since
+            self.round[told] = since
         return self.gradient[mine]
 
     def at_origin(self, clients: MetricClients, who: Tensor | None) -> Tensor:
