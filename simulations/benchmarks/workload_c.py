@@ -127,7 +127,7 @@ def plain(problem: Problem) -> Callable[[], None]:
             sent = estimate.sign() * levels * (norm / LEVELS)
             memory[client] += 0.5 * sent
             total += (CLIENTS / COHORT) * sent
-        step = -STEP * total + (2 * STEP) ** 0.5 * torch.randn(problem.d)
+        step = -STEP * total + (2 * STEP) ** 0.5 * torch.randn(problem.d, device=here)
         with torch.no_grad():
             for parameter, piece in zip(parameters, step.split([each.numel() for each in parameters]), strict=True):
                 parameter.add_(piece.view_as(parameter))
