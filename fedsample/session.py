@@ -272,6 +272,11 @@ class Session:
 
     def _prepare(self, problem: Problem, fleet: Fleet, progress: Progress, checkpoint: Checkpoint | None) -> Prepared:
         if checkpoint is not None:
+            if changed := self.directory.compare_env(checkpoint.round):
+                progress.note(
+                    f"resumed elsewhere ({'; '.join(changed)}): the last bits of draws may differ from here on, "
+                    "their law does not"
+                )
             prepared = restore_prepared(self.path, self.experiment)
             fleet.set_metric(prepared.geometry.metric)
             return prepared

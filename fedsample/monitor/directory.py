@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 from fedsample.errors import RunDirectoryError
 from fedsample.monitor.atomic import TEMPORARY, disk_error, write_atomic
-from fedsample.monitor.environment import environment
+from fedsample.monitor.environment import differences, environment
 from fedsample.monitor.jsonl import JsonLines, to_json, truncate_jsonl
 
 _FOLDERS = ("checkpoint", "draws")
@@ -118,6 +119,23 @@ class RunDirectory:
     def write_env(self, **extra: Any) -> None:
         """Store what the numbers depend on beside the configuration; see `environment`."""
         self.write_json("env.json", environment() | extra)
+
+    def compare_env(self, round: int) -> list[str]:
+        """What differs here from where the run was last, in words; it is added to env.json, under `resumed`.
+
+        Args:
+            round: after which the run goes on. A missing or damaged env.json says nothing.
+        """
+        try:
+            kept = json.loads((self.path / "env.json").read_bytes())
+            earlier = [kept, *kept.get("resumed", [])]
+            now = environment()
+            changed = differences(earlier[-1], now)
+        except (OSError, ValueError, AttributeError, TypeError):
+            return []
+        if changed:
+            self.write_json("env.json", kept | {"resumed": [*earlier[1:], {"round": round} | now]})
+        return changed
 
     def write_json(self, name: str, value: Any) -> None:
         """Store `value` as strict JSON in the file `name`, atomically; NaN and infinities become null."""

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ PACKAGES = (
     "tensorboard",
     "protobuf",
 )
+
+DECIDING = ("versions.fedsample", "versions.torch", "versions.numpy", "machine", "processor", "cpu_capability", "gpu")
 
 
 def environment() -> dict[str, Any]:
@@ -45,6 +48,21 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "git_revision": _git_revision(),
     }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two environments of all that can change the last bits of a draw, in words.
+
+    Args:
+        before, now: as `environment` gives them; what one of them does not hold is not compared.
+    """
+    found = []
+    for name in DECIDING:
+        section, _, key = name.rpartition(".")
+        old, new = (each.get(section, {}) if section else each for each in (before, now))
+        if isinstance(old, Mapping) and key in old and key in new and old[key] != new[key]:
+            found.append(f"{key.replace('_', ' ')} {old[key] or 'none'} -> {new[key] or 'none'}")
+    return found
 
 
 def _version(package: str) -> str | None:

@@ -142,6 +142,30 @@ def test_env_holds_versions_and_no_secret(tmp_path: Path, monkeypatch: pytest.Mo
         assert secret not in text
 
 
+def test_a_run_that_goes_on_elsewhere_says_what_is_another_there(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path) as run:
+        run.write_env()
+        as_written = (tmp_path / "env.json").read_bytes()
+        assert run.compare_env(30) == []
+        assert (tmp_path / "env.json").read_bytes() == as_written
+        env = json.loads(as_written)
+        env["versions"] |= {"torch": "2.7.0", "protobuf": "1"}  # protobuf changes no draw
+        run.write_json("env.json", env | {"gpu": "A100", "cpu_count": 1})
+        assert run.compare_env(60) == [f"torch 2.7.0 -> {torch.__version__}", "gpu A100 -> none"]
+        assert run.compare_env(90) == []  # it has been here since
+    kept = json.loads((tmp_path / "env.json").read_text())
+    assert kept["versions"]["torch"] == "2.7.0"
+    assert [each["round"] for each in kept["resumed"]] == [60]
+    assert kept["resumed"][0]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"versions": 3}'])
+def test_a_damaged_env_stops_nothing(text: str, tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path) as run:
+        (tmp_path / "env.json").write_text(text)
+        assert run.compare_env(3) == []
+
+
 # Files
 
 

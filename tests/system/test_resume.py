@@ -465,6 +465,18 @@ def test_a_run_can_move_and_be_resumed_under_another_environment(data: Path, tmp
     assert_same(tmp_path / "whole", tmp_path / "there" / "moved")
 
 
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_another_torch_says_so(data: Path, tmp_path: Path) -> None:
+    arguments = settings(data, "quadratic")
+    assert simulate(tmp_path, "run", *arguments, die_at=(["fedsample.session.Session.save"], 3)).code == -9
+    kept = json.loads((tmp_path / "run" / "env.json").read_text())
+    kept["versions"]["torch"] = "2.0.1"
+    (tmp_path / "run" / "env.json").write_text(json.dumps(kept))
+    done = call(tmp_path, "simulate", "--resume", "--out", "run", constants=OFTEN)
+    assert done.code == 0
+    assert f"resumed elsewhere (torch 2.0.1 -> {torch.__version__}): the last bits of draws may differ" in done.err
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("FEDSAMPLE_")]:
