@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,17 +72,18 @@ def points(clients: Clients, chains: int = 2, seed: int = 6) -> Tensor:
     return 0.05 * drawn.to(clients.device)
 
 
-def every_way(clients: Clients, path: Clients) -> Iterator[tuple[Tensor, Tensor]]:
+def every_way(clients: Clients, path: Clients, seeds: Sequence[int] = (1, 2, 3)) -> Iterator[tuple[Tensor, Tensor]]:
     """Gradients of all clients, of some, and of minibatches, each by both."""
     some = torch.tensor([3, 0, 1])
-    for seed in (1, 2, 3):
+    for seed in seeds:
         for chains in (1, 3):
             at = points(clients, chains, seed)
             yield clients.gradient(at), path.gradient(at)
             for who in (None, some):
-                index = torch.arange(clients.n) if who is None else who
-                draws = key(seed, client=index[:, None], chain=torch.arange(chains), device=clients.device)
                 mine = None if who is None else who.to(clients.device)
+                index = torch.arange(clients.n, device=clients.device) if mine is None else mine
+                chain = torch.arange(chains, device=clients.device)
+                draws = key(seed, client=index.unsqueeze(-1), chain=chain, device=clients.device)
                 for more in ({}, {"keys": draws, "batch_size": 12}):
                     yield tuple(each.gradient(at, clients=mine, **more) for each in (clients, path))  # type: ignore
 
@@ -145,7 +150,7 @@ def test_networks_replay_piece_by_piece(alone: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "CudaRecorder", lambda device: made.append(StandIn(device)) or made[-1])
     monkeypatch.setattr(module, "_ALONE", alone)
     clients = network()
-    for want, found in every_way(clients, clients.on("cuda-graph")):
+    for want, found in every_way(clients, clients.on("cuda-graph"), (1, 2)):
         assert torch.equal(found, want)
     shapes = made[0].records
     assert len(set(shapes)) == len(shapes)
@@ -318,6 +323,24 @@ def test_a_function_that_waits_is_refused_before_it_is_recorded(monkeypatch: pyt
     with pytest.raises(torch.OutOfMemoryError):
         recorder.check(cuda.function, (17 * torch.ones(2),))
     assert cuda.mode == 0
+
+
+@pytest.mark.slow
+def test_on_a_pretended_gpu() -> None:
+    """Arrays are where they are used, what is recorded does not wait, and rounds are the CPU's; see the script."""
+    here = Path(__file__).parent
+    script = here / "pretended_gpu.py"
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path.rstrip(os.pathsep)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[:-1] == [
+        "gradients GeneralizedLinear",
+        "gradients ModuleClients",
+        "rounds langevin-marina logistic cuda-graph",
+        "rounds underdamped-diana logistic cuda-graph",
+        "rounds qlsd-plus-plus mlp cuda-graph",
+    ]
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

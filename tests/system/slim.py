@@ -57,8 +57,9 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {name!r} (hidden)", name=name)
 
 
-def hide() -> None:
-    allowed = closure(required(REQUIREMENTS.read_text()))
+def hide(names: list[str] | None = None) -> None:
+    """Hide all but these distributions and what they need; None: but those of requirements-device.txt."""
+    allowed = closure(required(REQUIREMENTS.read_text()) if names is None else names)
     owners = metadata.packages_distributions()
     hidden = {module for module, each in owners.items() if not {normal(name) for name in each} & allowed}
     hidden -= {"fedsample", "slim", *sys.stdlib_module_names}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,37 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monk
 
 def test_every_part_has_its_script() -> None:
     assert all((benchmarks.scripts() / part.script).is_file() for part in benchmarks.PARTS.values())
+
+
+@pytest.mark.slow
+def test_the_script_for_a_bare_gpu_machine_needs_torch_and_numpy_alone() -> None:
+    """Here without a GPU: all but the CUDA graphs, which have lines that say why.
+
+    Not part b: there PyTorch looks for modules that it does not need, and takes what hides them for an error.
+    """
+    script = benchmarks.scripts() / "gpu.py"
+    options = ["gpu.py", "--device", "cpu", "--quick", "--json", "--parts", "a", "c"]
+    code = (
+        f"import runpy, sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(script.parent)!r}]; import slim; "
+        f"slim.hide(['torch', 'numpy']); sys.argv = {options!r}; runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["part"] for row in rows} == {"a", "c"}
+    assert [row["why"][:32] for row in rows if "why" in row] == ["CUDA graphs need clients on a GP"] * 2
+    assert all(row["agree"] for row in rows if "agree" in row)
+    assert sum("ms" in row for row in rows) == 4 + 1
+
+
+def test_a_bare_machine_without_a_gpu_is_told() -> None:
+    script = benchmarks.scripts() / "gpu.py"
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "this machine has no GPU that PyTorch can use; choose cpu" in done.stderr
 
 
 def test_parts_are_chosen_by_name() -> None:
