@@ -246,6 +246,12 @@ def rows_problem(experiment: Experiment, data: FederatedData) -> Problem:
     dtype, device = DTYPES[experiment.dtype], _device(experiment.fleet.device)
     prior = GaussianPrior.of_scale(experiment.model.prior_scale)
     likelihood = likelihood_of(experiment.model.name, data)
+    if likelihood == "categorical" and prior.precision == 0 and experiment.temperature > 0:
+        raise ConfigError(
+            f'model.prior_scale = "flat": {experiment.model.name} has an output for each class, and adding one number '
+            "to all of them changes no probability, so the posterior has no finite mass; set model.prior_scale to a "
+            'number, or choose model.name = "logistic" for two classes'
+        )
     module = build(experiment.model, data)
     x = torch.from_numpy(np.ascontiguousarray(data.x)).to(dtype).to(device)
     y = torch.from_numpy(np.ascontiguousarray(data.y)).to(device)

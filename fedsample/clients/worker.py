@@ -6,6 +6,7 @@ array has the clients on its first axis.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,8 @@ from fedsample.random import Key, key
 from fedsample.targets import Clients, Metric, MetricClients
 from fedsample.targets.metric import Identity
 from fedsample.targets.portions import on_device
+
+_ENTRIES = 1 << 20  # of matrices of clients that are held at a time
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,37 @@ class Worker:
         Raises:
             DeviceMemoryError: if the device's memory does not hold it.
         """
-        exact: dict[str, Tensor] = {}
-        with on_device(self.base, self.chains, f"the {' and the '.join(sorted(request.outputs))}"):
-            for name in sorted(request.outputs - {ESTIMATE}):
-                exact.update(evaluate(self.clients, name, request.points, request.vector))
-            upload = self._estimate(request, who) if ESTIMATE in request.outputs else None
-        return Answer(upload, exact)
+        exact = self._evaluate(self.clients, request)
+        return Answer(self.estimate(request, who) if ESTIMATE in request.outputs else None, exact)
+
+    def exact(self, request: Request) -> Iterator[dict[str, Tensor]]:
+        """The exact outputs (m, ...) of all clients by name, in runs of m clients whose matrices fit a few MiB.
+
+        Raises:
+            DeviceMemoryError: if the device's memory does not hold those of a run.
+        """
+        most = max(1, _ENTRIES // self._widest(request.outputs))
+        if most >= self.base.n:
+            yield self._evaluate(self.clients, request)
+            return
+        for run in torch.arange(self.base.n, device=self.indices.device).split(most):
+            yield self._evaluate(self.clients.subset(run), request)
+
+    def _widest(self, outputs: frozenset[str]) -> int:
+        """Entries of the largest matrix of a client that these need, 1 for none."""
+        metric, d = self.clients.metric, self.base.d
+        if "hessian" in outputs or (outputs & {"diagonal", "factors"} and not isinstance(metric, Identity)):
+            return d * d
+        if "factors" in outputs:
+            return sum(rows**2 + columns**2 for rows, columns in (block.shape for block in self.base.blocks()))
+        return 1
+
+    def _evaluate(self, clients: MetricClients, request: Request) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name in sorted(request.outputs - {ESTIMATE}):
+            with on_device(self.base, self.chains, f"the {name}"):
+                found.update(evaluate(clients, name, request.points, request.vector))
+        return found
 
     def turn(self, request: Request, who: Tensor | None = None) -> Turn:
         """The estimator's view of a request, for the clients at positions `who`."""
@@ -105,10 +133,16 @@ class Worker:
             keys=self._link.at(request.round, who),
         )
 
-    def _estimate(self, request: Request, who: Tensor | None) -> Upload:
+    def estimate(self, request: Request, who: Tensor | None = None) -> Upload:
+        """What the clients at positions `who` (None: all) upload; what they remember changes.
+
+        Raises:
+            DeviceMemoryError: if the device's memory does not hold it.
+        """
         oracle = _TurnOracle(self.clients, who, self._batches, self.batch_size, request, self.about)
         memory = self.memory if who is None else {name: tensor[who] for name, tensor in self.memory.items()}
-        upload, memory = self.uplink.encode(oracle, memory, self.turn(request, who))
+        with on_device(self.base, self.chains, f"the {ESTIMATE}"):
+            upload, memory = self.uplink.encode(oracle, memory, self.turn(request, who))
         if who is None:
             self.memory = memory
         else:

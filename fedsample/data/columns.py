@@ -16,6 +16,8 @@ from fedsample.data.schema import MAX_CATEGORIES
 from fedsample.data.table import Table, nearest
 from fedsample.errors import DataError
 
+_MANY_NUMBERS = 20  # more of them in a column of text, and it is a measurement with a placeholder or typing error
+
 
 def read_columns(path: Path, kind: str, target: str | None, client_column: str | None) -> Table:
     """Read a CSV (with a header line) or Parquet file.
@@ -136,6 +138,13 @@ def _feature(values: Array, name: str, path: Path) -> tuple[Array, tuple[str, ..
             f"column {name!r} of {path.name} holds text with {len(categories)} different values, expected at most "
             f"{MAX_CATEGORIES} categories: drop it if it is an identifier; if it should hold numbers, row {odd} (the "
             f"first row is 0) reads {str(values[odd])!r}"
+        )
+    numbers = np.array([_is_number(str(category)) for category in categories], dtype=bool)
+    if _MANY_NUMBERS < numbers.sum() < len(numbers) and 2 * numbers[codes].sum() > len(codes):
+        odd = int(np.flatnonzero(~numbers[codes])[0])
+        raise DataError(
+            f"column {name!r} of {path.name} holds {int(numbers.sum())} different numbers, but row {odd} (the first "
+            f"row is 0) reads {str(values[odd])!r}: expected numbers alone; correct that cell, or drop the row"
         )
     return codes.astype(np.float64), tuple(categories.tolist())
 

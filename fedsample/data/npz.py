@@ -83,7 +83,7 @@ def _features(path: Path, name: str, values: Array) -> Array:
             "(rows, features) or (rows, height, width[, channels])"
         )
     check_finite(values, default_feature_names(values.shape[1:]), f"{name} in {path.name}")
-    return values.astype(np.float64, copy=False)
+    return values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
 
 
 def _targets(path: Path, name: str, values: Array, rows: int) -> Array:

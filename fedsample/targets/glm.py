@@ -340,12 +340,17 @@ class GeneralizedLinear(Clients):
 
     def subset(self, clients: Tensor) -> GeneralizedLinear:
         """Some of the clients, with their rows."""
-        index = [torch.arange(self._bounds[i], self._bounds[i + 1]) for i in clients.tolist()]
-        rows = torch.cat(index).to(self.device) if index else torch.zeros(0, dtype=torch.int64, device=self.device)
-        sizes = torch.tensor([0] + [len(each) for each in index])
+        who = clients.tolist()
+        sizes = torch.tensor([0] + [self._bounds[i + 1] - self._bounds[i] for i in who])
+        if who and who == list(range(who[0], who[0] + len(who))):  # a view, no copy
+            first, last = self._bounds[who[0]], self._bounds[who[-1] + 1]
+            design, labels = self.design[first:last], self.labels[first:last]
+        else:
+            index = torch.cat([torch.arange(0), *(torch.arange(self._bounds[i], self._bounds[i + 1]) for i in who)])
+            design, labels = self.design[index.to(self.device)], self.labels[index.to(self.device)]
         return GeneralizedLinear(
-            self.design[rows, : self.features],
-            self.labels[rows],
+            design[:, : self.features],
+            labels,
             torch.cumsum(sizes, 0),
             self.likelihood,
             self.outputs,
