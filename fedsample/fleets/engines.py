@@ -55,7 +55,7 @@ def choose_engine(
         return chosen
     try:
         clients.on(chosen)
-    except CompileError as error:
+    except (CompileError, torch.OutOfMemoryError) as error:
         instead = by_shape(clients, batch_size, without=chosen)
         warnings.warn(f'fleet.engine = "{chosen}" is not possible, "{instead}" is used: {error}', stacklevel=2)
         return choose_engine(clients, instead, chains=chains, batch_size=batch_size)
@@ -81,9 +81,9 @@ def by_stopwatch(clients: Clients, chains: int) -> Engine:
     for name in names:
         try:
             path = clients.on(name)
-        except CompileError:
+            path.gradient(points)  # the first call makes what is kept
+        except (CompileError, torch.OutOfMemoryError):
             continue
-        path.gradient(points)  # the first call makes what is kept
         began, best = time.perf_counter(), float("inf")
         for _ in range(_REPEATS):
             start = time.perf_counter()
@@ -94,4 +94,4 @@ def by_stopwatch(clients: Clients, chains: int) -> Engine:
             if time.perf_counter() - began > _SECONDS:
                 break
         times[name] = best
-    return min(times, key=times.__getitem__)
+    return min(times, key=times.__getitem__) if times else by_shape(clients, None)

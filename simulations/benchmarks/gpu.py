@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the source tree; where fed
 from agreement import agreement, plainly
 
 from fedsample.compression import QSGD, RandBlock
-from fedsample.errors import CompileError
+from fedsample.errors import CompileError, FedSampleError
 from fedsample.estimators import Diana, Marina, Uplink
 from fedsample.exchange import ESTIMATE, Request
 from fedsample.fleets.local import LocalFleet
@@ -378,7 +378,7 @@ def measure(parts: list[str], device: torch.device, seconds: float, quick: bool)
             for row in PARTS[part](clock, quick):
                 rows.append(row)
                 print(text(row), file=sys.stderr, flush=True)
-        except (RuntimeError, CompileError, TypeError, ValueError) as error:  # the other parts are not lost with it
+        except (RuntimeError, FedSampleError, TypeError, ValueError) as error:  # the other parts are not lost with it
             rows.append({"part": part, "clients": None, "what": "failed", "why": f"{type(error).__name__}: {error}"})
             print(text(rows[-1]), file=sys.stderr, flush=True)
     return rows

@@ -15,6 +15,7 @@ from fedsample.compression import RandK
 from fedsample.errors import DeviceMemoryError
 from fedsample.estimators import Marina, Uplink
 from fedsample.exchange import ESTIMATE, Request
+from fedsample.fleets.engines import by_stopwatch, choose_engine
 from fedsample.fleets.local import LocalFleet
 from fedsample.random import key
 from fedsample.targets import Clients, GeneralizedLinear, Metric, MetricClients, portions
@@ -155,6 +156,23 @@ def test_other_outputs_say_what_they_were() -> None:
     made = fleet(small(10**9), Marina(RandK(2), 0.1))
     with pytest.raises(DeviceMemoryError, match=r"out of memory on cpu, at the hessian: .* allocate a matrix"):
         made.exchange(Request(0, theta(1), frozenset(("hessian",))))
+
+
+def test_an_engine_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one runs; where a run goes on with it, our error. A stopwatch passes it by."""
+
+    def on(self: Small, engine: str) -> Small:
+        if engine == "compiled":
+            raise torch.OutOfMemoryError("Tried to allocate a copy")
+        return self
+
+    monkeypatch.setattr(Small, "on", on)
+    with pytest.warns(UserWarning, match='"compiled" is not possible, "batched" is used: Tried to allocate a copy'):
+        assert choose_engine(small(10**9), "compiled", chains=1) == "batched"
+    with pytest.raises(DeviceMemoryError, match="at the engine compiled: 7 clients"):
+        LocalFleet(small(1), Marina(RandK(2), 0.1), 0, CHAINS, engine="compiled")
+    assert by_stopwatch(small(10**9), 1) != "compiled"
+    assert by_stopwatch(small(0), 1) == "batched"
 
 
 def test_memories_that_do_not_fit() -> None:
