@@ -56,6 +56,7 @@ def simulate(
         given: dict[str, object] = {"FILE": file, "--set": settings or None, "--out": out, "--preset": preset}
         given |= {"--device": device, "--seed": seed, "--rounds": rounds, "--resume": resume or None}
         given |= {"--dry-run": dry_run or None, "--json": as_json or None, "--replay": replay}
+        given |= {"--check-step": check_step or None}
         others = [name for name, value in given.items() if value is not None]
         simulate_app(folder, clients, run_config or [], others, quiet=quiet)
         return

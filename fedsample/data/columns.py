@@ -86,11 +86,16 @@ def _read_frame(path: Path, kind: str) -> Any:
         if kind == "csv":
             import pyarrow.csv
 
-            return pyarrow.csv.read_csv(str(path))
-        import pyarrow.parquet
+            frame = pyarrow.csv.read_csv(str(path))
+        else:
+            import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(str(path))
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            frame = pyarrow.parquet.read_table(str(path))
+        frame.column_names  # noqa: B018  decoded only when asked for
+        return frame
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path.name} as {kind}: {error}. Save it as UTF-8") from error
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path.name} as {kind}: {error}. Check data.kind and the file") from error
 
 
@@ -104,6 +109,8 @@ def _values(column: Any, name: str, path: Path) -> Array:
     numeric = pyarrow.types.is_integer(kind) or pyarrow.types.is_boolean(kind)
     real = pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)
     text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    if pyarrow.types.is_binary(kind):
+        raise DataError(f"column {name!r} of {path.name} holds text that is not UTF-8: save the file as UTF-8")
     if not (numeric or real or text or pyarrow.types.is_null(kind)):
         raise DataError(
             f"column {name!r} of {path.name} has type {kind}, expected numbers, booleans or text: convert it or drop it"

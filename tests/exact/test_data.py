@@ -500,6 +500,17 @@ def test_bad_csv(tmp_path: Path, text: str, given: dict[str, Any], message: str)
         load(config(kind="csv", file=csv(tmp_path, text), **given), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("größe,b\n1,2\n", "cannot read some.csv as csv.*UTF-8"), ("a,b\nä,1\nö,2\n", "column 'a'.*not UTF-8")],
+)
+def test_csv_in_another_encoding(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "some.csv"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=message):
+        load(config(kind="csv", file=file, target="b"), seed=0)
+
+
 def test_a_placeholder_among_numbers_makes_no_categories(tmp_path: Path) -> None:
     """One question mark in a column of measurements would otherwise turn each measurement into a column of its own."""
     lines = [f"{50 + i / 10},{i % 2}" for i in range(40)]
