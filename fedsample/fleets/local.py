@@ -23,6 +23,7 @@ from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.sums import TreeSum, tree_sum
 from fedsample.targets import Clients, Metric
+from fedsample.targets.portions import on_device
 
 
 class LocalFleet:
@@ -34,7 +35,8 @@ class LocalFleet:
             what goes wrong. downlink: what the points cost; None: they are sent as they are.
 
     Raises:
-        CompileError: if the compiled engine cannot be made.
+        CompileError: if the engine cannot be had for these clients or on this machine.
+        DeviceMemoryError: if the device's memory does not hold what it keeps.
     """
 
     def __init__(
@@ -54,11 +56,12 @@ class LocalFleet:
         self.faults = faults or Faults(self.n, seed)
         indices = torch.arange(self.n, device=self.device)
         self.engine: Engine = engine
-        stacks = (
-            [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
-            if engine == "by-client"
-            else [(clients.on(engine), indices)]
-        )
+        with on_device(clients, chains, f"the engine {engine}"):
+            stacks = (
+                [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
+                if engine == "by-client"
+                else [(clients.on(engine), indices)]
+            )
         self.workers = [Worker(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
         self._present: Tensor | None = None
         self._informed = torch.zeros(self.n, dtype=torch.int64)  # the last round whose points each client holds

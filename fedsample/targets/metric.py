@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsample.errors import DivergenceError
 from fedsample.random import Key
 from fedsample.targets.base import Clients, GaussianPrior
+from fedsample.targets.portions import Portions
 
 
 class Metric(ABC):
@@ -292,6 +293,7 @@ class MetricClients(Clients):
         self.base, self.metric = clients, metric
         self.n, self.d, self.rows = clients.n, clients.d, clients.rows
         self.dtype, self.device = clients.dtype, clients.device
+        self._portions = Portions(clients)
 
     def potential(self, theta: Tensor) -> Tensor:
         """(C, d) -> (n, C) float64."""
@@ -300,9 +302,13 @@ class MetricClients(Clients):
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """(C, d) -> (n, C, d): S^T times the gradient at m + S z."""
+        """(C, d) -> (n, C, d): S^T times the gradient at m + S z.
+
+        Raises:
+            DeviceMemoryError: if the device's memory does not hold it, in whatever portions.
+        """
         point = self.metric.push(theta)
-        return self.metric.pull(self.base.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
+        return self.metric.pull(self._portions.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """S^T H S v."""
