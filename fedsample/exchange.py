@@ -17,6 +17,7 @@ EXACT = (
     "gradient",
     "hvp",
     "squared_hvp",
+    "cubed_hvp",
     "squared_gradient",
     "gradient_variance",
     "hessian",

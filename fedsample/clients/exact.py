@@ -34,7 +34,10 @@ def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None)
     if vector is None:
         raise ValueError(f"{name} needs a vector")
     product = clients.hvp(points, vector)
-    return {name: product if name == "hvp" else product.square().mean(1)}  # over the vectors, as they all are probes
+    if name == "hvp":
+        return {name: product}
+    squares = product.square().mean(1)  # over the vectors, as they all are probes
+    return {name: squares if name == "squared_hvp" else squares * clients.diagonal(points[:1])[:, 0]}
 
 
 def is_symmetric(name: str) -> bool:

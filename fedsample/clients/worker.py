@@ -100,7 +100,9 @@ class Worker:
     def _widest(self, outputs: frozenset[str]) -> int:
         """Entries of the largest matrix of a client that these need, 1 for none."""
         metric, d = self.clients.metric, self.base.d
-        if "hessian" in outputs or (outputs & {"diagonal", "factors"} and not isinstance(metric, Identity)):
+        if "hessian" in outputs or (
+            outputs & {"diagonal", "cubed_hvp", "factors"} and not isinstance(metric, Identity)
+        ):
             return d * d
         if "factors" in outputs:
             return sum(rows**2 + columns**2 for rows, columns in (block.shape for block in self.base.blocks()))

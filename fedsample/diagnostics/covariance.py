@@ -14,8 +14,9 @@ where diana's denominator is the correlation of a mask's error with the memory t
 function of H, so in the eigenbasis of H every one of these is elementwise; N couples that basis to the coordinates in
 which masks act, and is found by iteration. The clients enter through D -> sum_i diag(H_i D H_i) alone, which the server
 measures as the mean of sum_i (H_i y)_j^2 over probes y ~ N(0, D), and through (H_i R)_jj, for which it takes the mean
-client's: the moments are exact for clients of equal Hessian, whatever that is, and for unequal ones but for the
-denominator. Masks of exactly K coordinates are correlated by -1 / (d - 1) of their variance, which is left out.
+client's times a measured concentration: the moments are exact for clients of equal Hessian, whatever that is, and where
+one client alone holds a coordinate; otherwise all is exact but the denominator. Masks of exactly K coordinates are
+correlated by -1 / (d - 1) of their variance, which is left out.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Covariance:
     Attributes:
         hessian: (d, d) of U. clients_hessian: (d, d), the clients' part of it. clients: n >= 1. sampler: "langevin" or
             "baoab". uplink: one of `UPLINKS`. inclusion: s = K / d of the compressor, in (0, 1]. sync: p of marina.
-            force: (d,) zeta. friction: of baoab.
+            force: (d,) zeta. friction: of baoab. concentration: (d,) curvature of the clients whose noise a coordinate
+            has, over the mean client's.
     """
 
     hessian: Array
@@ -57,6 +59,7 @@ class Covariance:
     sync: float = 0.0
     force: Array | float = 0.0
     friction: float = 1.0
+    concentration: Array | float = 1.0
 
     @cached_property
     def _spectrum(self) -> tuple[Array, Array | None]:
@@ -156,10 +159,13 @@ class Covariance:
         moved, lagged = self._responses(modes)
         base, heat = self._matrix(self._lag(modes)), 1 / self.inclusion - 1
         own = 1.0 + 2 * (1 - self.inclusion) * self._renewed(modes) if self.uplink == "diana" else 1.0
+        if np.min(own) <= 0:  # a memory renewed by its own error, faster than it forgets
+            return infinite, infinite
         force = self.force if self.uplink == "direct" else 0.0
         noise = heat * (spread(base) + force) / own
         for _ in range(_SWEEPS):
-            renewed = heat * (spread(base + self._respond(lagged, noise)) + force) / own
+            with np.errstate(over="ignore"):
+                renewed = heat * (spread(base + self._respond(lagged, noise)) + force) / own
             change = float(np.abs(renewed - noise).sum())
             if not change < 1e6 * float(np.abs(noise).sum() + 1e-300):
                 return infinite, infinite
@@ -173,9 +179,9 @@ class Covariance:
         return infinite, infinite
 
     def _renewed(self, modes: _Modes) -> Array:
-        """(d,) (H_i R)_jj of the mean client."""
+        """(d,) (H_i R)_jj of the clients whose noise coordinate j has."""
         through = self._matrix(modes.sum(lambda rate: 1 / (1 - (1 - self.inclusion) * rate)))
-        result: Array = np.einsum("jk,kj->j", self.clients_hessian, through) / self.clients
+        result: Array = self.concentration * np.einsum("jk,kj->j", self.clients_hessian, through) / self.clients
         return result
 
     def _responses(self, modes: _Modes) -> tuple[Array, Array]:

@@ -93,7 +93,7 @@ def exact_forms(request: Request, blocks: Sequence[Tensor]) -> dict[str, Form]:
             forms[name] = Form(DENSE, (c,), torch.float64)
         elif name == "hessian":
             forms[name] = Form(TRIANGLE, (d, d), dtype)
-        elif name in ("diagonal", "squared_hvp", "gradient_variance"):
+        elif name in ("diagonal", "squared_hvp", "cubed_hvp", "gradient_variance"):
             forms[name] = Form(DENSE, (d,), dtype)
         elif name == "factors":
             for b, positions in enumerate(blocks):

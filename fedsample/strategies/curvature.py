@@ -40,6 +40,7 @@ _RELAXING_STEP = 0.5
 _PRODUCTS = 12  # of Lanczos for an end of the spectrum
 _PRODUCTS_FOR_DRAWS = 24
 _SIGNS = 4  # probes a point
+_PROBES = 16  # at the mode alone
 _LAGS = 4
 
 
@@ -110,6 +111,25 @@ class Terrain:
                 diagonals.append((sums["hvp"] * probes).to(torch.float64).mean(0))
         diagonal = torch.stack(diagonals).mean(0) if diagonals else torch.zeros_like(squares[0])
         return torch.stack(squares).mean(0), diagonal
+
+    def concentration(self) -> Tensor:
+        """Whose curvature the noise of a coordinate has: sum_i r_ij h_ij / sum_i r_ij over the mean of the h_ij.
+
+        Here h_ij = (H_i)_jj and r_ij = (H_i^2)_jj at the mode, the latter by random signs. It is 1 where clients share
+        every direction, and n where one client alone holds one.
+
+        Returns:
+            (d,) float64, in [0, n].
+        """
+        n, d = self.survey.fleet.n, self.points.shape[-1]
+        signs = self.keys.fold("alone").fold(torch.arange(_PROBES, device=self.points.device))
+        probes = signs.rademacher(d, self.points.dtype)
+        sums = self.survey.ask(torch.zeros_like(probes), "squared_hvp", "cubed_hvp", "diagonal", vector=probes)
+        square, cube, mean = (sums[name].to(torch.float64) for name in ("squared_hvp", "cubed_hvp", "diagonal"))
+        known = (square > 0) & (mean > 0)
+        ones = torch.ones_like(square)
+        own = torch.where(known, cube, ones) / torch.where(known, square, ones)
+        return torch.where(known, n * own / torch.where(known, mean, ones), ones).clamp(0, n)
 
     def saturation(self, expected: Tensor | None, root: Tensor) -> float:
         """What is left of `spread` between independent draws, relative to what the Hessians at single ones say.

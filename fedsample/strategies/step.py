@@ -208,6 +208,7 @@ def with_moments(
         sync=typical.sync,
         force=geometry.force.numpy() / temperature if typical.force > 0 else 0.0,
         friction=typical.friction,
+        concentration=terrain.concentration().cpu().numpy() if typical.uplink == "diana" else 1.0,
     )
     if typical.uplink == "dense" or covariance.isotropic:
         probed, squares = covariance.identity, geometry.mixing

@@ -72,6 +72,26 @@ def test_unequal_clients_with_memories_are_close(sampler: str, step: float) -> N
     assert np.all(added < heat)
 
 
+@pytest.mark.parametrize(("sampler", "step"), [("langevin", 0.05), ("baoab", 0.15)])
+def test_a_client_that_holds_a_coordinate_alone_is_exact(sampler: str, step: float) -> None:
+    """The mean client's curvature is a third of what the noise has: a tenth of the heating would be missed."""
+    hessians = np.stack([np.diag(row) for row in np.diag([1.0, 2.0, 1.5])])
+    exact = Chain(
+        hessians, np.zeros((3, 3)), sampler, "diana", step, FRICTION, masks=independent_pairs(3, KEEP), sync=0.0,
+        prior=0.1 * np.eye(3),
+    )  # fmt: skip
+    described = Covariance(exact.precision, hessians.sum(0), 3, sampler, "diana", KEEP, friction=FRICTION)
+    alone = replace(described, concentration=np.full(3, 3.0))
+
+    def spread(lag: Array) -> Array:
+        result: Array = np.einsum("ijk,kl,ilj->j", hessians, lag, hessians)
+        return result
+
+    heat = exact.spread() - described.coordinates(described.calm(step))
+    assert alone.heating(step, spread)[0] == pytest.approx(heat, rel=1e-4)
+    assert np.all(described.heating(step, spread)[0] < 0.95 * heat)
+
+
 @pytest.mark.parametrize("uplink", ["direct", "marina", "diana"])
 def test_masks_of_exactly_k_coordinates_are_close(uplink: str) -> None:
     """Their correlation, -1 / (d - 1) of the variance, is left out: at d = 5 up to a seventh of the heating."""

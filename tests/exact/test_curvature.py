@@ -84,6 +84,21 @@ def test_spread_is_that_of_its_probes() -> None:
     assert seen.saturation(None, root) <= 1.0
 
 
+def test_concentration_is_what_the_clients_with_the_noise_hold() -> None:
+    """By many probes the ratio that it says; equal clients have 1, one that holds a coordinate alone has n."""
+    each, seen = terrain(known=True)
+    several = torch.stack([terrain(True, seed=seed)[1].concentration() for seed in range(60)])
+    square, own = (each @ each).diagonal(dim1=1, dim2=2), each.diagonal(dim1=1, dim2=2)
+    want = N * (square * own).sum(0) / square.sum(0) / own.sum(0)
+    assert torch.all((several.mean(0) - want).abs() < 5 * several.std(0) / 60**0.5 + 0.02)
+    for hessian, whole in ((torch.eye(D).expand(N, D, D), 1.0), (torch.diag_embed(torch.eye(N, D)), float(N))):
+        clients = Quadratic(hessian.double().contiguous(), torch.zeros(N, D, dtype=torch.float64))
+        seen.survey.fleet = LocalFleet(clients, build("dense", compressor_of("identity")), 0, 1)
+        found = seen.concentration()
+        assert found[:N].tolist() == pytest.approx([whole] * N, rel=1e-12)
+        assert found[N:].tolist() == [1.0] * (D - N)  # nobody holds it, or all do
+
+
 def test_gradients_of_a_quadratic_saturate_nothing() -> None:
     each, seen = terrain(known=True)
     root = torch.linalg.inv(torch.linalg.cholesky(each.sum(0) + PRECISION * torch.eye(D, dtype=torch.float64))).T
