@@ -212,6 +212,28 @@ def test_the_experiment_may_come_with_the_run() -> None:
     assert torch.equal(draws, reference.draws)
 
 
+def test_mods_see_every_message_and_the_bytes_that_are_counted() -> None:
+    """With eight chains a mask of coins fills its byte, so that nothing travels that is not counted."""
+    reference, seen = Reference(experiment_of("chains=8", preset="langevin-marina"), rounds=3), []
+
+    def octets(message: Message) -> int:
+        return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+
+    def measured(message: Message, context: Context, call_next: Any) -> Message:
+        down = octets(message)
+        reply = call_next(message, context)
+        seen.append((message.metadata.message_type, down, octets(reply)))
+        return reply
+
+    grid = LoopbackGrid(client_app(reference.experiment, mods=[measured]), CLIENTS)
+    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    setup = fleet.set_metric(reference.prepared.geometry.metric)
+    advance(reference.strategy(), reference.sampler.begin(reference.prepared.start), fleet, 3)
+    assert [kind for kind, _, _ in seen] == ["query.hello"] * 4 + ["query.metric"] * 4 + ["train"] * 12
+    assert 8 * sum(down for _, down, _ in seen) == setup.down + reference.traffic.down
+    assert 8 * sum(up for _, _, up in seen) == reference.traffic.up
+
+
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
