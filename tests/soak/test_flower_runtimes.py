@@ -93,7 +93,7 @@ def lifespan(context):
 
 app = sampling.app
 """
-PREPARED_BY_NODES = PRESETS if os.environ.get("WHOLE") else ("federated-gd", "langevin-diana")
+PREPARED_BY_NODES = PRESETS if os.environ.get("WHOLE") else ("federated-gd",)  # 3 exchanges; the others 24 and more
 TOGETHER = 3  # runs at a time on the SuperNodes, which otherwise sleep between the messages of one
 OFFLINE = {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -208,8 +208,12 @@ def listening(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Future[str]]]]:
-    """All presets' runs on one federation, some at a time."""
+def deployed(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[Path, dict[str, Future[str]]]]:
+    """The runs of all presets that were asked for, on one federation, some at a time."""
+    tests = [item for item in request.session.items if "deployed" in getattr(item, "fixturenames", ())]
+    presets = [item.callspec.params["preset"] for item in tests if isinstance(item, pytest.Function)]
     folder = tmp_path_factory.mktemp("deployed")
     link, *nodes = [free_port() for _ in range(3)]
     (folder / "home").mkdir()
@@ -226,8 +230,8 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
         pool = ThreadPoolExecutor(TOGETHER)
         try:
             runs = {
-                name: pool.submit(ended, command(app, name, "here", whole=name in PREPARED_BY_NODES), env, folder, 1500)
-                for name in PRESETS
+                name: pool.submit(ended, command(app, name, "here", whole=name in PREPARED_BY_NODES), env, folder, 1800)
+                for name in presets
             }
             yield folder, runs
         finally:
