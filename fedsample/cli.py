@@ -10,8 +10,6 @@ import contextlib
 import enum
 import errno
 import importlib
-import json
-import math
 import os
 import signal
 import subprocess
@@ -20,7 +18,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated
 
 import click
 import typer
@@ -30,10 +28,10 @@ from fedsample.cli_bench import bench
 from fedsample.cli_certs import certs_app
 from fedsample.cli_doctor import doctor_app
 from fedsample.cli_fleet import client, server
+from fedsample.cli_options import Debug, File, Json, Set
+from fedsample.cli_print import cards, grid, print_json, print_rich
+from fedsample.cli_simulate import simulate
 from fedsample.errors import ConfigError, FedSampleError, RunDirectoryError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 app = typer.Typer(
     name="fedsample",
@@ -90,14 +88,6 @@ _TABLES = {
 
 _WIDEST = 160  # characters that still read well as columns beside each other
 
-File = Annotated[Path | None, typer.Argument(help="Configuration in TOML; without it, the default job.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be given again."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -116,92 +106,7 @@ def _root(
     """Draw from the posterior of a model whose data stay with their owners."""
 
 
-@app.command()
-def simulate(
-    file: File = None,
-    settings: Set = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run directory; by default runs/<time>-<preset>. One with files is refused.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, as configured there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it would send.")] = False,
-    check_step: Annotated[
-        bool, typer.Option("--check-step", help="Sample again at half the step, and say whether that confirms it.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; short for --set fleet.device=...")] = None,
-    preset: Annotated[str | None, typer.Option(help="Row of `fedsample list presets`; for --set preset=...")] = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=...")] = None,
-    replay: Annotated[
-        Path | None, typer.Option(help="A run, of devices say: its settings, and who took part in each round.")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Short for --set rounds=...")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the final table.")] = False,
-    as_json: Json = False,
-    folder: Annotated[Path | None, typer.Option("--app", help="Run the Flower app in this folder instead.")] = None,
-    clients: Annotated[int | None, typer.Option(min=1, help="With --app: how many nodes; 10 by default.")] = None,
-    run_config: Annotated[
-        list[str] | None, typer.Option("--run-config", metavar="'KEY=VALUE ...'", help="With --app: as in `flwr run`.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Sample in one process: all clients here, messages counted as if sent.
-
-    FILE is a configuration in TOML. Without it: the posterior of softmax regression on scikit-learn's digits, unevenly
-    split over 10 clients. `fedsample config show --help` lists all settings and their environment variables.
-
-    With --app any Flower app runs in this process, as it is.
-    """
-    if folder is not None or clients is not None or run_config:
-        from fedsample.cli_app import simulate_app
-
-        given: dict[str, object] = {"FILE": file, "--set": settings or None, "--out": out, "--preset": preset}
-        given |= {"--device": device, "--seed": seed, "--rounds": rounds, "--resume": resume or None}
-        given |= {"--dry-run": dry_run or None, "--json": as_json or None, "--replay": replay}
-        others = [name for name, value in given.items() if value is not None]
-        simulate_app(folder, clients, run_config or [], others, quiet=quiet)
-        return
-    short = {"preset": preset, "seed": seed, "rounds": rounds, "fleet.device": device}
-    overrides = [*(settings or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
-    if resume:
-        if out is None:
-            raise click.UsageError("--resume needs --out DIR, the directory of the run to go on with")
-        if file is not None or overrides or dry_run:
-            raise click.UsageError(
-                "--resume takes everything from config.toml in --out: drop FILE, --set, --preset, --seed, --rounds, "
-                "--device and --dry-run"
-            )
-    if replay is not None and (resume or file is not None or dry_run):
-        raise click.UsageError("--replay takes its settings from that run: drop FILE, --resume and --dry-run")
-    from fedsample.config import load
-
-    configured = None if resume or replay is not None else load(file, overrides)
-    from fedsample import experiment
-
-    if configured is not None and dry_run:
-        plan = experiment.plan(configured, [])
-        if as_json:
-            print_json(plan)
-        else:
-            _print(_grid([{"what": key, "value": value} for key, value in plan.items()], header=False))
-        return
-    progress: Literal["auto", "quiet"] = "quiet" if quiet else "auto"
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        changes = overrides if replay is not None else []
-        run = experiment.run(
-            configured,
-            out=out,
-            resume=resume,
-            overrides=changes,
-            progress=progress,
-            replay=replay,
-            check_step=check_step,
-        )
-    if as_json:
-        print_json(run.summary)
-    else:
-        _print(run.table())
-
-
+app.command()(simulate)
 app.command()(server)
 app.command()(client)
 app.command()(bench)
@@ -264,7 +169,7 @@ def list_table(
         print_json(rows)
     else:
         width = sum(max(len(str(row[name])) for row in rows) for name in rows[0])
-        _print(_grid(rows) if width <= _WIDEST else _cards(rows))
+        print_rich(grid(rows) if width <= _WIDEST else cards(rows))
 
 
 @app.command()
@@ -298,57 +203,6 @@ def _foreground(command: Sequence[str]) -> int:
         if process.poll() is None:
             process.terminate()
             process.wait()
-
-
-def _print(renderable: RenderableType) -> None:
-    """Show something of rich on standard output."""
-    from rich.console import Console
-
-    Console().print(renderable)
-
-
-def print_json(value: Any) -> None:
-    """Print strict JSON: what is not a finite number becomes null."""
-
-    def finite(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {key: finite(below) for key, below in item.items()}
-        if isinstance(item, list | tuple):
-            return [finite(below) for below in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    typer.echo(json.dumps(finite(value), indent=2, allow_nan=False))
-
-
-def _grid(rows: Sequence[Mapping[str, Any]], header: bool = True) -> RenderableType:
-    """Rows of one shape as a table; the first column names the row."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    grid = Grid(box=SIMPLE_HEAD, show_header=header)
-    for number, name in enumerate(rows[0] if rows else ()):
-        grid.add_column(Text(name), no_wrap=number == 0, style="bold" if number == 0 else "", overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text("-" if value is None else str(value)) for value in row.values()))
-    return grid
-
-
-def _cards(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Rows of many columns, one below the other; the first column is the heading."""
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    cards = Grid.grid(padding=(0, 2, 0, 0))
-    cards.add_column(no_wrap=True)
-    cards.add_column(overflow="fold")
-    for row in rows:
-        (_, heading), *rest = row.items()
-        cards.add_row(Text(str(heading), style="bold"), Text(str(rest[0][1])))
-        for name, value in rest[1:]:
-            cards.add_row(Text(f"  {name}"), Text(str(value)))
-        cards.add_row()
-    return cards
 
 
 def _explain(error: OSError) -> str:

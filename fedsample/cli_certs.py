@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
+from fedsample.cli_options import Debug
+
 if TYPE_CHECKING:
     from fedsample.fleets.grpc.certs import Made
     from fedsample.fleets.grpc.identity import Identity
@@ -18,7 +20,6 @@ certs_app = typer.Typer(help="Make, request, sign and show keys and certificates
 
 _MAX_DAYS, _MAX_CLIENTS = 3650, 1_000_000  # as in fedsample.fleets.grpc, which help must not load
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Days = Annotated[int, typer.Option(min=1, max=_MAX_DAYS, help="How long they last.")]
 Names = Annotated[
     list[str] | None,

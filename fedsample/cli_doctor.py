@@ -8,6 +8,8 @@ from typing import Annotated
 import click
 import typer
 
+from fedsample.cli_options import Debug
+
 doctor_app = typer.Typer(help="Find what is wrong, and say what to do.", no_args_is_help=True)
 
 
@@ -24,7 +26,7 @@ def net(
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Plaintext; on loopback only.")] = False,
     timeout: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds that a step may wait.")] = 5.0,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Walk from this device to its server: name, connection, TLS, clock, identity, protocol version, round trip.
 

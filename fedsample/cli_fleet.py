@@ -11,11 +11,12 @@ from typing import Annotated
 import click
 import typer
 
+from fedsample.cli_options import Debug, File, RunConfig, Set
+from fedsample.cli_print import print_json, print_rich
 from fedsample.errors import ConfigError
 
 PORT = 9092
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Plaintext and no certificates; on loopback only, to try things out.")
@@ -23,11 +24,8 @@ Insecure = Annotated[
 
 
 def server(
-    file: Annotated[Path | None, typer.Argument(help="Configuration in TOML; without it, the default job.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be given again."),
-    ] = None,
+    file: File = None,
+    settings: Set = None,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where devices connect; 0.0.0.0:9092 is every network.")
     ] = f"127.0.0.1:{PORT}",
@@ -39,9 +37,7 @@ def server(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")] = False,
     app: Annotated[Path | None, typer.Option(help="Run the ServerApp of the Flower app in this folder.")] = None,
     clients: Annotated[int | None, typer.Option(min=1, help="With --app: how many devices to wait for.")] = None,
-    run_config: Annotated[
-        list[str] | None, typer.Option("--run-config", metavar="'KEY=VALUE ...'", help="With --app: as in `flwr run`.")
-    ] = None,
+    run_config: RunConfig = None,
     patience: Annotated[
         float | None,
         typer.Option(min=0, help="With --app: seconds after which a device that is away is gone; 60 by default."),
@@ -83,13 +79,9 @@ def server(
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         path, summary, _ = serve(experiment, out, Host(address, certs), "quiet" if quiet else "auto")
     if as_json:
-        from fedsample.cli import print_json
-
         print_json(summary)
     else:
-        from rich.console import Console
-
-        Console().print(summary_table(summary, path))
+        print_rich(summary_table(summary, path))
 
 
 def client(

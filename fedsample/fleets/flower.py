@@ -11,7 +11,7 @@ caller states the probability; then who does not answer counts as absent, where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from fedsample import messages
 from fedsample.errors import RunDirectoryError
-from fedsample.estimators import Downlink, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
-from fedsample.fleets.remote import Dispatch, RemoteFleet
+from fedsample.fleets.remote import Dispatch, Federation, RemoteFleet
 from fedsample.fleets.roster import Roster
 from fedsample.targets import Metric
 from fedsample.wire import Parcel, header, pack_tensors, unpack_tensors
@@ -40,27 +39,16 @@ class FlowerFleet(RemoteFleet):
     """A federation of Flower ClientApps made by `fedsample.clients.app.client_app`.
 
     Args:
-        grid: of a running ServerApp. timeout: seconds to wait for replies. The rest: see `RemoteFleet`.
+        grid: of a running ServerApp. federation: who the clients are. timeout: seconds to wait for replies.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        n: int,
-        uplink: Uplink,
-        seed: int,
-        chains: int,
-        like: Tensor,
-        *,
-        downlink: Downlink | None = None,
-        blocks: Callable[[], list[Tensor]] | None = None,
-        timeout: float = TIMEOUT,
-        arrival: float | None = None,
-    ) -> None:
+    def __init__(self, grid: Grid, federation: Federation, *, timeout: float = TIMEOUT) -> None:
         """Remember; nobody is asked yet."""
-        super().__init__(n, uplink, seed, chains, like, downlink=downlink, blocks=blocks, arrival=arrival)
+        super().__init__(federation)
         self.grid, self.timeout = grid, timeout
-        self.roster = Roster(grid, n, messages.terms(uplink, seed, n, chains, len(like), like.dtype), timeout)
+        like = self.like
+        terms = messages.terms(self.uplink, federation.seed, self.n, self.chains, len(like), like.dtype)
+        self.roster = Roster(grid, self.n, terms, timeout)
         self.fresh = False  # whether clients hold a metric and no memory yet
 
     # --- the Fleet protocol --------------------------------------------------------------------------------------
@@ -141,11 +129,4 @@ class FlowerFleet(RemoteFleet):
 
 def fleet_on(grid: Grid, experiment: Experiment, problem: Problem) -> FlowerFleet:
     """The clients of an experiment, on the grid of a running ServerApp."""
-    from fedsample.links import links
-
-    clients = problem.clients
-    like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
-    uplink, downlink = links(experiment, problem)
-    return FlowerFleet(
-        grid, clients.n, uplink, experiment.seed, experiment.chains, like, downlink=downlink, blocks=clients.blocks
-    )
+    return FlowerFleet(grid, Federation.of(experiment, problem))

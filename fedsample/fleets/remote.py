@@ -7,8 +7,10 @@ is decoded, added and let go before the next one is looked at: the server's memo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,8 +22,55 @@ from fedsample.compression.base import finite
 from fedsample.errors import ConfigError, DivergenceError
 from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Turn, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.links import links
 from fedsample.sums import TreeSum
 from fedsample.wire import Form, Parcel
+
+if TYPE_CHECKING:
+    from fedsample.config import Experiment
+    from fedsample.problem import Problem
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What the server knows of its clients, whatever carries the messages.
+
+    Attributes:
+        n: clients. uplink: the estimator. seed: the experiment's. chains: C. like: (d,), whose dtype and device points
+            and sums have. downlink: how points travel. blocks: makes the flat positions (out, in) of the model's
+            parameter matrices, for Kronecker factors; None: there are none. arrival: probability in (0, 1] with which
+            a reply comes in time, if it is known; None: every reply is waited for.
+
+    Raises:
+        ConfigError: if `arrival` is no such probability.
+    """
+
+    n: int
+    uplink: Uplink
+    seed: int
+    chains: int
+    like: Tensor
+    downlink: Downlink = field(default_factory=DenseDownlink)
+    blocks: Callable[[], list[Tensor]] | None = None
+    arrival: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the range that no type has."""
+        if self.arrival is not None and not 0 < self.arrival <= 1:
+            raise ConfigError(f"arrival = {self.arrival}: the probability with which a reply comes must lie in (0, 1]")
+
+    @classmethod
+    def of(cls, experiment: Experiment, problem: Problem, arrival: float | None = None) -> Federation:
+        """The clients of an experiment, once their number and the model's parameters are known.
+
+        Raises:
+            UnsoundError: if a link does not fit its compressor or the participation. ConfigError: if a setting is out
+                of range.
+        """
+        clients = problem.clients
+        like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
+        uplink, downlink = links(experiment, problem)
+        return cls(clients.n, uplink, experiment.seed, experiment.chains, like, downlink, clients.blocks, arrival)
 
 
 @dataclass(frozen=True)
@@ -39,36 +88,20 @@ class Dispatch:
     down: int
 
 
-class RemoteFleet:
+class RemoteFleet(ABC):
     """Composes requests and collects answers; what carries them is a subclass's.
 
     Args:
-        n: clients. uplink: the estimator. seed: the experiment's. chains: C. like: (d,), whose dtype and device points
-            and sums have. downlink: how points travel; None: dense. blocks: the model's parameter matrices, for
-            Kronecker factors. arrival: probability with which a reply comes in time, if it is known; None: every reply
-            is waited for.
+        federation: who the clients are, and how their messages are made and read.
     """
 
-    def __init__(
-        self,
-        n: int,
-        uplink: Uplink,
-        seed: int,
-        chains: int,
-        like: Tensor,
-        *,
-        downlink: Downlink | None = None,
-        blocks: Callable[[], list[Tensor]] | None = None,
-        arrival: float | None = None,
-    ) -> None:
+    def __init__(self, federation: Federation) -> None:
         """Nothing is asked yet."""
-        if arrival is not None and not 0 < arrival <= 1:
-            raise ConfigError(f"arrival = {arrival}: the probability with which a reply comes must lie in (0, 1]")
-        self.n, self.uplink, self.chains, self.like = n, uplink, chains, like
-        self.downlink, self.arrival = downlink or DenseDownlink(), arrival
+        self.n, self.chains, self.like = federation.n, federation.chains, federation.like
+        self.uplink, self.downlink, self.arrival = federation.uplink, federation.downlink, federation.arrival
         self.tag = ""  # of the metric that the clients hold
-        self._blocks = blocks
-        self._keys = LinkKeys(seed, torch.arange(n), chains, "uplink")
+        self._blocks = federation.blocks
+        self._keys = LinkKeys(federation.seed, torch.arange(self.n), self.chains, "uplink")
         self.forget()
 
     def forget(self) -> None:
@@ -237,13 +270,13 @@ class RemoteFleet:
             keys=self._keys.at(request.round, client),
         )
 
+    @abstractmethod
     def _bear(self, missing: list[int], request: Request) -> None:
         """Go on without some answers, where that is sound.
 
         Raises:
             QuorumError: where it is not.
         """
-        raise NotImplementedError
 
     def _whole(self, request: Request) -> bool:
         """Whether the estimate of this round needs everyone."""

@@ -200,11 +200,11 @@ class FlowerStrategy(Strategy):
     def _fleet_on(self, grid: Grid) -> FlowerFleet:
         if self._fleet is None or self._fleet.grid is not grid:
             from fedsample.fleets.flower import FlowerFleet
+            from fedsample.fleets.remote import Federation
 
-            cohort = self.cohort
-            self._fleet = FlowerFleet(
-                grid, cohort.n, self.uplink, self.seed, cohort.chains, self.metric.mean, downlink=self.downlink
-            )
+            n, chains = self.cohort.n, self.cohort.chains
+            federation = Federation(n, self.uplink, self.seed, chains, self.metric.mean, self.downlink)
+            self._fleet = FlowerFleet(grid, federation)
         return self._fleet
 
     def _forgotten(self, state: State) -> State:

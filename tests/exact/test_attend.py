@@ -252,6 +252,7 @@ async def _stops(line: Line) -> None:
 
 
 async def _refuses_for_now(line: Line) -> None:
+    await line.read("hello")  # as a server does: a stream that ends while its first frame is written ends in an error
     await line.write(refusal=pb.Refusal(reason="later", retry=True))
 
 

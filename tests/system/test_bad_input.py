@@ -402,7 +402,7 @@ def test_draws_from_before_a_divergence_are_kept(data: Path, tmp_path: Path) -> 
     }
     trial = call(tmp_path, "simulate", "--json", "--out", "trial", *sets(**named(data, settings | {"rounds": 20})))
     assert trial.code == 0, trial.err
-    step = 1.05 * json.loads(trial.out)["largest_stable_step"]
+    step = 1.005 * json.loads(trial.out)["largest_stable_step"]
     arguments = sets(**named(data, settings | {"step_size": step}))
     done = call(tmp_path, "simulate", "--quiet", "--out", "run", *arguments, constants=OFTEN)
     assert done.code == 1

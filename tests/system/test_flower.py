@@ -40,6 +40,7 @@ from fedsample.fleets import simulation
 from fedsample.fleets.flower import FlowerFleet, fleet_on
 from fedsample.fleets.flower_grid.adapter import identity
 from fedsample.fleets.local import LocalFleet
+from fedsample.fleets.remote import Federation
 from fedsample.links import links
 from fedsample.monitor.draws import load_draws
 from fedsample.monitor.progress import Progress
@@ -370,7 +371,7 @@ def test_a_silent_client_of_marina_is_told_the_points_it_missed() -> None:
 def test_an_arrival_is_a_probability() -> None:
     _, fleet = started()
     with pytest.raises(ConfigError, match=r"arrival = 1\.5"):
-        FlowerFleet(fleet.grid, 4, fleet.uplink, 0, 3, fleet.like, arrival=1.5)
+        Federation(4, fleet.uplink, 0, 3, fleet.like, arrival=1.5)
 
 
 # --- clients that fail ------------------------------------------------------------------------------------------------

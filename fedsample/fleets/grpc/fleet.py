@@ -20,12 +20,11 @@ from torch import Tensor
 from fedsample import messages
 from fedsample.clients.resident import REWIND, SCORE, SNAPSHOT
 from fedsample.errors import QuorumError
-from fedsample.estimators import Downlink, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Fork, Request, Rollback, Traffic
 from fedsample.fleets.grpc.desk import SLACK, Desk
 from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.seat import Stream
-from fedsample.fleets.remote import RemoteFleet
+from fedsample.fleets.remote import Federation, RemoteFleet
 from fedsample.monitor.tensorboard import quantiles
 from fedsample.sums import TreeSum
 from fedsample.targets import Metric
@@ -40,36 +39,29 @@ class GrpcFleet(RemoteFleet):
     """The devices of a run.
 
     Args:
-        desk: where they are asked. quorum: answers after which a round goes on; None: all. deadline: seconds that it
-            waits for all the same; None: none. snapshot_rounds: see
-            `Recovers`. The rest: see `RemoteFleet`.
+        desk: where they are asked. federation: who they are. quorum: answers after which a round goes on; None: all.
+            deadline: seconds that it waits for all the same; None: none. snapshot_rounds: see `Recovers`.
     """
 
     def __init__(
         self,
         desk: Desk,
-        n: int,
-        uplink: Uplink,
-        seed: int,
-        chains: int,
-        like: Tensor,
+        federation: Federation,
         *,
-        downlink: Downlink | None = None,
-        blocks: Callable[[], list[Tensor]] | None = None,
-        arrival: float | None = None,
         deadline: float | None = None,
         quorum: int | None = None,
         snapshot_rounds: int = 500,
     ) -> None:
         """Devices that are here have been told the setup."""
-        super().__init__(n, uplink, seed, chains, like, downlink=downlink, blocks=blocks, arrival=arrival)
+        super().__init__(federation)
         self.desk, self.hub, self.deadline = desk, desk.hub, deadline
-        self.quorum = n if quorum is None else quorum
+        self.quorum = self.n if quorum is None else quorum
         self._kept: Callable[[], list[int]] = list
         self.snapshot_rounds = snapshot_rounds
         self.scores: Callable[[Tensor], dict[str, float]] = lambda counts: {}
         self._round = self._mark = 0
-        uploads = [uplink.bits(chains, dense, len(like), like.dtype) for dense in (0, chains)]
+        d, dtype = len(self.like), self.like.dtype
+        uploads = [self.uplink.bits(self.chains, dense, d, dtype) for dense in (0, self.chains)]
         self._upload = max(uploads) // 8
 
     # --- the Fleet protocol --------------------------------------------------------------------------------------
@@ -247,15 +239,10 @@ def sums_of(replies: Iterable[Parcel], name: str) -> Tensor:
 
 def fleet_on(desk: Desk, experiment: Experiment, problem: Problem) -> GrpcFleet:
     """The devices of an experiment, once the data are agreed on."""
-    from fedsample.links import links
-
-    clients = problem.clients
-    like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
-    uplink, downlink = links(experiment, problem)
     section = experiment.fleet
     share = section.quorum
-    quorum = share if isinstance(share, int) else math.ceil(share * clients.n)
+    quorum = share if isinstance(share, int) else math.ceil(share * problem.clients.n)
+    federation = Federation.of(experiment, problem, arrival=1 - section.loss)
     return GrpcFleet(
-        desk, clients.n, uplink, experiment.seed, experiment.chains, like, downlink=downlink, blocks=clients.blocks,
-        arrival=1 - section.loss, deadline=section.deadline, quorum=quorum, snapshot_rounds=section.snapshot_rounds,
-    )  # fmt: skip
+        desk, federation, deadline=section.deadline, quorum=quorum, snapshot_rounds=section.snapshot_rounds
+    )

@@ -26,13 +26,16 @@ from fedsample.fleets.grpc.probe import SOFTWARE, probe_handler
 from fedsample.fleets.grpc.seat import Asked, Batch, Seat, Stream
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 
-STAGE = 256 << 20  # bytes of large answers that may wait to be added, all clients together
+STAGE, ANSWERS = 16 << 20, 2  # bytes of large answers that may wait to be added, all clients together; or so many
 COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
 _LINE = 500  # characters of a device's own words that are shown
 _HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong
 _LEAVE = 2.0  # seconds that a device has to read the last word and go
 _TERMS = 1 << 62  # no run goes back so often
+_WINDOW = 1 << 20  # bytes that a device may send before they are read; gRPC's own guess takes several times that
 _OPTIONS = [
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", _WINDOW),
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.keepalive_time_ms", 60_000),
@@ -147,6 +150,11 @@ class Hub:
                 seat.stream.close(reason)
         if self._server is not None:
             await self._server.stop(_LEAVE)
+        if calls := asyncio.all_tasks() - {asyncio.current_task()}:  # gRPC's own too, which may have a step to go
+            _, late = await asyncio.wait(calls, timeout=_LEAVE)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     # --- the chain's thread -------------------------------------------------------------------------------------------
 
@@ -559,7 +567,7 @@ class Hub:
         if self._room is None:
             return
         async with self._room:
-            while self._staged and self._staged + size > STAGE:
+            while self._staged and self._staged + size > max(STAGE, ANSWERS * size):
                 if self._batch is not None and self._batch.next == client:
                     break
                 stream.blocked = True

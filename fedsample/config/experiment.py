@@ -1,0 +1,138 @@
+"""An experiment: settings that are complete, and do not contradict one another.
+
+What a combination of settings samples is judged elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+
+from fedsample.config.problems import Problem, SettingsError, problems_of
+from fedsample.config.sections import Settings
+from fedsample.config.values import merge, plain
+from fedsample.presets import DEFAULT, preset
+
+# What other settings decide where nothing is said; of a complete experiment it is said, even where it is a default.
+IMPLIED = {"data.name", "data.partition", "model.name", "model.prior_scale"}
+
+
+class Experiment(Settings):
+    """One experiment, complete: the preset's row fills what is not given.
+
+    Raises:
+        ConfigError: lists every setting that cannot be used.
+    """
+
+    def __init__(self, /, **values: Any) -> None:
+        """Check everything that is given, nested as the TOML is."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingsError(problems_of(error)) from None
+
+    @property
+    def draws(self) -> int:
+        """Draws kept of each chain: one every `thin` rounds after the warm-up."""
+        return (self.rounds - self.warmup) // self.thin
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Lay what is given over the preset's row, and add what it implies."""
+        given = plain(values)
+        name = given.get("preset", DEFAULT)
+        uplink = given.get("uplink")
+        if isinstance(uplink, Mapping) and uplink.get("name") == "dense":  # a preset's compressor does not go with it
+            given["uplink"] = {"compressor": "identity", **uplink}
+        downlink = given.get("downlink")
+        if isinstance(downlink, Mapping) and downlink.get("name") == "dense":
+            given["downlink"] = {"compressor": "identity", **downlink}
+        return _imply(merge(preset(name).overrides, given) if isinstance(name, str) else given)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Experiment:
+        """Refuse settings that are each allowed but contradict one another."""
+        problems = list(_contradictions(self))
+        if problems:
+            raise SettingsError(problems)
+        return self
+
+
+def _imply(values: dict[str, Any]) -> dict[str, Any]:
+    """Add what the kind of data implies where the user said nothing, and make the path of the data absolute."""
+    data = values.get("data")
+    if not isinstance(data, Mapping):
+        return values
+    data = dict(data)
+    kind = data.get("kind", "builtin")
+    if kind != "builtin":
+        data.setdefault("name", None)
+    if data.get("client_column"):
+        data.setdefault("partition", "natural")
+    if data.get("file") and isinstance(data["file"], str):
+        data["file"] = os.path.abspath(os.path.expanduser(data["file"]))
+    values = {**values, "data": data}
+    model = values.get("model", {})
+    if kind == "quadratic" and isinstance(model, Mapping) and model.get("name", "quadratic") == "quadratic":
+        values["model"] = {"name": "quadratic", "prior_scale": None, **model}
+    return values
+
+
+def _contradictions(e: Experiment) -> Iterator[Problem]:
+    """What no field can see alone."""
+    data, model, fleet = e.data, e.model, e.fleet
+    if e.warmup >= e.rounds:
+        yield Problem(
+            "warmup", f"{e.warmup} rounds of warm-up leave none of {e.rounds}; lower it, to {e.rounds // 5} say"
+        )
+    elif e.draws < 1:
+        yield Problem("thin", f"no draw in {e.rounds - e.warmup} rounds with one every {e.thin}; lower thin")
+    if data.kind == "builtin":
+        if data.name is None:
+            yield Problem("data.name", "missing; name one of `fedsample list datasets`, or set data.kind")
+        if data.file is not None:
+            kind = {".npz": "npz", ".parquet": "parquet"}.get(Path(data.file).suffix, "csv")
+            yield Problem("data.file", f'built-in data reads no file; set data.kind = "{kind}", or drop data.file')
+    elif data.file is None and fleet.name != "grpc":
+        yield Problem("data.file", f'missing; data.kind = "{data.kind}" needs the path of its file')
+    if data.kind in ("csv", "parquet"):
+        if data.target is None and fleet.name != "grpc":
+            yield Problem("data.target", f'missing; data.kind = "{data.kind}" needs the name of the label column')
+        if (data.client_column is not None) != (data.partition == "natural"):
+            yield Problem("data.client_column", 'goes with data.partition = "natural": give both or none')
+    else:
+        for key in ("target", "client_column"):
+            if getattr(data, key) is not None:
+                yield Problem(f"data.{key}", f'only csv and parquet have it; drop it for data.kind = "{data.kind}"')
+    if data.features is not None and data.kind in ("npz", "quadratic"):
+        yield Problem("data.features", f'its columns have no names; drop it for data.kind = "{data.kind}"')
+    if data.labels is not None and data.kind == "quadratic":
+        yield Problem("data.labels", 'there is nothing to predict; drop it for data.kind = "quadratic"')
+    if (data.kind == "quadratic") != (model.name == "quadratic"):
+        advice = "drop model.name" if data.kind == "quadratic" else 'it needs data.kind = "quadratic"'
+        yield Problem("model.name", f'got "{model.name}" with data.kind = "{data.kind}"; {advice}')
+    patient = fleet.quorum == 1.0 and isinstance(fleet.quorum, float)
+    if fleet.deadline is not None and patient:
+        yield Problem("fleet.deadline", "needs a fleet.quorum below all devices, such as 0.8, that is enough after it")
+    if fleet.name != "grpc" and not patient:
+        yield Problem("fleet.quorum", f'simulated devices are never slow; drop it for fleet "{fleet.name}"')
+    if isinstance(fleet.quorum, int) and fleet.quorum > data.clients:
+        yield Problem("fleet.quorum", f"got {fleet.quorum} of {data.clients} clients; ask for fewer")
+    if e.start.at == "prior" and model.prior_scale is None:
+        yield Problem("start.at", 'a flat prior cannot be drawn from; set model.prior_scale, or start at "mode"')
+    if e.uplink.p is not None and e.uplink.name != "marina":
+        yield Problem("uplink.p", f'only marina has full rounds; set uplink.p = "auto" for uplink "{e.uplink.name}"')
+    reduction = e.uplink.variance_reduction
+    if reduction != "none" and e.batch_size is None and e.uplink.name != "direct":
+        yield Problem(
+            "uplink.variance_reduction",
+            f'"{reduction}" reduces the variance of minibatches, and there are none; set batch_size, or drop it',
+        )
+    dealt = data.kind in ("builtin", "csv", "parquet") and data.partition != "natural"
+    if dealt and isinstance(fleet.participation, int) and fleet.participation > data.clients:
+        yield Problem("fleet.participation", f"got {fleet.participation} of {data.clients} clients; ask for fewer")
