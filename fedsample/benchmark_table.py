@@ -106,10 +106,14 @@ def flower_apps(workload: str, rows: Sequence[Row]) -> Iterator[Line]:
 
 def networks(rows: Sequence[Row]) -> Iterator[Line]:
     """Rounds of networks, over a plain loop."""
+    seen: set[str] = set()
     for row in rows:
         ours, loop = row["ours_ms"], row["loop_ms"]
-        yield Line("c", row.get("clients"), f"plain torch loop: {row['model']}", loop)
-        line = Line("c", row.get("clients"), f"round: {row['model']}", ours, ours / loop, "plain loop")
+        if row["model"] not in seen:
+            yield Line("c", row.get("clients"), f"plain torch loop: {row['model']}", loop)
+        seen.add(row["model"])
+        way = f", {row['engine']}" if row.get("engine", "batched") != "batched" else ""
+        line = Line("c", row.get("clients"), f"round: {row['model']}{way}", ours, ours / loop, "plain loop")
         yield line._replace(
             target=f"at most {LOOP} x",
             reached=ours / loop <= LOOP,
@@ -133,6 +137,13 @@ def devices(rows: Sequence[Row]) -> Iterator[Line]:
         yield Line("devices", n, f"round: {size}", ours, ours / bare, "bare streams")
 
 
+def agreements(workload: str, rows: Sequence[Row]) -> Iterator[Line]:
+    """How far a device is from the CPU."""
+    for row in rows:
+        line = Line(workload, row["clients"], row["what"], None, note=f"they differ by {row['difference']:.1e}")
+        yield line._replace(target=f"at most {row['rtol']:g}", reached=row["agree"])
+
+
 READERS: dict[str, Callable[[Sequence[Row]], Iterator[Line]]] = {
     "a": workload_a,
     "a-flower": side_by_side,
@@ -150,7 +161,10 @@ def lines(parts: Mapping[str, Sequence[Row]], absent: Mapping[str, str]) -> list
     Args:
         parts: rows of each part that was measured. absent: of each other part, why not.
     """
-    found = [line for name, rows in parts.items() for line in READERS[name](rows)]
+    found: list[Line] = []
+    for name, rows in parts.items():
+        found += READERS[name]([row for row in rows if "agree" not in row])
+        found += agreements(name, [row for row in rows if "agree" in row])
     return found + [Line(name, None, "not measured", None, note=why) for name, why in absent.items()]
 
 

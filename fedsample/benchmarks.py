@@ -40,7 +40,7 @@ PARTS = {
         "workload_a.py",
         "Workload A: a Langevin-MARINA round of logistic regression against the bare gradient",
         ("--torch-compile",),
-        ("--clients", "10", "--rounds", "40", "--repeats", "2", "--engines", "batched", "compiled"),
+        ("--clients", "10", "--rounds", "40", "--repeats", "2"),
         cuda=True,
     ),
     "a-flower": Part(
@@ -55,6 +55,7 @@ PARTS = {
         "Workload B: FedAvg of a CNN as a Flower app against a plain loop",
         ("--only", "cnn"),
         ("--only", "cnn", "--cnn-rounds", "1"),
+        cuda=True,
     ),
     "flower": Part(
         "flower_app.py",
@@ -68,6 +69,7 @@ PARTS = {
         "Workload C: QLSD++ of networks against a plain loop",
         (),
         ("--models", "lenet5", "--rounds", "1"),
+        cuda=True,
     ),
     "growth": Part("growth.py", "Growth with the number of clients", (), ("--clients", "10", "--rounds", "3")),
     "devices": Part(

@@ -127,6 +127,8 @@ def init(
             file.write(template())
     except FileExistsError:
         raise ConfigError(f"{path}: exists and is left as it is; name another file, or move this one away") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no folder {path.parent}; make it first, or name another place") from None
     typer.echo(f"wrote {path}; edit it, then: fedsample simulate {path}")
 
 

@@ -18,7 +18,7 @@ def bench(
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.md.")] = Path("bench"),
-    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU measures part a only.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU measures parts a, b and c.")] = "cpu",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure rounds against bare gradients, plain loops, bare streams and Flower's own runtimes, in one run.

@@ -129,9 +129,10 @@ def client(
     if certs is not None and index is not None:
         raise click.UsageError("the certificate says which client this is: drop --client")
     given = {"--data": data, "--target": target, "--partition": partition, "--partitions": partitions}
+    given["--device"] = None if device == "cpu" else device
     others = [name for name, value in given.items() if value is not None]
     if app is not None and others:
-        raise click.UsageError(f"{', '.join(others)}: not with --app, whose ClientApp finds its own data")
+        raise click.UsageError(f"{', '.join(others)}: not with --app, whose ClientApp finds its own data and device")
     from fedsample.fleets.grpc.presence import Presence, take_part
 
     presence = Presence(

@@ -56,12 +56,15 @@ def simulate(
         given: dict[str, object] = {"FILE": file, "--set": settings or None, "--out": out, "--preset": preset}
         given |= {"--device": device, "--seed": seed, "--rounds": rounds, "--resume": resume or None}
         given |= {"--dry-run": dry_run or None, "--json": as_json or None, "--replay": replay}
+        given |= {"--check-step": check_step or None}
         others = [name for name, value in given.items() if value is not None]
         simulate_app(folder, clients, run_config or [], others, quiet=quiet)
         return
     short = {"preset": preset, "seed": seed, "rounds": rounds, "fleet.device": device}
     overrides = _overrides(settings, short)
     _agree(file, overrides, out, replay, resume=resume, dry_run=dry_run)
+    if dry_run and check_step:
+        raise click.UsageError("--dry-run samples nothing that --check-step could check: drop one")
     from fedsample.config import load
 
     configured = None if resume or replay is not None else load(file, overrides)
@@ -73,7 +76,15 @@ def simulate(
 
 
 def _overrides(settings: Sequence[str] | None, short: Mapping[str, object]) -> list[str]:
-    """What --set says, and after it the options that are short for it: KEY=VALUE each."""
+    """What --set says, and after it the options that are short for it: KEY=VALUE each.
+
+    Raises:
+        click.UsageError: where both name one key.
+    """
+    said = {each.partition("=")[0].strip() for each in settings or []}
+    twice = [key for key, value in short.items() if value is not None and key in said]
+    if twice:
+        raise click.UsageError(f"{twice[0]} is given twice, by --set and by its short option: drop one")
     return [*(settings or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 

@@ -50,7 +50,11 @@ class QuorumError(FedSampleError):
 
 
 class CompileError(FedSampleError):
-    """Gradients that cannot be compiled: there is no compiler, it fails, or the clients are of another kind."""
+    """Gradients that cannot be compiled or recorded: no compiler or GPU, it fails, or other clients."""
+
+
+class DeviceMemoryError(FedSampleError):
+    """A device whose memory does not hold what one client needs, or what all of them keep."""
 
 
 class ClientError(FedSampleError):

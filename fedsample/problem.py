@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -243,9 +244,15 @@ def rows_problem(experiment: Experiment, data: FederatedData) -> Problem:
     """
     from fedsample.models import build, likelihood_of, parameter_layout, starting_law
 
-    dtype, device = DTYPES[experiment.dtype], _device(experiment.fleet.device)
+    dtype, device = DTYPES[experiment.dtype], device_of(experiment.fleet.device)
     prior = GaussianPrior.of_scale(experiment.model.prior_scale)
     likelihood = likelihood_of(experiment.model.name, data)
+    if likelihood == "categorical" and prior.precision == 0 and experiment.temperature > 0:
+        raise ConfigError(
+            f'model.prior_scale = "flat": {experiment.model.name} has an output for each class, and adding one number '
+            "to all of them changes no probability, so the posterior has no finite mass; set model.prior_scale to a "
+            'number, or choose model.name = "logistic" for two classes'
+        )
     module = build(experiment.model, data)
     x = torch.from_numpy(np.ascontiguousarray(data.x)).to(dtype).to(device)
     y = torch.from_numpy(np.ascontiguousarray(data.y)).to(device)
@@ -273,12 +280,14 @@ def rows_problem(experiment: Experiment, data: FederatedData) -> Problem:
     )
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device of this name, if it is there.
 
     Raises:
         ConfigError: it is not.
     """
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ConfigError(f'device "{name}", expected cpu, cuda or cuda:N')
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU that PyTorch can use"
@@ -288,7 +297,7 @@ def _device(name: str) -> torch.device:
 
 def quadratic_problem(experiment: Experiment, lam: np.ndarray, a: np.ndarray) -> Problem:
     """The target of an experiment on these potentials: lam (n, d) or (n, d, d), a (n, d)."""
-    dtype, device = DTYPES[experiment.dtype], _device(experiment.fleet.device)
+    dtype, device = DTYPES[experiment.dtype], device_of(experiment.fleet.device)
     prior = GaussianPrior.of_scale(experiment.model.prior_scale)
     curvature = torch.from_numpy(np.ascontiguousarray(lam)).to(dtype).to(device)
     center = torch.from_numpy(np.ascontiguousarray(a)).to(dtype).to(device)

@@ -6,6 +6,7 @@ array has the clients on its first axis.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,9 @@ from fedsample.exchange import ESTIMATE, Request
 from fedsample.random import Key, key
 from fedsample.targets import Clients, Metric, MetricClients
 from fedsample.targets.metric import Identity
+from fedsample.targets.portions import on_device
+
+_ENTRIES = 1 << 20  # of matrices of clients that are held at a time
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Worker:
         clients: their potentials, in the model's own parameters. uplink: the estimator. seed: the experiment's seed.
         chains: C. indices: (n,) int64, which clients of the federation these are. batch_size: rows of a gradient, or
             None for all.
+
+    Raises:
+        DeviceMemoryError: if the device's memory does not hold the clients' memories.
     """
 
     def __init__(
@@ -54,7 +61,8 @@ class Worker:
         batches = key(seed, client=indices.unsqueeze(-1), chain=chain, purpose="batch", device=device)
         self._batches = batches.fold("round")
         self.clients = MetricClients(clients, Identity(torch.zeros(clients.d, dtype=clients.dtype, device=device)))
-        self.memory: Memory = uplink.memory((clients.n, chains, clients.d), clients.dtype, device)
+        with on_device(clients, chains, "the clients' memories"):
+            self.memory: Memory = uplink.memory((clients.n, chains, clients.d), clients.dtype, device)
         self.about = Reference(clients.n)
         self._whole = torch.equal(indices, torch.arange(len(indices), device=device))
 
@@ -68,12 +76,42 @@ class Worker:
         self.about = Reference(self.base.n)
 
     def answer(self, request: Request, who: Tensor | None = None) -> Answer:
-        """Everything that the request asks for; the estimate of the clients at positions `who` (None: all)."""
-        exact: dict[str, Tensor] = {}
+        """Everything that the request asks for; the estimate of the clients at positions `who` (None: all).
+
+        Raises:
+            DeviceMemoryError: if the device's memory does not hold it.
+        """
+        exact = self._evaluate(self.clients, request)
+        return Answer(self.estimate(request, who) if ESTIMATE in request.outputs else None, exact)
+
+    def exact(self, request: Request) -> Iterator[dict[str, Tensor]]:
+        """The exact outputs (m, ...) of all clients by name, in runs of m clients whose matrices fit a few MiB.
+
+        Raises:
+            DeviceMemoryError: if the device's memory does not hold those of a run.
+        """
+        most = max(1, _ENTRIES // self._widest(request.outputs))
+        if most >= self.base.n:
+            yield self._evaluate(self.clients, request)
+            return
+        for run in torch.arange(self.base.n, device=self.indices.device).split(most):
+            yield self._evaluate(self.clients.subset(run), request)
+
+    def _widest(self, outputs: frozenset[str]) -> int:
+        """Entries of the largest matrix of a client that these need, 1 for none."""
+        metric, d = self.clients.metric, self.base.d
+        if "hessian" in outputs or (outputs & {"diagonal", "factors"} and not isinstance(metric, Identity)):
+            return d * d
+        if "factors" in outputs:
+            return sum(rows**2 + columns**2 for rows, columns in (block.shape for block in self.base.blocks()))
+        return 1
+
+    def _evaluate(self, clients: MetricClients, request: Request) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for name in sorted(request.outputs - {ESTIMATE}):
-            exact.update(evaluate(self.clients, name, request.points, request.vector))
-        upload = self._estimate(request, who) if ESTIMATE in request.outputs else None
-        return Answer(upload, exact)
+            with on_device(self.base, self.chains, f"the {name}"):
+                found.update(evaluate(clients, name, request.points, request.vector))
+        return found
 
     def turn(self, request: Request, who: Tensor | None = None) -> Turn:
         """The estimator's view of a request, for the clients at positions `who`."""
@@ -95,10 +133,16 @@ class Worker:
             keys=self._link.at(request.round, who),
         )
 
-    def _estimate(self, request: Request, who: Tensor | None) -> Upload:
+    def estimate(self, request: Request, who: Tensor | None = None) -> Upload:
+        """What the clients at positions `who` (None: all) upload; what they remember changes.
+
+        Raises:
+            DeviceMemoryError: if the device's memory does not hold it.
+        """
         oracle = _TurnOracle(self.clients, who, self._batches, self.batch_size, request, self.about)
         memory = self.memory if who is None else {name: tensor[who] for name, tensor in self.memory.items()}
-        upload, memory = self.uplink.encode(oracle, memory, self.turn(request, who))
+        with on_device(self.base, self.chains, f"the {ESTIMATE}"):
+            upload, memory = self.uplink.encode(oracle, memory, self.turn(request, who))
         if who is None:
             self.memory = memory
         else:
@@ -123,12 +167,13 @@ class Reference:
     def at(self, clients: MetricClients, who: Tensor | None, point: Tensor, since: int) -> Tensor:
         """Gradients at `point` (C, d), which is the reference since that round -> (m, C, d)."""
         mine = slice(None) if who is None else who
-        if self.gradient is None or bool((self.round[mine] != since).any()):
+        told = slice(None) if who is None else who.cpu()  # the rounds are kept where clients are counted
+        if self.gradient is None or bool((self.round[told] != since).any()):
             fresh = clients.gradient(point, clients=who)
             if self.gradient is None:
                 self.gradient = fresh.new_zeros((clients.n, *fresh.shape[1:]))
             self.gradient[mine] = fresh
-            self.round[mine] = since
+            self.round[told] = since
         return self.gradient[mine]
 
     def at_origin(self, clients: MetricClients, who: Tensor | None) -> Tensor:

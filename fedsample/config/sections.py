@@ -162,10 +162,10 @@ class FleetConfig(Section):
     name: Literal["local", "flower", "grpc"] = setting(
         "local", "one process, Flower's runtime, or devices (grpc: `fedsample server` sets it)"
     )
-    engine: Literal["auto", "batched", "stacked", "compiled", "by-client"] = setting(
+    engine: Literal["auto", "batched", "stacked", "compiled", "cuda-graph", "by-client"] = setting(
         "auto",
-        "clients all at once, in runs that fit the cache, by C++ compiled here, or one by one as on devices; auto: by "
-        "the shapes",
+        "clients all at once, in runs that fit the cache, by C++ compiled here, as CUDA graphs, or one by one as on "
+        "devices; auto: by the shapes",
     )
     tune: bool = setting(False, "whether a stopwatch chooses the engine where it is auto; it may choose differently")
     participation: Count | Share = setting(

@@ -70,7 +70,10 @@ def merge(
         return Schema("quadratic", first.shape, rows=sum(schema.rows for schema in schemas))
     rows = sum(schema.rows for schema in schemas)
     target = _target([schema.target or Target("number") for schema in schemas], names, rows, labels)
-    return Schema("rows", first.shape, _features(schemas, names, features), target, rows, first.standardize)
+    agreed = _features(schemas, names, features)
+    for name, schema in zip(names[1:], schemas[1:], strict=True):
+        _alike_scale(name, schema, names[0], first)
+    return Schema("rows", first.shape, agreed, target, rows, first.standardize)
 
 
 def check_names(who: str, got: Sequence[str], expected: Sequence[str], whose: str) -> None:
@@ -107,6 +110,10 @@ def _alike(client: str, schema: Schema, other: str, first: Schema) -> None:
         raise DataError(
             f"{client} has {what} of shape {schema.shape}, {other} of shape {first.shape}: expected the same"
         )
+
+
+def _alike_scale(client: str, schema: Schema, other: str, first: Schema) -> None:
+    """Whether rows whose columns are the same are standardised."""
     if schema.standardize != first.standardize:
         does = ("is", "is not") if schema.standardize else ("is not", "is")
         raise DataError(

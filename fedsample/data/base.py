@@ -26,10 +26,10 @@ class FederatedData:
 
     Attributes:
         name: what the data is called in tables and logs.
-        x: (N, ...features) float64 training rows, client after client.
+        x: (N, ...features) float64 or, as they were stored, float32 training rows, client after client.
         y: (N,) int64 labels 0 .. classes - 1, or float64 targets where `classes` is None.
         offsets: (n + 1,) int64; client i owns rows offsets[i]:offsets[i + 1], possibly none.
-        x_test: (M, ...features) float64; M may be 0.
+        x_test: (M, ...features), likewise; M may be 0.
         y_test: (M,) as `y`.
         classes: number of classes, >= 2; None for regression.
         feature_names: one a feature, row-major over the feature axes; empty: x0, x1, ...
@@ -176,8 +176,10 @@ def check_finite(values: Array, columns: Sequence[str], where: str) -> None:
 
 def _check_rows(x_name: str, x: Array, y_name: str, y: Array, classes: int | None) -> None:
     """Shapes and dtypes of one pair of features and targets, and the range of its labels."""
-    if x.ndim < 2 or x.dtype != np.float64:
-        raise DataError(f"{x_name} has shape {x.shape} and dtype {x.dtype}, expected (rows, ...features) in float64")
+    if x.ndim < 2 or x.dtype not in (np.float64, np.float32):
+        raise DataError(
+            f"{x_name} has shape {x.shape} and dtype {x.dtype}, expected (rows, ...features) in float64 or float32"
+        )
     want = np.float64 if classes is None else np.int64
     if y.shape != (len(x),) or y.dtype != want:
         raise DataError(

@@ -16,6 +16,8 @@ from fedsample.data.schema import MAX_CATEGORIES
 from fedsample.data.table import Table, nearest
 from fedsample.errors import DataError
 
+_MANY_NUMBERS = 20  # more of them in a column of text, and it is a measurement with a placeholder or typing error
+
 
 def read_columns(path: Path, kind: str, target: str | None, client_column: str | None) -> Table:
     """Read a CSV (with a header line) or Parquet file.
@@ -84,11 +86,16 @@ def _read_frame(path: Path, kind: str) -> Any:
         if kind == "csv":
             import pyarrow.csv
 
-            return pyarrow.csv.read_csv(str(path))
-        import pyarrow.parquet
+            frame = pyarrow.csv.read_csv(str(path))
+        else:
+            import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(str(path))
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            frame = pyarrow.parquet.read_table(str(path))
+        frame.column_names  # noqa: B018  decoded only when asked for
+        return frame
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path.name} as {kind}: {error}. Save it as UTF-8") from error
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path.name} as {kind}: {error}. Check data.kind and the file") from error
 
 
@@ -102,6 +109,8 @@ def _values(column: Any, name: str, path: Path) -> Array:
     numeric = pyarrow.types.is_integer(kind) or pyarrow.types.is_boolean(kind)
     real = pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)
     text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    if pyarrow.types.is_binary(kind):
+        raise DataError(f"column {name!r} of {path.name} holds text that is not UTF-8: save the file as UTF-8")
     if not (numeric or real or text or pyarrow.types.is_null(kind)):
         raise DataError(
             f"column {name!r} of {path.name} has type {kind}, expected numbers, booleans or text: convert it or drop it"
@@ -136,6 +145,13 @@ def _feature(values: Array, name: str, path: Path) -> tuple[Array, tuple[str, ..
             f"column {name!r} of {path.name} holds text with {len(categories)} different values, expected at most "
             f"{MAX_CATEGORIES} categories: drop it if it is an identifier; if it should hold numbers, row {odd} (the "
             f"first row is 0) reads {str(values[odd])!r}"
+        )
+    numbers = np.array([_is_number(str(category)) for category in categories], dtype=bool)
+    if _MANY_NUMBERS < numbers.sum() < len(numbers) and 2 * numbers[codes].sum() > len(codes):
+        odd = int(np.flatnonzero(~numbers[codes])[0])
+        raise DataError(
+            f"column {name!r} of {path.name} holds {int(numbers.sum())} different numbers, but row {odd} (the first "
+            f"row is 0) reads {str(values[odd])!r}: expected numbers alone; correct that cell, or drop the row"
         )
     return codes.astype(np.float64), tuple(categories.tolist())
 

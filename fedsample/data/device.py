@@ -132,31 +132,51 @@ def read_device(
         ConfigError: options that do not go together.
         DataError: the source cannot be read or does not hold what is needed.
     """
-    if partition is not None and partition < 0:
-        raise ConfigError(f"--partition {partition}, expected at least 0")
-    if data is None:
-        if partition is None:
-            raise ConfigError(
-                "this device is given no data: pass --data FILE for its own, or --partition to take a share of what "
-                "the experiment names"
-            )
+    check_source(data, target, partition, partitions)
+    if data is None and partition is not None:
         given = experiment.data
         known = given.client_column is None and given.kind in ("builtin", "csv", "parquet")
         if known and partitions not in (None, given.clients):
             raise ConfigError(f"--partitions {partitions}, but data.clients = {given.clients}: leave --partitions out")
         _no_target(target, "the experiment's own data")
         return _share(experiment, given, partition, partitions)
-    if data in {fact.name for fact in datasets()} and not Path(data).is_file():
+    if is_builtin(data):
         if partition is None or partitions is None:
             raise ConfigError(
                 f"--data {data} is a built-in set, of which a device takes one share: pass --partition and --partitions"
             )
-        _no_target(target, "a built-in set")
         changes = {"kind": "builtin", "name": data, "file": None, "clients": partitions, "target": None}
         return _share(
             experiment, experiment.data.model_copy(update={**changes, "client_column": None}), partition, partitions
         )
-    return _file(experiment, index, data, target, partition, partitions)
+    return _file(experiment, index, str(data), target, partition, partitions)
+
+
+def check_source(data: str | None, target: str | None, partition: int | None, partitions: int | None) -> None:
+    """Refuse what no experiment could use, before there is one; the options of `read_device`.
+
+    Raises:
+        ConfigError, DataError: see there.
+    """
+    if partition is not None and partition < 0:
+        raise ConfigError(f"--partition {partition}, expected at least 0")
+    if None not in (partition, partitions):
+        _check_partition(partition or 0, None, partitions or 0)
+    if is_builtin(data):
+        _no_target(target, "a built-in set")
+    elif data is not None:
+        _kind(data)
+        _path(data)
+    elif partition is None:
+        raise ConfigError(
+            "this device is given no data: pass --data FILE for its own, or --partition to take a share of what the "
+            "experiment names"
+        )
+
+
+def is_builtin(data: str | None) -> bool:
+    """Whether this names a built-in set, and no file."""
+    return data is not None and data in {fact.name for fact in datasets()} and not Path(data).is_file()
 
 
 def agreed_schema(experiment: Experiment, schemas: list[Schema]) -> Schema:
@@ -193,14 +213,7 @@ def _file(
     """A file of this device's own."""
     from fedsample.models import task_of
 
-    kind = _SUFFIXES.get(Path(data).suffix.lower())
-    if kind is None:
-        names = [fact.name for fact in datasets()]
-        raise ConfigError(
-            f"--data {data}: expected a file that ends in {', '.join(_SUFFIXES)}, or a built-in set, one of "
-            f"{', '.join(names)}.{nearest(data, names)}"
-        )
-    path = _path(data)
+    kind, path = _kind(data), _path(data)
     if kind == "npz" and experiment.model.name == "quadratic":
         _no_target(target, "a quadratic")
         return _potential(path, partition, partitions)
@@ -221,6 +234,17 @@ def _file(
     schema = table_schema(table, task_of(experiment.model.name), settings.standardize)
     own = keyed_split(table, np.arange(len(table.x)), settings.test_fraction, experiment.seed, index)
     return Rows(table, own, schema)
+
+
+def _kind(data: str) -> str:
+    kind = _SUFFIXES.get(Path(data).suffix.lower())
+    if kind is None:
+        names = [fact.name for fact in datasets()]
+        raise ConfigError(
+            f"--data {data}: expected a file that ends in {', '.join(_SUFFIXES)}, or a built-in set, one of "
+            f"{', '.join(names)}.{nearest(data, names)}"
+        )
+    return kind
 
 
 def _path(data: str) -> Path:

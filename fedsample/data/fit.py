@@ -54,7 +54,7 @@ def _target(schema: Schema) -> Target:
 
 
 def _features(table: Table, x: Array, schema: Schema) -> Array:
-    """(N, ...) as stored -> (N, *schema.row_shape) float64, rows contiguous."""
+    """(N, ...) as stored -> (N, *schema.row_shape), rows contiguous; float64 where columns have names."""
     if schema.kind != "rows" or bool(table.feature_names) != bool(schema.features):
         forms = {"quadratic": "quadratics", "rows": "named columns" if schema.features else "arrays without names"}
         has = "named columns" if table.feature_names else "an array without names"

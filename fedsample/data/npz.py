@@ -70,8 +70,9 @@ def read_archive(path: Path) -> dict[str, Array]:
                 raise DataError(f"{path.name} is a single array, expected an archive: write it with numpy.savez")
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = "it holds pickled objects" if "allow_pickle" in str(error) else str(error).rstrip(".")
         raise DataError(
-            f"cannot read {path.name} as a numpy archive: {error}. Expected the output of numpy.savez with plain "
+            f"cannot read {path.name} as a numpy archive: {reason}. Expected the output of numpy.savez with plain "
             "numeric or text arrays; pickled objects are refused because loading them can run code"
         ) from error
 
@@ -83,7 +84,7 @@ def _features(path: Path, name: str, values: Array) -> Array:
             "(rows, features) or (rows, height, width[, channels])"
         )
     check_finite(values, default_feature_names(values.shape[1:]), f"{name} in {path.name}")
-    return values.astype(np.float64, copy=False)
+    return values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
 
 
 def _targets(path: Path, name: str, values: Array, rows: int) -> Array:

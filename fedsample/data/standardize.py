@@ -128,8 +128,8 @@ def standardize(data: FederatedData) -> FederatedData:
 
 
 def _columns(data: FederatedData, x: Array, y: Array) -> Array:
-    """(n_i, p) or, with a numeric target, (n_i, p + 1)."""
-    flat = x.reshape(len(x), math.prod(x.shape[1:]))
+    """(n_i, p) float64 or, with a numeric target, (n_i, p + 1)."""
+    flat = x.reshape(len(x), math.prod(x.shape[1:])).astype(np.float64, copy=False)
     return np.concatenate([flat, y[:, None]], axis=1) if data.classes is None else flat
 
 

@@ -17,7 +17,8 @@ class Table:
 
     Attributes:
         name: what to call the data.
-        x: (N, ...features) float64, finite; of a column of text the positions of its values among its categories.
+        x: (N, ...features) float64 or float32, finite; of a column of text the positions of its values among its
+            categories.
         y: (N,) integers, finite floats or text.
         feature_names: one a column; empty: an array, whose entries have no names.
         owners: (N,) integer or text label of each row's client; None where the source names no clients.

@@ -151,6 +151,8 @@ def _tail(block: Array, low: float, high: float) -> Array:
     for cut in np.quantile(block, (low, high), axis=(1, 2)):
         below = _split((block <= cut[:, None, None]).astype(np.float64))
         varies = np.ptp(below, axis=(1, 2)) > 0
+        if not varies.any():  # every functional of the block ties in this tail
+            continue
         result[varies] = np.fmin(result[varies], _ess(below[varies]))
     return result
 

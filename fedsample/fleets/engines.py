@@ -3,6 +3,8 @@
     batched     all clients in one worker; one product with all rows, then one a client
     stacked     the same, in runs of clients that stay in the cache between the two products
     compiled    the same, by C++ compiled for this machine: each row is read once (linear and logistic models)
+    cuda-graph  on a GPU, all kernels of a gradient in one launch: what stacked does for regressions, of all rows; for
+                networks what batched does, minibatches too
     by-client   one worker a client, as on devices: their bits
 
 They agree to the rounding of their sums, with the same draws, masks and coins. What is chosen stands in the run's
@@ -18,10 +20,11 @@ from typing import Literal
 import torch
 
 from fedsample.errors import CompileError
-from fedsample.targets import Clients, GeneralizedLinear
+from fedsample.targets import Clients, GeneralizedLinear, ModuleClients
 
-Engine = Literal["batched", "stacked", "compiled", "by-client"]
+Engine = Literal["batched", "stacked", "compiled", "cuda-graph", "by-client"]
 
+_UNSURE = ("compiled", "cuda-graph")  # what depends on the machine
 _CACHE = 1 << 20  # bytes of design above which two products no longer find it in a second-level cache
 _REPEATS = 7
 _SECONDS = 0.2  # of a stopwatch, for each engine
@@ -41,26 +44,29 @@ def choose_engine(
     Args:
         clients: what is computed. wanted: a name, which is taken as it is, or "auto". chains: C. batch_size: rows of a
             gradient; None: all. tune: let a stopwatch choose where "auto" is wanted; it does not choose the same twice.
-        strict: whether "compiled" must be possible, because a run that goes on began with it. Otherwise the next
-            engine of the table takes its place, with a warning.
-
-    Raises:
-        CompileError: if it must be compiled, and cannot be.
+        strict: whether what is named is taken untried, because a run that goes on began with it: `LocalFleet` says why
+            it is not possible. Otherwise the next engine of the table takes its place, with a warning.
     """
-    if wanted == "compiled" and not strict:
-        try:
-            clients.on("compiled")
-        except CompileError as error:
-            instead = by_shape(clients, batch_size)
-            warnings.warn(f'fleet.engine = "compiled" is not possible, "{instead}" is used: {error}', stacklevel=2)
-            return instead
     if wanted != "auto":
-        return wanted
-    return by_stopwatch(clients, chains) if tune and batch_size is None else by_shape(clients, batch_size)
+        chosen: Engine = wanted
+    else:
+        chosen = by_stopwatch(clients, chains) if tune and batch_size is None else by_shape(clients, batch_size)
+    if chosen not in _UNSURE or (strict and wanted != "auto"):
+        return chosen
+    try:
+        clients.on(chosen)
+    except (CompileError, torch.OutOfMemoryError) as error:
+        instead = by_shape(clients, batch_size, without=chosen)
+        warnings.warn(f'fleet.engine = "{chosen}" is not possible, "{instead}" is used: {error}', stacklevel=2)
+        return choose_engine(clients, instead, chains=chains, batch_size=batch_size)
+    return chosen
 
 
-def by_shape(clients: Clients, batch_size: int | None) -> Engine:
-    """What the table says of clients of this kind and size, the same on every machine."""
+def by_shape(clients: Clients, batch_size: int | None, *, without: str = "") -> Engine:
+    """What the table says of clients of this kind and size, the same on every machine with such a device."""
+    regression = isinstance(clients, GeneralizedLinear) and batch_size is None
+    if (regression or isinstance(clients, ModuleClients)) and clients.device.type == "cuda" and without != "cuda-graph":
+        return "cuda-graph"
     if not isinstance(clients, GeneralizedLinear) or batch_size is not None:
         return "batched"
     even = clients.n > 1 and len(set(clients.rows.tolist())) == 1  # then one product gathers many gradients
@@ -71,13 +77,13 @@ def by_stopwatch(clients: Clients, chains: int) -> Engine:
     """The engine with the fastest gradient here and now."""
     points = torch.zeros(chains, clients.d, dtype=clients.dtype, device=clients.device)
     times: dict[Engine, float] = {}
-    names: tuple[Engine, ...] = ("batched", "stacked", "compiled")
+    names: tuple[Engine, ...] = ("batched", "stacked", "compiled", "cuda-graph")
     for name in names:
         try:
             path = clients.on(name)
-        except CompileError:
+            path.gradient(points)  # the first call makes what is kept
+        except (CompileError, torch.OutOfMemoryError):
             continue
-        path.gradient(points)  # the first call makes what is kept
         began, best = time.perf_counter(), float("inf")
         for _ in range(_REPEATS):
             start = time.perf_counter()
@@ -88,4 +94,4 @@ def by_stopwatch(clients: Clients, chains: int) -> Engine:
             if time.perf_counter() - began > _SECONDS:
                 break
         times[name] = best
-    return min(times, key=times.__getitem__)
+    return min(times, key=times.__getitem__) if times else by_shape(clients, None)

@@ -8,20 +8,22 @@ summation over clients is the same.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fedsample.clients.exact import exact_bits, point_bits
-from fedsample.clients.worker import Answer, Worker
+from fedsample.clients.worker import Worker
 from fedsample.errors import RunDirectoryError
-from fedsample.estimators import DenseDownlink, Downlink, Uplink
+from fedsample.estimators import DenseDownlink, Downlink, Uplink, Upload
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.sums import TreeSum, tree_sum
 from fedsample.targets import Clients, Metric
+from fedsample.targets.portions import on_device
 
 
 class LocalFleet:
@@ -33,7 +35,8 @@ class LocalFleet:
             what goes wrong. downlink: what the points cost; None: they are sent as they are.
 
     Raises:
-        CompileError: if the compiled engine cannot be made.
+        CompileError: if the engine cannot be had for these clients or on this machine.
+        DeviceMemoryError: if the device's memory does not hold what it keeps.
     """
 
     def __init__(
@@ -53,11 +56,12 @@ class LocalFleet:
         self.faults = faults or Faults(self.n, seed)
         indices = torch.arange(self.n, device=self.device)
         self.engine: Engine = engine
-        stacks = (
-            [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
-            if engine == "by-client"
-            else [(clients.on(engine), indices)]
-        )
+        with on_device(clients, chains, f"the engine {engine}"):
+            stacks = (
+                [(clients.client(i), indices[i : i + 1]) for i in range(self.n)]
+                if engine == "by-client"
+                else [(clients.on(engine), indices)]
+            )
         self.workers = [Worker(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
         self._present: Tensor | None = None
         self._informed = torch.zeros(self.n, dtype=torch.int64)  # the last round whose points each client holds
@@ -78,14 +82,13 @@ class LocalFleet:
     def exchange(self, request: Request) -> Aggregate:
         """One round trip; exact outputs wait for everyone, estimates take what arrives."""
         if ESTIMATE not in request.outputs:
-            answers = [worker.answer(request) for worker in self.workers]
-            sums, traffic = self._exact(answers, request, 0)
+            sums, traffic = self._exact(request, 0)
             return Aggregate(None, sums, self._everyone, 1.0, traffic)
         asked, arrived, arrival, attempts = self._weather(request)
         everyone = asked is self._everyone or bool(asked.all())
-        answers = self._ask(request, None if everyone else asked.nonzero().squeeze(-1).to(self.device))
-        sums, exact_traffic = self._exact(answers, request, self.n if everyone else int(asked.sum()))
-        total, norms = self._decode(answers, request, asked, arrived)
+        uploads = self._ask(request, None if everyone else asked.nonzero().squeeze(-1).to(self.device))
+        sums, exact_traffic = self._exact(request, self.n if everyone else int(asked.sum()))
+        total, norms = self._decode(uploads, request, asked, arrived)
         traffic = self._bill(request) if attempts is self._once else self._traffic(request, asked, attempts)
         self._remember(request, None if everyone or exact_traffic.up else asked)
         self._reference[slice(None) if everyone else asked] = request.reference_round
@@ -154,36 +157,29 @@ class LocalFleet:
         arrival = self.faults.presence * (1.0 - self.faults.loss)
         return asked, asked & self.faults.delivered(request.round), arrival, once * asked
 
-    def _ask(self, request: Request, who: Tensor | None) -> list[Answer]:
+    def _ask(self, request: Request, who: Tensor | None) -> list[Upload]:
         if len(self.workers) == 1 and self.n > 1:
-            return [self.workers[0].answer(request, who)]
-        wanted = set(range(self.n)) if who is None else set(who.tolist())
-        nobody = torch.zeros(0, dtype=torch.int64, device=self.device)
-        if request.outputs == {ESTIMATE}:
-            return [self.workers[i].answer(request) for i in sorted(wanted)]
-        return [worker.answer(request, None if i in wanted else nobody) for i, worker in enumerate(self.workers)]
+            return [self.workers[0].estimate(request, who)]
+        wanted = range(self.n) if who is None else who.tolist()
+        return [self.workers[i].estimate(request) for i in wanted]
 
     # --- sums over clients ----------------------------------------------------------------------------------------
 
     def _decode(
-        self, answers: Sequence[Answer], request: Request, asked: Tensor, arrived: Tensor
+        self, uploads: Sequence[Upload], request: Request, asked: Tensor, arrived: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The sum (C, d) over the uploads that arrived, in client order."""
-        if asked is arrived is self._everyone and len(answers) == 1 and not request.observe:
-            upload = answers[0].upload
-            if upload is not None:
-                return tree_sum(self.uplink.decompress(upload, request.sync, None, self.d)), None
+        if asked is arrived is self._everyone and len(uploads) == 1 and not request.observe:
+            return tree_sum(self.uplink.decompress(uploads[0], request.sync, None, self.d)), None
         parts = []
         position = torch.cumsum(asked, 0) - 1
         owners = asked.nonzero().squeeze(-1)
         at = 0
-        for answer in answers:
-            if answer.upload is None:
-                continue
-            m = _clients(answer)
+        for upload in uploads:
+            m = len(upload.dense if upload.packet is None else upload.packet.values)  # type: ignore[arg-type]
             mine = owners[at : at + m].to(self.device)
             active = None if request.active is None else request.active[mine]
-            parts.append(self.uplink.decompress(answer.upload, request.sync, active, self.d))
+            parts.append(self.uplink.decompress(upload, request.sync, active, self.d))
             at += m
         if not parts:  # nobody was asked
             parts.append(torch.zeros(0, self.chains, self.d, dtype=self.dtype, device=self.device))
@@ -198,18 +194,18 @@ class LocalFleet:
             return torch.zeros(self.chains, self.d, dtype=self.dtype, device=self.device), norms
         return tree_sum(contributions), norms
 
-    def _exact(self, answers: Sequence[Answer], request: Request, told: int) -> tuple[dict[str, Tensor], Traffic]:
+    def _exact(self, request: Request, told: int) -> tuple[dict[str, Tensor], Traffic]:
         """Exact sums over all clients, in client order; `told` clients have the points already, for their estimate."""
-        if not answers or not answers[0].exact:
+        if request.outputs == {ESTIMATE}:
             return {}, Traffic()
-        sums, up = {}, 0
-        for name in answers[0].exact:
-            total = TreeSum()
-            for answer in answers:
-                for term in answer.exact[name]:
-                    total.add(term)
-            sums[name] = total.total()
-            up += self.n * exact_bits(name, sums[name])
+        totals: dict[str, TreeSum] = defaultdict(TreeSum)
+        for worker in self.workers:
+            for found in worker.exact(request):
+                for name, terms in found.items():
+                    for term in terms:
+                        totals[name].add(term)
+        sums = {name: total.total() for name, total in totals.items()}
+        up = self.n * sum(exact_bits(name, each) for name, each in sums.items())
         down = point_bits(request.points) + (0 if request.vector is None else point_bits(request.vector))
         return sums, Traffic(up, (self.n - told) * down, up)
 
@@ -260,10 +256,3 @@ class LocalFleet:
         chains = int((active.sum(-1) * attempts).sum())
         dense = int(((active & sync).sum(-1) * attempts).sum())
         return Traffic(self.uplink.bits(chains, dense, self.d, self.dtype), down, chains * width * self.d)
-
-
-def _clients(answer: Answer) -> int:
-    upload = answer.upload
-    if upload is None:
-        return 0
-    return len(upload.dense if upload.packet is None else upload.packet.values)  # type: ignore[arg-type]

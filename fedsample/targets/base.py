@@ -70,13 +70,15 @@ class Clients(ABC):
         """
 
     def on(self, engine: str) -> Clients:
-        """The same clients on another path for full gradients, "batched", "stacked" or "compiled", sharing their data.
+        """The same clients on another path to gradients, sharing their data: see `fleets.engines` for the names.
 
         Raises:
-            CompileError: if the compiled path is asked for, and there is none for these clients or on this machine.
+            CompileError: if there is no such path for these clients or on this machine.
         """
         if engine == "compiled":
             raise CompileError("only linear and logistic clients on a CPU are compiled, not these")
+        if engine == "cuda-graph":
+            raise CompileError("only regressions and networks on a GPU are recorded as a CUDA graph, not these")
         return self
 
     @abstractmethod

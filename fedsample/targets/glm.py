@@ -13,7 +13,8 @@ gathers its gradient. The outputs stand on a leading axis, since a softmax over 
 Parameters are flat as in `torch.nn.Linear`: weight (k, p) row-major, then bias (k,).
 
 Full gradients have other paths, which agree to rounding: `stacked` works through runs of clients that stay in the cache
-between the two products, `compiled` reads each row once (see `fused.py`).
+between the two products, `compiled` reads each row once (see `fused.py`), `cuda-graph` replays what `stacked` does on a
+GPU (see `graphs.py`), to the same bits.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fedsample.errors import CompileError
 from fedsample.random import Key
 from fedsample.targets.base import Clients
 from fedsample.targets.fused import FusedGradient
+from fedsample.targets.graphs import CudaRecorder, Replayed
 from fedsample.targets.minibatch import draw_rows
 
 Likelihood = Literal["gaussian", "bernoulli", "categorical"]
@@ -71,21 +73,24 @@ class GeneralizedLinear(Clients):
         self.n, self.d = len(offsets) - 1, outputs * self.design.shape[1]
         self._runs: list[tuple[int, int, bool]] | None = None
         self._fused: FusedGradient | None = None
+        self._replayed: Replayed | None = None
 
     def on(self, engine: str) -> GeneralizedLinear:
         """The same clients, with full gradients by another path.
 
         Raises:
-            CompileError: if the compiled path is asked for, and there is none for these clients or on this machine.
+            CompileError: if there is no such path for these clients or on this machine.
         """
         twin = copy.copy(self)
         twin._runs = self._cached_runs() if engine == "stacked" else None
         twin._fused = self._fuse() if engine == "compiled" else None
+        twin._replayed = self._replay() if engine == "cuda-graph" else None
         return twin
 
     def _cached_runs(self) -> list[tuple[int, int, bool]]:
         """Runs (first, last) of clients whose design stays in the cache, and whether all have as many rows, > 0."""
-        budget = max(1, _CACHED // (self.design.shape[1] * self.dtype.itemsize))
+        at_once = _CACHED // self.dtype.itemsize if self.device.type == "cpu" else _CHUNK  # a GPU wants few launches
+        budget = max(1, at_once // self.design.shape[1])
         sizes = [high - low for low, high in zip(self._bounds, self._bounds[1:], strict=False)]
         runs, first = [], 0
         for last in range(1, self.n + 1):
@@ -101,6 +106,10 @@ class GeneralizedLinear(Clients):
             raise CompileError(f"only linear and logistic clients on a CPU are compiled, not {what}")
         logistic = self.likelihood == "bernoulli"
         return FusedGradient(self.design, self._targets[0], self.offsets, logistic, 1.0 / self.noise_scale**2)
+
+    def _replay(self) -> Replayed:
+        origin = self.design.new_zeros(1, self.d)
+        return Replayed(self.on("stacked").gradient, (origin,), CudaRecorder(self.device))
 
     def _one_hot(self, y: Tensor) -> Tensor:
         if self.likelihood != "categorical":
@@ -199,6 +208,8 @@ class GeneralizedLinear(Clients):
             return self._batch_gradient(matrix, clients, keys, batch_size)
         if self._fused is not None:
             return self._fused(matrix[:, 0], clients)
+        if self._replayed is not None and clients is None:
+            return self._replayed(theta)
         if self._runs is not None and clients is None:
             return self._stacked_gradient(matrix, self._runs)
         if clients is not None:
@@ -329,12 +340,17 @@ class GeneralizedLinear(Clients):
 
     def subset(self, clients: Tensor) -> GeneralizedLinear:
         """Some of the clients, with their rows."""
-        index = [torch.arange(self._bounds[i], self._bounds[i + 1]) for i in clients.tolist()]
-        rows = torch.cat(index).to(self.device) if index else torch.zeros(0, dtype=torch.int64, device=self.device)
-        sizes = torch.tensor([0] + [len(each) for each in index])
+        who = clients.tolist()
+        sizes = torch.tensor([0] + [self._bounds[i + 1] - self._bounds[i] for i in who])
+        if who and who == list(range(who[0], who[0] + len(who))):  # a view, no copy
+            first, last = self._bounds[who[0]], self._bounds[who[-1] + 1]
+            design, labels = self.design[first:last], self.labels[first:last]
+        else:
+            index = torch.cat([torch.arange(0), *(torch.arange(self._bounds[i], self._bounds[i + 1]) for i in who)])
+            design, labels = self.design[index.to(self.device)], self.labels[index.to(self.device)]
         return GeneralizedLinear(
-            self.design[rows, : self.features],
-            self.labels[rows],
+            design[:, : self.features],
+            labels,
             torch.cumsum(sizes, 0),
             self.likelihood,
             self.outputs,

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsample.errors import DivergenceError
 from fedsample.random import Key
 from fedsample.targets.base import Clients, GaussianPrior
+from fedsample.targets.portions import Portions
 
 
 class Metric(ABC):
@@ -106,7 +107,8 @@ class Diagonal(Metric):
     @classmethod
     def of_precision(cls, mean: Tensor, precision: Tensor) -> Diagonal:
         """From the diagonal (d,) of the Hessian of U."""
-        return cls(mean, precision.clamp(min=_floor(precision, precision.dtype)).rsqrt().to(mean.dtype))
+        measured = precision > _floor(precision, torch.float64)  # each entry on its own, however unlike they are
+        return cls(mean, torch.where(measured, precision, _floor(precision, precision.dtype)).rsqrt().to(mean.dtype))
 
     def scale(self, z: Tensor) -> Tensor:
         """S z, elementwise."""
@@ -261,11 +263,27 @@ def _floor(curvature: Tensor, measured: torch.dtype) -> float:
 
 
 def _eigen(precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (d,) above the floor and eigenvectors (d, d), in float64.
+
+    Each entry was measured to a relative precision of sqrt(P_jj P_kk), however unlike the coordinates' scales are. So
+    what is too small to have been measured is told in coordinates of unit curvature.
+    """
     measured, precision = precision.dtype, precision.to(torch.float64)
     if not bool(torch.isfinite(precision).all()):
         raise DivergenceError("the Hessian at the mode is not finite: is the data scaled, and the mode found?")
-    values, vectors = torch.linalg.eigh((precision + precision.T) / 2)
-    return values.clamp(min=_floor(values, measured)), vectors
+    precision = (precision + precision.T) / 2
+    diagonal = precision.diagonal()
+    most = float(diagonal.max())
+    units = torch.where(diagonal > 0, diagonal, most if most > 0 else 1.0).sqrt()
+    alike = precision / torch.outer(units, units)
+    values = torch.linalg.eigvalsh(alike)
+    floor = _floor(values, measured)
+    if bool((values < floor).any()):
+        values, vectors = torch.linalg.eigh(alike)
+        known = (vectors * values.clamp(min=floor)) @ vectors.T
+        precision = known * torch.outer(units, units)
+    values, vectors = torch.linalg.eigh(precision)
+    return values.clamp(min=_floor(values, torch.float64)), vectors
 
 
 class MetricClients(Clients):
@@ -275,6 +293,7 @@ class MetricClients(Clients):
         self.base, self.metric = clients, metric
         self.n, self.d, self.rows = clients.n, clients.d, clients.rows
         self.dtype, self.device = clients.dtype, clients.device
+        self._portions = Portions(clients)
 
     def potential(self, theta: Tensor) -> Tensor:
         """(C, d) -> (n, C) float64."""
@@ -283,9 +302,13 @@ class MetricClients(Clients):
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """(C, d) -> (n, C, d): S^T times the gradient at m + S z."""
+        """(C, d) -> (n, C, d): S^T times the gradient at m + S z.
+
+        Raises:
+            DeviceMemoryError: if the device's memory does not hold it, in whatever portions.
+        """
         point = self.metric.push(theta)
-        return self.metric.pull(self.base.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
+        return self.metric.pull(self._portions.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """S^T H S v."""

@@ -15,7 +15,8 @@ over the K columns u of J^T L of every row. It is never indefinite, and is the H
 A call of a small network costs more in dispatch than in arithmetic. So clients of similar size are padded to one length
 and computed together, with weight 0 on the padding, until a call is large; larger ones are computed one by one, in
 runs of rows that bound memory, and without `vmap`, whose convolutions take 1.7 times as long. Which of these happens
-depends on shapes alone.
+depends on shapes alone. On a GPU the path `cuda-graph` replays such calls, one record for each of their shapes, to the
+same bits; see `graphs.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from fedsample.errors import ConfigError
 from fedsample.random import Key
 from fedsample.targets.base import Clients
 from fedsample.targets.glm import Likelihood
+from fedsample.targets.graphs import CudaRecorder, Replayed
 from fedsample.targets.minibatch import draw_rows
 
 _CHUNK = 1 << 25  # array entries that the rows of one call may take
@@ -42,7 +44,7 @@ _ALONE = 1 << 18  # from this many on a client is computed alone: its convolutio
 _PADDING = 1.5  # rows with padding against rows without, for clients computed together
 
 
-_Choice = tuple[list[int], Tensor, Tensor]  # clients by position, their rows (g, C, b), and the weights of these
+_Choice = tuple[list[int], Tensor, Tensor]  # clients by position, their rows (g, b) or (g, C, b), and their weights
 
 
 class _Rows(NamedTuple):
@@ -87,6 +89,16 @@ class _Skeleton:
         return outputs
 
 
+def _add(result: Tensor, run: list[int], gradients: Tensor) -> None:
+    """Add (g, C, d) to the entries of result (m, C, d) at `run`, which as a list would have to travel to the device."""
+    first, after = run[0], run[0] + len(run)
+    if run == list(range(first, after)):
+        result[first:after] += gradients
+        return
+    for at, gradient in zip(run, gradients, strict=True):
+        result[at] += gradient
+
+
 class ModuleClients(Clients):
     """Clients of one network over ragged data.
 
@@ -127,6 +139,25 @@ class ModuleClients(Clients):
         self.rows = (self.offsets[1:] - self.offsets[:-1]).to(self.device)
         self.n, self.d = len(offsets) - 1, sum(self._lengths)
         self.outputs, self._cost = self._measure()
+        self._replayed: Replayed | None = None
+        self._whole: dict[int, list[_Choice]] = {}  # by number of chains, the pieces of all rows, where they are kept
+
+    def on(self, engine: str) -> ModuleClients:
+        """The same clients, with gradients by another path.
+
+        Raises:
+            CompileError: if there is no such path for these clients or on this machine.
+        """
+        if engine == "compiled":
+            super().on(engine)
+        twin = copy.copy(self)
+        twin._replayed, twin._whole = None, {}
+        if engine == "cuda-graph":
+            recorder = CudaRecorder(self.device)
+            row = torch.zeros(1, min(1, len(self.x)), dtype=torch.int64, device=self.device)
+            example = (self.x.new_zeros(1, self.d), row, row.to(torch.float64))
+            twin._replayed = Replayed(self._piece, example, recorder)
+        return twin
 
     def _measure(self) -> tuple[int, int]:
         """K, and the array entries that one row keeps alive in a backward pass."""
@@ -216,18 +247,22 @@ class ModuleClients(Clients):
 
     def _passes(self, clients: list[int], chains: int) -> Iterator[tuple[list[int], _Rows]]:
         """All rows of the clients, in pieces: positions in the list, and their rows."""
+        for run, index, weight in self._pieces(clients, chains):
+            yield run, self._take(index, weight)
+
+    def _pieces(self, clients: list[int], chains: int) -> Iterator[_Choice]:
+        """Where these rows lie (g, b)."""
         sizes = [self._bounds[i + 1] - self._bounds[i] for i in clients]
         for run in self._runs(sizes, [self.d] * len(sizes), chains):
             start = torch.tensor([self._bounds[clients[at]] for at in run], device=self.device).unsqueeze(-1)  # (g, 1)
             held = torch.tensor([sizes[at] for at in run], device=self.device).unsqueeze(-1)
             position = torch.arange(sizes[run[-1]], device=self.device)  # the last of a run is its largest
             for piece in torch.split(position, max(1, _CHUNK // (len(run) * chains * self._cost))):
-                yield run, self._take(start + piece, piece < held)
+                yield run, (start + piece).clamp_(max=len(self.x) - 1), (piece < held).to(torch.float64)
 
     def _take(self, index: Tensor, weight: Tensor) -> _Rows:
-        """Rows by index; an index beyond the data belongs to the padding."""
-        index = index.clamp(max=len(self.x) - 1)
-        return _Rows(self.x[index], self.labels[index], weight.to(torch.float64))
+        """Rows by index; one that belongs to the padding is any row, with weight 0."""
+        return _Rows(self.x[index], self.labels[index], weight)
 
     def _each(self, function: Callable[..., Tensor], points: tuple[Tensor, ...], rows: _Rows) -> Tensor:
         """The function of (d,) points and one client's rows, for all clients and chains -> (g, C, ...)."""
@@ -252,27 +287,47 @@ class ModuleClients(Clients):
         """(C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
         chosen = list(range(self.n)) if clients is None else clients.tolist()
         result = self.x.new_zeros(len(chosen), len(theta), self.d)
-        if batch_size is None or keys is None:
-            passes = self._passes(chosen, len(theta))
+        if batch_size is not None and keys is not None:
+            pieces: Iterable[_Choice] = self._minibatches(chosen, keys, batch_size, len(theta))
+        elif clients is None and self._replayed is not None:
+            pieces = self._kept_pieces(len(theta))
         else:
-            passes = self._minibatches(chosen, keys, batch_size, len(theta))
-        for run, rows in passes:
-            if len(run) == 1 and self._is_large(rows.y.shape[-1]):
-                self._add_alone(result[run[0]], theta, rows)
+            pieces = self._pieces(chosen, len(theta))
+        for run, index, weight in pieces:
+            if self._replayed is not None:
+                _add(result, run, self._replayed(theta, index, weight))
+            elif self._is_alone(index):
+                rows = self._take(index, weight)
+                for c in range(len(theta)):
+                    result[run[0], c] += self._alone(theta[c], rows, c)
             else:
-                result[run] += self._each(grad(self._loss), (theta,), rows)
+                result[run] += self._each(grad(self._loss), (theta,), self._take(index, weight))
         return result
 
-    def _add_alone(self, result: Tensor, theta: Tensor, rows: _Rows) -> None:
-        """Add one client's gradients (C, d) chain by chain, by plain reverse mode, which `vmap` makes slower."""
-        for c, point in enumerate(theta):
-            mine = (each[0, c] if rows.y.ndim == 3 else each[0] for each in rows)
-            with torch.enable_grad():
-                leaf = point.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(self._loss(leaf, *mine), leaf)
-            result[c] += gradient
+    def _piece(self, theta: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The gradients (g, C, d) of some clients' rows (g, b) or (g, C, b)."""
+        rows = self._take(index, weight)
+        if self._is_alone(index):
+            return torch.stack([self._alone(theta[c], rows, c) for c in range(len(theta))]).unsqueeze(0)
+        return self._each(grad(self._loss), (theta,), rows)
 
-    def _minibatches(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[tuple[list[int], _Rows]]:
+    def _is_alone(self, index: Tensor) -> bool:
+        return len(index) == 1 and self._is_large(index.shape[-1])
+
+    def _alone(self, point: Tensor, rows: _Rows, chain: int) -> Tensor:
+        """One client's gradient (d,) for one chain, by plain reverse mode, which `vmap` makes slower."""
+        mine = (each[0, chain] if rows.y.ndim == 3 else each[0] for each in rows)
+        with torch.enable_grad():
+            leaf = point.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self._loss(leaf, *mine), leaf)
+        return gradient
+
+    def _kept_pieces(self, chains: int) -> list[_Choice]:
+        if chains not in self._whole:
+            self._whole[chains] = list(self._pieces(list(range(self.n)), chains))
+        return self._whole[chains]
+
+    def _minibatches(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[_Choice]:
         """Rows drawn for each client and chain, in pieces."""
         last = self._drawn
         if last is None or last[0] is not keys or last[1] != clients or last[2] != size:
@@ -280,10 +335,10 @@ class ModuleClients(Clients):
         for run, index, weight in last[3]:
             step = max(1, _CHUNK // (len(run) * chains * self._cost))
             for piece, share in zip(torch.split(index, step, -1), torch.split(weight, step, -1), strict=True):
-                yield run, self._take(piece, share)
+                yield run, piece, share
 
     def _choose(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[_Choice]:
-        """The rows of each client and chain, and what each counts."""
+        """The rows (g, C, b) of each client and chain, and what each counts."""
         held = [self._bounds[i + 1] - self._bounds[i] for i in clients]
         words = keys.tensor()
         for run in self._runs([min(size, rows) for rows in held], [self.d + rows for rows in held], chains):
@@ -291,7 +346,7 @@ class ModuleClients(Clients):
             start = torch.tensor([self._bounds[clients[at]] for at in run], device=self.device)
             position, valid = draw_rows(Key(words[run], keys.device), rows, size)  # (g, C, b)
             weight = valid * (rows / rows.clamp(max=size).to(torch.float64))[:, None, None]
-            yield run, start[:, None, None] + position, weight
+            yield run, (start[:, None, None] + position).clamp_(max=len(self.x) - 1), weight
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian of U_i at (C, d) times (C, d) -> (n, C, d)."""

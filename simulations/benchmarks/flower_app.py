@@ -1,6 +1,6 @@
 """Speed on Flower's ground: FedAvg apps on our Grid, against Flower's runtime and against a plain torch loop.
 
-    python simulations/benchmarks/flower_app.py [--out FILE] [--only overhead|cnn] [--clients 10 100]
+    python simulations/benchmarks/flower_app.py [--out FILE] [--only overhead|cnn] [--clients 10 100] [--device cuda]
 
 `overhead`: a quickstart app, a perceptron that all clients train and evaluate in each round, in Flower's simulation
 runtime and on our Grid; and the same with clients that give back what they get, where nothing is left but the cost of
@@ -8,7 +8,8 @@ carrying messages. Both ways must end with the same parameters. Starting Ray is 
 
 `cnn`: the CNN of McMahan et al. (2017, arXiv 1602.05629), 1.66 M parameters, 100 clients of 500 images, 10 of
 them in a round, one local epoch with batches of 32. Each round on our Grid is followed by the same round as a plain
-torch loop in the same process, on the same clients from the same parameters, and both must agree.
+torch loop in the same process, on the same clients from the same parameters, and both must agree. With --device cuda
+both compute on the GPU, and the parameters after a local epoch there are compared with the CPU's.
 
 Data are made in memory from keys. Results are printed and, with --out, written as JSON.
 """
@@ -40,7 +41,8 @@ HERE = str(Path(__file__).parent)
 if HERE not in sys.path:  # Ray's processes look for the client where this one does, wherever this file was loaded from
     sys.path.insert(0, HERE)
 
-from flower_client import IMAGES, PIXELS, client_app, cnn, perceptron, rows, started, train  # noqa: E402
+from agreement import agreement, plainly  # noqa: E402
+from flower_client import IMAGES, PIXELS, client_app, cnn, perceptron, placed, started, train  # noqa: E402
 
 RTOL = 1e-5
 
@@ -126,18 +128,30 @@ class Noting(FedAvg):
         return messages
 
 
-def plain_round(model: nn.Module, arrays: dict[str, Tensor], cohort: Sequence[int]) -> dict[str, Tensor]:
+def plain_round(
+    model: nn.Module, arrays: dict[str, Tensor], cohort: Sequence[int], device: str = "cpu"
+) -> dict[str, Tensor]:
     """FedAvg without any federation: each client in turn, then their mean (all have as many images)."""
     total = {name: torch.zeros_like(value) for name, value in arrays.items()}
     for client in cohort:
         model.load_state_dict(arrays)
-        train(model, rows(client, IMAGES, PIXELS), client, 1)
+        train(model, placed(client, IMAGES, PIXELS, device), client, 1)
         for name, value in model.state_dict().items():
             total[name] += value / len(cohort)
     return total
 
 
-def cohort_round(rounds: int) -> dict[str, Any]:
+def epoch_agrees(device: str) -> dict[str, Any]:
+    """One row: the parameters after a client's local epoch on the device and on the CPU."""
+    ends = []
+    for place in (device, "cpu"):
+        model = started(cnn()).to(place)
+        train(model, placed(0, IMAGES, PIXELS, place), 0, 1)
+        ends.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    return agreement("CNN after a local epoch: against the CPU", ends[0], ends[1], 1e-3, 1)
+
+
+def cohort_round(rounds: int, device: str = "cpu") -> dict[str, Any]:
     """One row: seconds of a round of the CNN on our Grid and of the plain loop, turn by turn.
 
     Raises:
@@ -150,11 +164,11 @@ def cohort_round(rounds: int) -> dict[str, Any]:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         nodes = list(grid.get_node_ids())  # in the order of partitions
-        model = started(cnn())
-        arrays = ArrayRecord(model.state_dict())
+        arrays = ArrayRecord(started(cnn()).state_dict())
+        model = started(cnn()).to(device)
         for client in range(clients):
-            rows(client, IMAGES, PIXELS)
-        plain_round(cnn(), dict(model.state_dict()), [0])  # warm up
+            placed(client, IMAGES, PIXELS, device)
+        plain_round(cnn().to(device), dict(model.state_dict()), [0], device)  # warm up
         random.seed(0)  # Flower samples with the global generator
         for _ in range(rounds):
             strategy = Noting(fraction_train=cohort / clients, fraction_evaluate=0.0)
@@ -162,15 +176,15 @@ def cohort_round(rounds: int) -> dict[str, Any]:
             result = strategy.start(grid, arrays, num_rounds=1)
             grid_seconds.append(time.perf_counter() - start)
             asked = sorted(nodes.index(node) for node in strategy.asked)
-            before = dict(arrays.to_torch_state_dict())
+            before = {name: value.to(device) for name, value in arrays.to_torch_state_dict().items()}
             start = time.perf_counter()
-            plain = plain_round(model, before, asked)
+            plain = {name: value.cpu() for name, value in plain_round(model, before, asked, device).items()}
             plain_seconds.append(time.perf_counter() - start)
             arrays = result.arrays
             for name, value in arrays.to_torch_state_dict().items():
                 torch.testing.assert_close(value, plain[name], rtol=RTOL, atol=1e-6)
 
-    run_flower(app, client_app, clients, {"model": "cnn"})
+    run_flower(app, client_app, clients, {"model": "cnn", "device": device})
     ours, plain = statistics.median(grid_seconds), statistics.median(plain_seconds)
     return {
         "name": "CNN of 1.66 M parameters, 10 of 100 clients with 500 images, one epoch",
@@ -184,13 +198,18 @@ def cohort_round(rounds: int) -> dict[str, Any]:
 
 
 def measure(
-    clients: Sequence[int] = (10, 100), rounds: int = 3, *, only: str | None = None, cnn_rounds: int = 4
+    clients: Sequence[int] = (10, 100),
+    rounds: int = 3,
+    *,
+    only: str | None = None,
+    cnn_rounds: int = 4,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """All rows, as they are printed.
 
     Args:
         clients: sizes of the federation for `overhead`. rounds: of each. only: "overhead" or "cnn"; None: both.
-            cnn_rounds: rounds of the CNN on our Grid, and as many of the plain loop.
+            cnn_rounds: rounds of the CNN on our Grid, and as many of the plain loop. device: of the CNN.
 
     Raises:
         AssertionError: if two ways to compute the same differ by more than a relative 1e-5.
@@ -199,7 +218,9 @@ def measure(
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        table = [cohort_round(cnn_rounds)] if only in (None, "cnn") else []
+        plainly(torch.device(device))
+        table = [cohort_round(cnn_rounds, device)] if only in (None, "cnn") else []
+        table += [epoch_agrees(device)] if table and device != "cpu" else []
         sizes = [(n, idle) for n in clients for idle in (True, False)] if only in (None, "overhead") else []
         return [*(overhead(n, rounds, idle) for n, idle in sizes), *table]
     finally:
@@ -214,8 +235,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cnn-rounds", type=int, default=4)
+    parser.add_argument("--device", default="cpu", help="of the CNN: cpu, cuda or cuda:N")
     options = parser.parse_args()
-    table = measure(options.clients, options.rounds, only=options.only, cnn_rounds=options.cnn_rounds)
+    table = measure(
+        options.clients, options.rounds, only=options.only, cnn_rounds=options.cnn_rounds, device=options.device
+    )
     for row in table:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if options.out is not None:

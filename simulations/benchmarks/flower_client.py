@@ -51,12 +51,19 @@ def rows(client: int, n: int, shape: tuple[int, ...]) -> Rows:
     return (0.3 * centres[labels] + noise).view(n, *shape), labels
 
 
+@cache
+def placed(client: int, n: int, shape: tuple[int, ...], device: str) -> Rows:
+    """The same on a device."""
+    inputs, labels = rows(client, n, shape)
+    return inputs.to(device), labels.to(device)
+
+
 def train(model: nn.Module, data: Rows, client: int, round: int) -> float:
     """One epoch of stochastic gradient descent in a keyed order; the last loss."""
     inputs, labels = data
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    order = key(seed=0, client=client, round=round, purpose="order").permutation(len(labels))
-    loss = torch.zeros(())
+    order = key(seed=0, client=client, round=round, purpose="order").permutation(len(labels)).to(labels.device)
+    loss = torch.zeros((), device=labels.device)
     for batch in order.split(BATCH):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(inputs[batch]), labels[batch])
@@ -72,7 +79,8 @@ def job(context: Context) -> tuple[nn.Module, Rows, int]:
     """A client's model, data and number."""
     client = int(context.node_config["partition-id"])
     if context.run_config.get("model") == "cnn":
-        return cnn(), rows(client, IMAGES, PIXELS), client
+        device = str(context.run_config.get("device", "cpu"))
+        return cnn().to(device), placed(client, IMAGES, PIXELS, device), client
     return perceptron(), rows(client, 32, (64,)), client
 
 

@@ -11,6 +11,7 @@ interleaved, the fastest of several repeats of each:
     loop        the round as a plain loop over clients in PyTorch, without keyed draws, prior, memories or accounts
     round       ours, with each engine: everything that a run computes between two rounds
 
+On a GPU gradients and twenty rounds are compared with the CPU's: `difference` over the largest entry, at most `rtol`.
 What cannot be measured here has a row that says `why`. `ratio` divides ours by the fastest gradient. The load of the
 machine stands beside it: on a busy one nothing is fast.
 """
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from agreement import agreement, plainly
 from torch import Tensor
 
 from fedsample.assembly import assemble
@@ -39,7 +41,7 @@ from fedsample.targets import GeneralizedLinear
 
 D, ROWS, SHARE = 123, 300, 0.1
 STEP = 1e-6
-ENGINES = ("batched", "stacked", "compiled", "by-client")
+ENGINES = ("batched", "stacked", "compiled", "cuda-graph", "by-client")
 
 
 def write_data(path: Path, clients: int, rows: int = ROWS) -> None:
@@ -110,7 +112,7 @@ def gradients(clients: GeneralizedLinear, x: Tensor, y: Tensor, torch_compile: b
         return (residual.unsqueeze(-1) * x).sum(1)
 
     ways: dict[str, Callable[[], object]] = {"two products": two_products, "batched products": batched}
-    for name in ENGINES[:3]:
+    for name in ENGINES[:-1]:
         if not missing(clients, name):
             path = clients.on(name)
             ways[name] = lambda path=path: path.gradient(point.unsqueeze(0))  # type: ignore[misc]
@@ -127,6 +129,24 @@ def missing(clients: GeneralizedLinear, engine: str) -> str:
     except CompileError as error:
         return str(error)
     return ""
+
+
+def agreements(file: Path, engine: str, device: str) -> list[dict[str, Any]]:
+    """How far a GPU is from the CPU: every client's gradient, and where a chain stands after twenty rounds."""
+    found = []
+    for place, way in (("cpu", "batched"), (device, engine)):
+        chain = assemble(load(settings(file, way, place), environment={}))
+        path = chain.problem.clients.on(way)
+        gradient = path.gradient(torch.full((1, D), 0.01, device=path.device))
+        for _ in range(20):
+            chain.round()
+        found.append((gradient, chain.state.params))
+    (want, end), (gradient, reached) = found
+    n = len(want)
+    return [
+        agreement(f"gradient: {engine} against the CPU", gradient, want, 1e-5, n),
+        agreement(f"20 rounds: {engine} against the CPU", reached, end, 1e-4, n),
+    ]
 
 
 def best(works: dict[str, Callable[[], object]], rounds: int, repeats: int, device: torch.device) -> dict[str, float]:
@@ -152,12 +172,14 @@ def measure(
     rounds: int = 2000,
     *,
     repeats: int = 15,
-    engines: Sequence[str] = ENGINES[:3],
+    engines: Sequence[str] | None = None,
     torch_compile: bool = False,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """The table, one row a number of clients and way; `rounds` / clients of them in each repeat, at least 4."""
     rows: list[dict[str, Any]] = []
+    plainly(torch.device(device))
+    engines = engines or usual(device)
     for n in clients:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "data.npz"
@@ -179,13 +201,21 @@ def measure(
             ways = gradients(linear, x, y, torch_compile and not compiler)
             works |= {f"gradient: {name}": way for name, way in ways.items()}
             found = best(works, max(4, rounds // n), repeats, linear.device)
+            compared = [] if linear.device.type == "cpu" else [e for e in engines if not missing(linear, e)]
+            agree = [row for engine in compared for row in agreements(file, engine, device)]
         fastest = min(ms for name, ms in found.items() if name.startswith("gradient"))
         busy = round(os.getloadavg()[0], 1)
         for name, ms in sorted(found.items()):
             row = {"clients": n, "what": name, "ms": round(ms, 4), "threads": torch.get_num_threads(), "load": busy}
             rows.append(row | ({"ratio": round(ms / fastest, 2)} if name.startswith("round") else {}))
         rows += [{"clients": n, "what": name, "why": why} for name, why in sorted(absent.items())]
+        rows += agree
     return rows
+
+
+def usual(device: str) -> tuple[str, ...]:
+    """The engines that are measured on such a device."""
+    return ENGINES[:3] if device == "cpu" else ("batched", "stacked", "cuda-graph")
 
 
 def main() -> None:
@@ -195,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES[:3]), choices=ENGINES)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="by default those that suit the device")
     parser.add_argument("--torch-compile", action="store_true")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true")
@@ -215,6 +245,9 @@ def main() -> None:
     for row in rows:
         if "why" in row:
             print(f"{row['clients']:6d}  {row['what']:28} {row['why']}")
+            continue
+        if "agree" in row:
+            print(f"{row['clients']:6d}  {row['what']:28} differ by {row['difference']:.1e}, at most {row['rtol']:g}")
             continue
         ratio = f"{row['ratio']:7.2f} x the fastest gradient" if "ratio" in row else ""
         print(f"{row['clients']:6d}  {row['what']:28} {row['ms']:9.3f} ms  load {row['load']}{ratio}")

@@ -1,13 +1,14 @@
 """Workload C: QLSD++ on networks, beside a plain PyTorch loop that takes the same gradients.
 
-    python simulations/benchmarks/workload_c.py [--models lenet5 resnet20] [--rounds 3] [--threads 1] [--json]
+    python simulations/benchmarks/workload_c.py [--models lenet5 resnet20] [--rounds 3] [--device cuda] [--json]
 
 20 clients with 300 rows, 5 of them a round, minibatches of 64, random data in the shape of Fashion-MNIST (for ResNet-20
 in three channels of 32 x 32 pixels). With a moving reference a round costs every client two minibatch gradients, at the
 iterate and at the reference, and a full one now and then, which is left out of both: the references are filled before
 the clock starts. The loop does the same as one writes it down: it indexes its rows, calls `backward`, quantises the
 difference to a memory with PyTorch's own random numbers, moves the memory and steps. Interleaved; of each the fastest
-round, by the clock on the wall and by the processor time of the thread, which a busy machine disturbs less.
+round, by the clock on the wall and by the processor time of the thread, which a busy machine disturbs less. On a GPU
+there is a row with CUDA graphs and one without, and the minibatch gradients are compared with the CPU's.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from agreement import agreement, plainly
 from rows import show
-from torch import nn
+from torch import Tensor, nn
 
 from fedsample.assembly import build_fleet
 from fedsample.config import load
 from fedsample.problem import Problem, build_problem
+from fedsample.random import Key, key
 from fedsample.strategies import Cohort, Langevin, Stability
 from fedsample.targets.metric import Identity
 from fedsample.targets.module import ModuleClients, skeleton
@@ -37,7 +40,7 @@ SHAPES = {"lenet5": (28, 28), "resnet20": (32, 32, 3)}
 STEP = 1e-7
 
 
-def settings(file: Path, model: str) -> dict[str, Any]:
+def settings(file: Path, model: str, engine: str = "auto", device: str = "cpu") -> dict[str, Any]:
     """The experiment."""
     return {
         "preset": "qlsd-plus-plus",
@@ -46,7 +49,7 @@ def settings(file: Path, model: str) -> dict[str, Any]:
         "data": {"kind": "npz", "file": str(file)},
         "model": {"name": model},
         "uplink": {"refresh": 1_000_000},
-        "fleet": {"participation": COHORT},
+        "fleet": {"participation": COHORT, "engine": engine, "device": device},
     }
 
 
@@ -58,12 +61,12 @@ def write_data(path: Path, model: str) -> None:
     np.savez(path, X=x, y=y, client=np.repeat(np.arange(CLIENTS), ROWS))
 
 
-def ours(file: Path, model: str) -> tuple[Problem, Callable[[], None]]:
+def ours(file: Path, model: str, engine: str = "auto", device: str = "cpu") -> tuple[Problem, Callable[[], None]]:
     """The problem, and a function that does the next round, all references known."""
-    experiment = load(settings(file, model), environment={})
+    experiment = load(settings(file, model, engine, device), environment={})
     problem = build_problem(experiment)
     fleet = build_fleet(experiment, problem)
-    metric = Identity(torch.zeros(problem.d))
+    metric = Identity(torch.zeros(problem.d, device=device))
     fleet.set_metric(metric)
     sampler = Langevin(
         fleet.uplink,
@@ -76,9 +79,9 @@ def ours(file: Path, model: str) -> tuple[Problem, Callable[[], None]]:
         stability=Stability(1.0, 1.0, 1e6),
         refresh=1_000_000,
     )
-    state = sampler.begin(0.05 * torch.ones(1, problem.d))
+    state = sampler.begin(0.05 * torch.ones(1, problem.d, device=device))
     worker = fleet.workers[0]
-    worker.about.gradient = torch.zeros(CLIENTS, 1, problem.d)  # any values: only time counts
+    worker.about.gradient = torch.zeros(CLIENTS, 1, problem.d, device=device)  # any values: only time counts
     worker.about.round = torch.ones(CLIENTS, dtype=torch.int64)
 
     def one_round() -> None:
@@ -95,7 +98,8 @@ def plain(problem: Problem) -> Callable[[], None]:
     if problem.module is None or not isinstance(clients, ModuleClients):
         raise TypeError("workload C is a network")
     module: nn.Module = skeleton(problem.module)
-    parameters = [nn.Parameter(torch.full_like(each, 0.05)) for each in module.parameters()]
+    here = clients.device
+    parameters = [nn.Parameter(torch.full_like(each, 0.05, device=here)) for each in module.parameters()]
     names = [name for name, _ in module.named_parameters()]
     for name, parameter in zip(names, parameters, strict=True):
         owner, _, leaf = name.rpartition(".")
@@ -106,12 +110,12 @@ def plain(problem: Problem) -> Callable[[], None]:
         setattr(reference.get_submodule(owner), leaf, nn.Parameter(parameter.detach().clone()))
     x, y = clients.x, clients.labels
 
-    kept, memory = torch.zeros(CLIENTS, problem.d), torch.zeros(CLIENTS, problem.d)
+    kept, memory = (torch.zeros(CLIENTS, problem.d, device=here) for _ in range(2))
 
     def one_round() -> None:
         total = memory.sum(0)
         for client in torch.randperm(CLIENTS)[:COHORT].tolist():
-            rows = client * ROWS + torch.randperm(ROWS)[:BATCH]
+            rows = client * ROWS + torch.randperm(ROWS, device=here)[:BATCH]
             estimate = kept[client] - memory[client]
             for network, sign in ((module, 1.0), (reference, -1.0)):
                 network.zero_grad()
@@ -119,11 +123,11 @@ def plain(problem: Problem) -> Callable[[], None]:
                 loss.backward()
                 estimate += sign * torch.cat([each.grad.flatten() for each in network.parameters()])  # type: ignore[union-attr]
             norm = estimate.norm()
-            levels = torch.floor(estimate.abs() * (LEVELS / norm) + torch.rand(problem.d))
+            levels = torch.floor(estimate.abs() * (LEVELS / norm) + torch.rand(problem.d, device=here))
             sent = estimate.sign() * levels * (norm / LEVELS)
             memory[client] += 0.5 * sent
             total += (CLIENTS / COHORT) * sent
-        step = -STEP * total + (2 * STEP) ** 0.5 * torch.randn(problem.d)
+        step = -STEP * total + (2 * STEP) ** 0.5 * torch.randn(problem.d, device=here)
         with torch.no_grad():
             for parameter, piece in zip(parameters, step.split([each.numel() for each in parameters]), strict=True):
                 parameter.add_(piece.view_as(parameter))
@@ -131,35 +135,65 @@ def plain(problem: Problem) -> Callable[[], None]:
     return one_round
 
 
-def measure(models: Sequence[str] = ("lenet5", "resnet20"), rounds: int = 3) -> list[dict[str, Any]]:
-    """One row a model: milliseconds a round, ours and the loop's, and their ratio."""
-    rows = []
+def sampled(problem: Problem, engine: str) -> Tensor:
+    """The minibatch gradients (COHORT, 1, d) of the first clients."""
+    path, who = problem.clients.on(engine), torch.arange(COHORT)
+    keys = key(0, client=who.unsqueeze(-1), chain=torch.arange(1), purpose="batch").tensor().to(path.device)
+    at = 0.05 * key(0, purpose="point").normal(problem.d, torch.float32).unsqueeze(0).to(path.device)
+    return path.gradient(at, clients=who.to(path.device), keys=Key(keys, path.device), batch_size=BATCH)
+
+
+def best(works: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
+    """Milliseconds of the fastest round of each, by the clock and of the processor; interleaved."""
+    settle = torch.cuda.synchronize if device != "cpu" else lambda: None  # a GPU answers early
+    found = dict.fromkeys(works, (float("inf"), float("inf")))
+    for at in range(rounds + 1):
+        for name, work in works.items():
+            settle()
+            start, processor = time.perf_counter(), time.thread_time()
+            work()
+            settle()
+            took = 1e3 * (time.perf_counter() - start), 1e3 * (time.thread_time() - processor)
+            if at:
+                found[name] = min(found[name][0], took[0]), min(found[name][1], took[1])
+    return found
+
+
+def measure(
+    models: Sequence[str] = ("lenet5", "resnet20"), rounds: int = 3, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """One row a model and engine: milliseconds a round, ours and the loop's, and their ratio."""
+    rows: list[dict[str, Any]] = []
+    plainly(torch.device(device))
+    engines = ("batched",) if device == "cpu" else ("batched", "cuda-graph")
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "data.npz"
             write_data(file, model)
-            problem, one_round = ours(file, model)
-            works = {"ours": one_round, "loop": plain(problem)}
-            found, spent = dict.fromkeys(works, float("inf")), dict.fromkeys(works, float("inf"))
-            for at in range(rounds + 1):
-                for name, work in works.items():
-                    start, processor = time.perf_counter(), time.thread_time()
-                    work()
-                    if at:
-                        found[name] = min(found[name], 1e3 * (time.perf_counter() - start))
-                        spent[name] = min(spent[name], 1e3 * (time.thread_time() - processor))
-        rows.append(
-            {
-                "model": model,
-                "clients": CLIENTS,
-                "parameters": problem.d,
-                **{f"{name}_ms": round(ms, 2) for name, ms in found.items()},
-                "ratio": round(found["ours"] / found["loop"], 3),
-                "processor_ratio": round(spent["ours"] / spent["loop"], 3),
-                "threads": torch.get_num_threads(),
-                "load": round(os.getloadavg()[0], 1),
-            }
-        )
+            made = {engine: ours(file, model, engine, device) for engine in engines}
+            problem = made["batched"][0]
+            found = best({**{name: each[1] for name, each in made.items()}, "loop": plain(problem)}, rounds, device)
+            if device != "cpu":
+                want = sampled(build_problem(load(settings(file, model), environment={})), "batched")
+                for engine in engines:
+                    what = f"gradient: {model}, {engine} against the CPU"
+                    rows.append(agreement(what, sampled(problem, engine), want, 1e-3, CLIENTS))
+        for engine in engines:
+            (mine, my_time), (loop, its_time) = found[engine], found["loop"]
+            rows.append(
+                {
+                    "model": model,
+                    "engine": engine,
+                    "clients": CLIENTS,
+                    "parameters": problem.d,
+                    "ours_ms": round(mine, 2),
+                    "loop_ms": round(loop, 2),
+                    "ratio": round(mine / loop, 3),
+                    "processor_ratio": round(my_time / its_time, 3),
+                    "threads": torch.get_num_threads(),
+                    "load": round(os.getloadavg()[0], 1),
+                }
+            )
     return rows
 
 
@@ -169,10 +203,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = measure(options.models, options.rounds)
+    rows = measure(options.models, options.rounds, options.device)
     show(rows, as_json=options.json)
 
 

@@ -17,7 +17,7 @@ from fedsample.clients.resident import Standing
 from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import attend as attends
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.attend import Attendant, Refused
+from fedsample.fleets.grpc.attend import Attendant, Refused, Watching
 from fedsample.fleets.grpc.frames import PIECE, Assembler, Message, Name, pieces
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 from fedsample.wire import Array, Parcel
@@ -97,7 +97,11 @@ Script = Callable[[Line], Awaitable[None]]
 
 
 def meet(
-    *scripts: Script, half: Half | None = None, found: Callable[[pb.Welcome], Any] | None = None, attempts: int = 5
+    *scripts: Script,
+    half: Half | None = None,
+    found: Callable[[pb.Welcome], Any] | None = None,
+    attempts: int = 5,
+    watching: Watching | None = None,
 ) -> str:
     """Let a device attend streams that go one after the other as scripts say -> how it ended."""
     mine = half or Half()
@@ -121,7 +125,9 @@ def meet(
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        device = Attendant(f"127.0.0.1:{port}", None, 0, found or (lambda _: mine), attempts=attempts)
+        device = Attendant(
+            f"127.0.0.1:{port}", None, 0, found or (lambda _: mine), attempts=attempts, watching=watching
+        )
         try:
             return await asyncio.wait_for(device.attend(), 20)
         finally:
@@ -208,7 +214,11 @@ def test_a_failure_is_reported_and_the_next_request_answered() -> None:
         await line.answer()
         await line.over()
 
-    assert meet(script) == "the end"
+    watching, said = Watching("server"), list[str]()
+    watching.say = said.append
+    assert meet(script, watching=watching) == "the end"
+    assert len(said) == 1  # whoever reads the device's own log learns it too
+    assert said[0].endswith("ValueError: no good")
 
 
 def test_data_are_read_once_whatever_happens_to_the_stream_meanwhile() -> None:

@@ -500,6 +500,34 @@ def test_bad_csv(tmp_path: Path, text: str, given: dict[str, Any], message: str)
         load(config(kind="csv", file=csv(tmp_path, text), **given), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("größe,b\n1,2\n", "cannot read some.csv as csv.*UTF-8"), ("a,b\nä,1\nö,2\n", "column 'a'.*not UTF-8")],
+)
+def test_csv_in_another_encoding(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "some.csv"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=message):
+        load(config(kind="csv", file=file, target="b"), seed=0)
+
+
+def test_a_placeholder_among_numbers_makes_no_categories(tmp_path: Path) -> None:
+    """One question mark in a column of measurements would otherwise turn each measurement into a column of its own."""
+    lines = [f"{50 + i / 10},{i % 2}" for i in range(40)]
+    lines[7] = "?,1"
+    given = config(kind="csv", file=csv(tmp_path, "\n".join(["age,kind", *lines])), target="kind")
+    with pytest.raises(
+        DataError, match=r"column 'age' of some.csv holds 39 different numbers, but row 7 .* reads '\?'"
+    ):
+        load(given, seed=0)
+
+
+def test_codes_among_numbers_stay_categories(tmp_path: Path) -> None:
+    lines = [f"{('0', '1', '2', '3+')[i % 4]},{i % 2}" for i in range(40)]
+    given = config(kind="csv", file=csv(tmp_path, "\n".join(["children,kind", *lines])), target="kind")
+    assert load(given, seed=0).feature_names == ("children=0", "children=1", "children=2", "children=3+")
+
+
 def test_values_too_large_to_standardise(tmp_path: Path) -> None:
     file = npz(tmp_path, X=np.array([[1e300], [-1e300]] * 2), y=Y)
     with pytest.raises(DataError, match="too large"):
@@ -522,7 +550,7 @@ def test_shares_round_trip() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.zeros((4, 1), dtype=np.float32)}, "float32"),
+        ({"x": np.zeros((4, 1), dtype=np.float16)}, "float16"),
         ({"x": np.array([[0.0], [1], [np.nan], [0]])}, "column 'x0' holds nan in row 2"),
         ({"y": np.zeros(4)}, "int64"),
         ({"y": np.array([0, 1, 2, 0])}, "labels 0 to 2"),

@@ -87,6 +87,12 @@ def test_tail_ess_sees_a_chain_that_is_slow_in_its_tails_only() -> None:
     assert ess_tail(x) < 1500 < 7000 < ess_bulk(x)
 
 
+def test_tail_ess_leaves_out_a_tail_in_which_everything_ties() -> None:
+    labels = np.random.default_rng(0).integers(0, 3, (4, 200)).astype(float)  # none above the 0.95 quantile
+    assert ess_tail(labels) == pytest.approx(oracle("ess_bulk", (labels <= 0).astype(float)), rel=1e-9)
+    assert np.isnan(ess_tail(labels, low=0.9, high=0.95))
+
+
 def test_rhat_of_mixed_chains_is_one_and_grows_with_distance() -> None:
     x = autoregression(0.0, chains=4, draws=1000, functionals=30)
     assert np.all(np.abs(rhat(x) - 1) < 0.01)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsample.clients.worker import Answer, Worker
+from fedsample.clients import worker as workers
+from fedsample.clients.worker import Worker
 from fedsample.compression import Identity as NoCompression
 from fedsample.compression import RandBlock, RandK
 from fedsample.errors import ConfigError
@@ -99,15 +100,15 @@ class Rig:
             self._tap(worker)
 
     def _tap(self, worker: Worker) -> None:
-        original = worker.answer
+        original = worker.estimate
 
-        def answer(request: Request, who: Tensor | None = None) -> Answer:
-            result = original(request, who)
-            if self.answers and result.upload is not None:
-                self.answers[-1].append(clone(result.upload))  # the memory may keep and change the same tensors
-            return result
+        def estimate(request: Request, who: Tensor | None = None) -> Upload:
+            upload = original(request, who)
+            if self.answers:
+                self.answers[-1].append(clone(upload))  # the memory may keep and change the same tensors
+            return upload
 
-        worker.answer = answer  # type: ignore[method-assign]
+        worker.estimate = estimate  # type: ignore[method-assign]
 
     def exchange(self, request: Request) -> Aggregate:
         self.answers.append([])
@@ -208,6 +209,35 @@ def test_engines_agree_to_rounding_on_softmax(uplink: str, participation: float,
         assert one.total is not None
         assert other.total is not None
         assert torch.allclose(one.total, other.total, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("outputs", [("hessian",), ("factors", "value"), ("diagonal", "gradient")])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_matrices_of_many_clients_are_never_held_at_once(
+    engine: Engine, outputs: tuple[str, ...], whitened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = softmax()
+    fleet = LocalFleet(clients, make_uplink("dense"), SEED, CHAINS, engine=engine)
+    mean = torch.zeros(clients.d, dtype=FLOAT64)
+    if whitened:
+        fleet.set_metric(Dense.of_precision(mean, clients.hessian_sum(mean) + torch.eye(clients.d, dtype=FLOAT64)))
+    request = Request(1, torch.full((CHAINS, clients.d), 0.1, dtype=FLOAT64), frozenset(outputs))
+    whole = fleet.exchange(request)
+    held: list[int] = []
+    evaluate = workers.evaluate
+
+    def counted(part: Clients, *arguments: Any) -> dict[str, Tensor]:
+        held.append(part.n)
+        return evaluate(part, *arguments)
+
+    monkeypatch.setattr(workers, "evaluate", counted)
+    monkeypatch.setattr(workers, "_ENTRIES", 2 * clients.d**2)
+    runs = fleet.exchange(request)
+    assert runs.traffic == whole.traffic
+    for name, each in whole.sums.items():
+        torch.testing.assert_close(runs.sums[name], each, rtol=1e-12, atol=1e-12)
+    assert max(held) == (1 if engine == "by-client" else 2 if whitened or outputs == ("hessian",) else 5)
 
 
 @pytest.mark.parametrize("uplink", UPLINKS)

@@ -217,6 +217,7 @@ def test_overrides_from_a_file(tmp_path: Path) -> None:
     [
         (["--clients", "3"], "--clients and --run-config need --app"),
         (["--app", ".", "--seed", "0"], "--seed: not with --app"),
+        (["--app", ".", "--check-step"], "--check-step: not with --app"),
         (["--app", ".", "x.toml", "--json"], "FILE, --json: not with --app"),
         (["--app", ".", "--clients", "0"], "0 is not in the range"),
     ],

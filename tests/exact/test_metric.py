@@ -231,6 +231,21 @@ def test_flat_directions_stay_finite(name: str, curvature: float, flat: float, d
         close(root.double(), torch.eye(4, dtype=F64), rtol=0, atol=1e-6)  # no curvature: no scale
 
 
+@pytest.mark.parametrize("name", ["hessian", "diagonal"])
+def test_coordinates_of_unlike_scales_are_whitened_whatever_the_precision(name: str) -> None:
+    """A float32 Hessian knows each entry to 1e-7 of itself: a column in other units takes no direction's scale away."""
+    units = torch.tensor([1.0, 3e4, 0.1, 200.0], dtype=F64)
+    correlated = torch.full((4, 4), 0.6 if name == "hessian" else 0.0, dtype=F64).fill_diagonal_(1.0)
+    precision = correlated * torch.outer(units, units)
+    mean = torch.zeros(4, dtype=F64)
+    if name == "hessian":
+        metric: Metric = Dense.of_precision(mean, precision.float())
+    else:
+        metric = Diagonal.of_precision(mean, precision.float().diagonal())
+    root = matrix_of(metric)
+    close(root.T @ precision @ root, torch.eye(4, dtype=F64), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_hessian_that_is_not_finite_is_refused(bad: float) -> None:
     mean, values = torch.zeros(2, dtype=F64), torch.tensor([1.0, bad], dtype=F64)

@@ -46,25 +46,28 @@ def closure(names: list[str]) -> set[str]:
     return found
 
 
-class Hidden:
-    """Finds nothing of the modules that are not to be there."""
+class Without:
+    """A finder of modules that does not find some: to all that ask, they are not installed."""
 
-    def __init__(self, modules: set[str]) -> None:
-        self.modules = modules
+    def __init__(self, finder: Any, modules: set[str]) -> None:
+        self.finder, self.modules = finder, modules
 
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> None:
-        if name.partition(".")[0] in self.modules:
-            raise ModuleNotFoundError(f"No module named {name!r} (hidden)", name=name)
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
+        return None if name.partition(".")[0] in self.modules else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.finder, name)
 
 
-def hide() -> None:
-    allowed = closure(required(REQUIREMENTS.read_text()))
+def hide(names: list[str] | None = None) -> None:
+    """Hide all but these distributions and what they need; None: but those of requirements-device.txt."""
+    allowed = closure(required(REQUIREMENTS.read_text()) if names is None else names)
     owners = metadata.packages_distributions()
     hidden = {module for module, each in owners.items() if not {normal(name) for name in each} & allowed}
     hidden -= {"fedsample", "slim", *sys.stdlib_module_names}
     for module in [name for name in sys.modules if name.partition(".")[0] in hidden]:
         del sys.modules[module]  # what looked up the distributions
-    sys.meta_path.insert(0, Hidden(hidden))
+    sys.meta_path[:] = [Without(finder, hidden) for finder in sys.meta_path]
 
 
 if __name__ == "__main__":

@@ -186,6 +186,13 @@ CONFIGURATIONS = {
         data__file="three.npz",
         model__name="logistic",
     ),
+    "classes without a prior": config(
+        'model.prior_scale = "flat"',
+        "the posterior has no finite mass; set model.prior_scale to a number",
+        data__kind="npz",
+        data__file="three.npz",
+        model__prior_scale="flat",
+    ),
     "images wanted": config(
         "lenet5",
         "takes images",

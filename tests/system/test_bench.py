@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,42 @@ def test_ratios_and_targets_of_every_part() -> None:
     assert "| a | 100 | round: stacked | 2.5 | 2.5 x fastest gradient | at most 2 x | no |  |" in lines
 
 
+def test_agreement_with_the_cpu_and_cuda_graphs_have_lines() -> None:
+    gradient = {"clients": 100, "what": "gradient: cuda-graph against the CPU", "difference": 2.5e-7, "rtol": 1e-5}
+    parts: dict[str, list[dict[str, Any]]] = {
+        "a": [
+            {"clients": 100, "what": "gradient: cuda-graph", "ms": 1.0},
+            {"clients": 100, "what": "round: cuda-graph", "ms": 1.5},
+            gradient | {"agree": True},
+        ],
+        "c": [
+            {"clients": 20, "what": "gradient: lenet5", "difference": 0.1, "rtol": 1e-3, "agree": False},
+            *(
+                {
+                    "clients": 20,
+                    "model": "lenet5",
+                    "ours_ms": ms,
+                    "loop_ms": 10.0,
+                    "processor_ratio": 1.2,
+                    "engine": name,
+                }
+                for name, ms in (("batched", 11.0), ("cuda-graph", 2.0))
+            ),
+        ],
+    }
+    table = benchmark_table.lines(parts, {})
+    assert [(line.what, line.ratio, line.target, line.reached) for line in table] == [
+        ("gradient: cuda-graph", 1.0, "", None),
+        ("round: cuda-graph", 1.5, "at most 2 x", True),
+        ("gradient: cuda-graph against the CPU", None, "at most 1e-05", True),
+        ("plain torch loop: lenet5", None, "", None),
+        ("round: lenet5", 1.1, "at most 1.15 x", True),
+        ("round: lenet5, cuda-graph", 0.2, "at most 1.15 x", True),
+        ("gradient: lenet5", None, "at most 0.001", False),
+    ]
+    assert table[2].note == "they differ by 2.5e-07"
+
+
 def test_what_is_missing_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     why = benchmarks.why_not("a-flower", "cpu")
@@ -88,7 +127,8 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert caught.value.exit_code == 2
     with pytest.raises(ConfigError, match="got 'tpu', expected cpu or cuda"):
         benchmarks.check_device("tpu")
-    assert benchmarks.why_not("c", "cuda") == "measured on the CPU only"
+    assert benchmarks.why_not("growth", "cuda") == "measured on the CPU only"
+    assert [name for name in "abc" if not benchmarks.why_not(name, "cuda")] == ["a", "b", "c"]
 
 
 def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +149,34 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monk
 
 def test_every_part_has_its_script() -> None:
     assert all((benchmarks.scripts() / part.script).is_file() for part in benchmarks.PARTS.values())
+
+
+@pytest.mark.slow
+def test_the_script_for_a_bare_gpu_machine_needs_torch_and_numpy_alone() -> None:
+    """Here without a GPU: everything but the CUDA graphs, which have lines that say why."""
+    script = benchmarks.scripts() / "gpu.py"
+    options = ["gpu.py", "--device", "cpu", "--quick", "--json"]
+    code = (
+        f"import runpy, sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(script.parent)!r}]; import slim; "
+        f"slim.hide(['torch', 'numpy']); sys.argv = {options!r}; runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert {row["part"] for row in rows} == {"a", "b", "c"}
+    assert [row["why"][:32] for row in rows if "why" in row] == ["CUDA graphs need clients on a GP"] * 3
+    assert all(row["agree"] for row in rows if "agree" in row)
+    assert sum("ms" in row for row in rows) == 4 + 2 + 1
+
+
+def test_a_bare_machine_without_a_gpu_is_told() -> None:
+    script = benchmarks.scripts() / "gpu.py"
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "this machine has no GPU that PyTorch can use; choose cpu" in done.stderr
 
 
 def test_parts_are_chosen_by_name() -> None:

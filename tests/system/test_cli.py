@@ -176,7 +176,9 @@ def test_init_writes_the_default_job_once(tmp_path: Path) -> None:
         "error: fedsample.toml: exists and is left as it is; name another file, or move this one away\n"
     )
     assert written.read_text() == "seed = 7\n"
-    assert call(tmp_path, "config", "init", "none/a.toml").stderr == "error: none/a.toml: No such file or directory\n"
+    lost = call(tmp_path, "config", "init", "none/a.toml")
+    assert lost.returncode == 2
+    assert lost.stderr == "error: none/a.toml: there is no folder none; make it first, or name another place\n"
 
 
 def test_show_prints_every_value_and_who_set_it(tmp_path: Path) -> None:

@@ -7,13 +7,10 @@ import logging
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedsample.fleets.computing import Stopped
 from fedsample.fleets.flower_grid import adapter
 
 _log = logging.getLogger("flwr")
-
-
-class Stopped(BaseException):
-    """Raised in a ClientApp's thread when its run is over: no answer is wanted any longer."""
 
 
 def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message, Context]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,9 @@ class Carrier(Protocol):
         of which the carrier keeps nothing that it may change: the node's own (`message.metadata` says what it must
         reply to), or an error in its place. A reply that never comes is borne: the message's time runs out.
         """
+
+    def hurry(self, seconds: float) -> None:
+        """Replies are waited for so long yet: a node that has taken longer already must not hold up others."""
 
     def give_up(self, message_id: str) -> None:
         """Nobody waits for this reply any longer, though it is welcome until the message's time is over."""
@@ -196,8 +200,11 @@ class CarrierGrid(Grid):
                 replies, pending = replies + arrived, pending - lost
                 with self._lock:
                     wait.ids -= lost
-                if deadline is not None and time.monotonic() >= deadline:
-                    break
+                if deadline is not None:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        break
+                    self.carrier.hurry(left)
         finally:
             with self._lock:
                 self._waits.remove(wait)
@@ -240,8 +247,8 @@ class CarrierGrid(Grid):
 
     def _wait(self, wait: _Wait, deadline: float | None) -> bool:
         """Whether all replies are there, after a while."""
-        left = _LOOK if deadline is None else max(0.0, min(_LOOK, deadline - time.monotonic()))
-        return not wait.ids or wait.done.wait(left)
+        left = math.inf if deadline is None else max(0.0, deadline - time.monotonic())
+        return not wait.ids or wait.done.wait(min(_LOOK, max(left / 4, 0.01)))
 
     def _gone(self, pending: set[str]) -> list[Message]:
         """Errors for messages that will not be answered: their time is over, or their node is gone."""

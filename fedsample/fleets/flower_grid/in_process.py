@@ -19,8 +19,9 @@ from typing import NamedTuple
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedsample.fleets.computing import Stopped
 from fedsample.fleets.flower_grid.adapter import Value
-from fedsample.fleets.flower_grid.answer import Stopped, answer
+from fedsample.fleets.flower_grid.answer import answer
 
 _GRACE = 0.5  # seconds that ClientApps have to end when their run does
 _log = logging.getLogger("flwr")
@@ -48,7 +49,7 @@ class InProcess:
 
     A node takes its messages one by one, in order. With one worker so do all nodes, and whatever the app draws from
     global generators comes in the same order in every run. A ClientApp that does not return keeps its thread and its
-    node; once nobody waits for it any longer, another thread takes its place for the other nodes.
+    node; when half the time that it has is over, another thread takes its place for the other nodes.
 
     Args:
         app: what every node runs. node_configs: what each node's context says of it, `partition-id` and
@@ -71,7 +72,7 @@ class InProcess:
         self._lock = threading.Lock()
         self._line: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # nodes with something to do; None: end
         self._threads = 0
-        self._working: dict[str, int] = {}  # messages that are handled and waited for, and their nodes
+        self._working: dict[str, tuple[int, float]] = {}  # messages that hold a thread: their nodes, and since when
         self._busy: dict[threading.Thread, int] = {}  # threads that run a ClientApp, and their nodes
         self._closed = False
 
@@ -99,14 +100,24 @@ class InProcess:
                 self._start_thread()
         self._line.put(place)
 
+    def hurry(self, seconds: float) -> None:
+        """Another thread for each that has been busy with one message for so long, as half its time is over then."""
+        now = time.monotonic()
+        with self._lock:
+            slow = [message_id for message_id, (_, since) in self._working.items() if now - since >= seconds]
+        for message_id in slow:
+            self._replace(message_id, "takes long; the others do not wait for it")
+
     def give_up(self, message_id: str) -> None:
         """Another thread for the one that is busy with this message, if one is."""
+        self._replace(message_id, "has not returned; going on without it")
+
+    def _replace(self, message_id: str, why: str) -> None:
         with self._lock:
-            place = self._working.pop(message_id, None)
+            place, _ = self._working.pop(message_id, (None, 0.0))
             if place is None or self._closed:
                 return
-            config = self._nodes[place].config
-            _log.warning("ClientApp of partition %s has not returned; going on without it", config["partition-id"])
+            _log.warning("ClientApp of partition %s %s", self._nodes[place].config["partition-id"], why)
             self._start_thread()
 
     def close(self) -> None:
@@ -154,7 +165,7 @@ class InProcess:
                 return True
             job = node.jobs.popleft()
             message_id, run_id = job.message.metadata.message_id, job.message.metadata.run_id
-            self._working[message_id] = self._busy[thread] = place
+            self._busy[thread], self._working[message_id] = place, (place, time.monotonic())
         reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
         job.deliver(reply)
         with self._lock:

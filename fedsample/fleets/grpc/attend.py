@@ -15,7 +15,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +23,7 @@ import grpc.aio
 import torch
 
 from fedsample.errors import ConfigError, DataError, FedSampleError
+from fedsample.fleets.computing import ComputingThread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.frames import Assembler, Message, frames
 from fedsample.fleets.grpc.heads import Damaged
@@ -40,6 +40,7 @@ LIMIT = 1 << 33  # bytes that a request's arrays may have
 BRIEF, STEADY = 5e-3, 32  # seconds of an estimate, and how many in a row, from which on it is not handed over
 FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
 _HINT = 8  # failures to connect in a row after which it is said how to find out why
+_GRACE = 0.5  # seconds that what is being computed has to end when a device does
 _LEAVE = 2.0  # seconds for the server to read why a device leaves
 _OPTIONS = [
     *DIRECT,
@@ -149,7 +150,7 @@ class Attendant:
         self._instance = secrets.token_bytes(16)
         self._resident: tuple[bytes, asyncio.Future[Answering]] | None = None  # the run, and this device's half of it
         self._writing = asyncio.Lock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._pool = ComputingThread("compute")
         self._busy = False
         self._brief = 0  # estimates in a row that took less than `BRIEF`
         self._threads = 1  # with which they were made
@@ -183,8 +184,8 @@ class Attendant:
             await asyncio.sleep(pause)
 
     def close(self) -> None:
-        """End the computing thread."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the computing thread, whatever it computes: a process ends though a model or an app does not return."""
+        self._pool.leave(_GRACE)
 
     async def _visit(self) -> str | None:
         """One stream, from Hello to its end; None: it broke, and should be opened again."""
@@ -314,7 +315,9 @@ class Attendant:
                 failure = pb.Failure(
                     digest=message.name.digest, stage=trace.stage, detail=traceback.format_exc(), round=trace.round
                 )
-                watching.fail(f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}"
+                watching.fail(reason)
+                watching.say(f"failed in round {trace.round} ({trace.stage}): {reason}")  # a log has no table
                 await self._send(call, pb.DeviceFrame(failure=failure))
                 continue
             watching.latencies.append(time.monotonic() - began)

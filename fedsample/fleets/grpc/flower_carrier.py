@@ -65,6 +65,9 @@ class Devices:
         """Put a message in its node's line."""
         self._lines[self._places[message.metadata.dst_node_id]].put((message, deliver))
 
+    def hurry(self, seconds: float) -> None:
+        """No node holds up another here."""
+
     def give_up(self, message_id: str) -> None:
         """As in Flower, the node goes on: its reply can be pulled until the message's time is over."""
 

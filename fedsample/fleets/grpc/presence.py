@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedsample.clients.holding import Held, Source
 from fedsample.clients.resident import Resident
-from fedsample.data.builtin import datasets
+from fedsample.data.device import check_source, is_builtin
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.experiment import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
@@ -22,6 +22,7 @@ from fedsample.fleets.grpc.attend import Answering, Attendant, Refused, Watching
 from fedsample.fleets.grpc.credentials import client_credentials
 from fedsample.fleets.grpc.version import run_id
 from fedsample.monitor.fleet import device_display
+from fedsample.problem import device_of
 
 if TYPE_CHECKING:
     from io import BufferedWriter
@@ -100,7 +101,13 @@ def take_part(presence: Presence) -> str:
 def _sampling(
     presence: Presence, watching: Watching, hold: Callable[[pb.Welcome], Path]
 ) -> Callable[[pb.Welcome], Answering]:
-    """What takes part in fedsample's own runs."""
+    """What takes part in fedsample's own runs.
+
+    Raises:
+        ConfigError, DataError: if its options can be used in no run.
+    """
+    check_source(presence.data, presence.target, presence.partition, presence.partitions)
+    device_of(presence.device)
 
     def enter(welcome: pb.Welcome) -> Answering:
         if "flower" in tomllib.loads(welcome.config):
@@ -151,7 +158,7 @@ def _source(presence: Presence, welcome: pb.Welcome, watching: Watching) -> Sour
     """Where the rows come from; a share of a built-in set is this client's own, unless told otherwise."""
     client, clients = welcome.client, welcome.clients
     partition, partitions = presence.partition, presence.partitions
-    builtin = presence.data in {fact.name for fact in datasets()} and not Path(presence.data or "").is_file()
+    builtin = is_builtin(presence.data)
     if builtin and partition is None and partitions is None:
         partition, partitions = client, clients
     elif builtin and None not in (partition, partitions) and (partition, partitions) != (client, clients):

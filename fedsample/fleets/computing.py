@@ -1,0 +1,94 @@
+"""A thread that computes for one device, and that can be left: a process ends though something in it does not return.
+
+`concurrent.futures` joins its threads when the interpreter ends, so that Ctrl-C on a device would wait for a model, or
+for a ClientApp, that computes for hours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
+
+_Result = TypeVar("_Result")
+_Job = tuple[Future[Any], Callable[[], Any]]
+
+
+class Stopped(BaseException):
+    """Raised in a thread that computes when its answer is not wanted any longer: nothing of it may be kept."""
+
+
+class ComputingThread(Executor):
+    """An executor of one thread, which ends with the process whatever it does; it starts with the first call."""
+
+    def __init__(self, name: str) -> None:
+        """Nothing to do yet; `name` is the thread's."""
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._lock = threading.Lock()
+        self._closed = self._busy = False
+
+    def submit(self, function: Callable[..., _Result], /, *arguments: Any, **options: Any) -> Future[_Result]:
+        """Call a function in the thread, after what was asked before.
+
+        Raises:
+            RuntimeError: after `shutdown`.
+        """
+        future: Future[_Result] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this thread was shut down")
+            if self._thread.ident is None:
+                self._thread.start()
+            self._jobs.put((future, lambda: function(*arguments, **options)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; with `cancel_futures` drop those that have not begun, with `wait` wait for the others."""
+        with self._lock:
+            self._closed = True
+        while cancel_futures and not self._jobs.empty():
+            job = self._jobs.get()
+            if job is not None:
+                job[0].cancel()
+        self._jobs.put(None)
+        if wait and self._thread.ident is not None:
+            self._thread.join()
+
+    def leave(self, seconds: float) -> None:
+        """Shut down, and stop what is being computed; wait for that for some time, then leave it to its fate."""
+        self.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + seconds
+        with self._lock:  # what has not begun by now never does
+            if self._busy:
+                ident = ctypes.c_ulong(self._thread.ident or 0)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Stopped))
+        if self._thread.ident is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _work(self) -> None:
+        """Call one function after the other."""
+        try:
+            while (job := self._jobs.get()) is not None:
+                self._call(*job)
+        except Stopped:  # it came when the call had just ended
+            return
+
+    def _call(self, future: Future[Any], call: Callable[[], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        with self._lock:
+            self._busy = True
+        try:
+            result = call()
+        except BaseException as error:  # whoever waits for the result is told
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        finally:
+            with self._lock:
+                self._busy = False

@@ -1,0 +1,123 @@
+"""Gradients in portions that the device's memory holds: after a failure half as many clients at a time, then chains.
+
+What a portion computes depends on its own clients, points and keys alone, so the draws are the same. Sums may round
+otherwise, since products have other shapes; a warning says so. What no portion helps against has an error that says
+how much there is and what would fit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fedsample.errors import DeviceMemoryError
+from fedsample.random import Key
+from fedsample.targets.base import Clients
+
+_COPIES = 4  # arrays of the size of all gradients that a round holds: gradients, memories, packets and their sum
+
+
+class Portions:
+    """The gradients of some clients, all at once for as long as that fits.
+
+    Args:
+        clients: whose.
+    """
+
+    def __init__(self, clients: Clients) -> None:
+        self._clients = clients
+        self._most: tuple[int, int] | None = None  # clients and chains at a time; None: all
+
+    def gradient(
+        self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """As `Clients.gradient`.
+
+        Raises:
+            DeviceMemoryError: if one client and chain do not fit, or what comes out does not.
+        """
+        asked = self._clients.n if clients is None else len(clients), len(theta)
+        while True:
+            portion = asked if self._most is None else (min(asked[0], self._most[0]), min(asked[1], self._most[1]))
+            try:
+                if portion == asked:
+                    return self._clients.gradient(theta, clients=clients, keys=keys, batch_size=batch_size)
+                return self._in_portions(portion, theta, clients, keys, batch_size)
+            except torch.OutOfMemoryError as error:
+                said = str(error)  # not the error itself: it holds on to the arrays of the frames it came through
+            if max(portion) <= 1:
+                raise too_large(self._clients, len(theta), "the gradient of a single client and chain", said)
+            self._most = ((portion[0] + 1) // 2, portion[1]) if portion[0] > 1 else (1, (portion[1] + 1) // 2)
+            if self._clients.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"out of memory on {self._clients.device}: gradients are computed for at most {self._most[0]} clients "
+                f"and {self._most[1]} chains at a time, which may change their last bits",
+                stacklevel=2,
+            )
+
+    def _in_portions(
+        self, portion: tuple[int, int], theta: Tensor, clients: Tensor | None, keys: Key | None, batch_size: int | None
+    ) -> Tensor:
+        device = self._clients.device
+        who = torch.arange(self._clients.n, device=device) if clients is None else clients
+        with on_device(self._clients, len(theta), "all gradients together"):
+            result = theta.new_empty(len(who), *theta.shape)
+        for first in range(0, len(who), portion[0]):
+            mine = slice(first, first + portion[0])
+            for start in range(0, len(theta), portion[1]):
+                these = slice(start, start + portion[1])
+                own = None if keys is None else Key(keys.tensor()[mine, these], keys.device)
+                result[mine, these] = self._clients.gradient(
+                    theta[these], clients=who[mine], keys=own, batch_size=batch_size
+                )
+        return result
+
+
+@contextmanager
+def on_device(clients: Clients, chains: int, what: str) -> Iterator[None]:
+    """Say of `what` is computed or kept here that it does not fit, if it does not.
+
+    Raises:
+        DeviceMemoryError: if the device is out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise too_large(clients, chains, what, str(error)) from None  # its frames hold on to large arrays
+
+
+def too_large(clients: Clients, chains: int, what: str, said: str) -> DeviceMemoryError:
+    """The error that says how much there is, what was wanted, and what would fit."""
+    one = clients.d * clients.dtype.itemsize
+    rows = int(clients.rows.max()) if clients.n else 0
+    text = (
+        f"out of memory on {clients.device}, at {what}: {clients.n} clients of up to {rows:,} rows, {chains} chains, "
+        f"{clients.d:,} parameters; an array of all gradients takes {_gib(clients.n * chains * one)}, a round about "
+        f"{_COPIES} of them. "
+    )
+    known = memory(clients.device)
+    if known is not None:
+        free, total = known
+        text += (
+            f"The device has {_gib(total)}, of which {_gib(free)} are free or this process's: enough for about "
+            f"{free // (_COPIES * one):,} pairs of a client and a chain, data not counted. "
+        )
+    advice = "Take fewer chains or clients, a smaller batch_size, or fleet.device = 'cpu'"
+    return DeviceMemoryError(f"{text}{advice}. PyTorch says: {said}")
+
+
+def memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a GPU that are free or this process's, and all of them; None of a CPU, whose memory others share."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device), total
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"

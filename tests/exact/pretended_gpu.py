@@ -1,0 +1,227 @@
+"""A pretended GPU: tensors that lie on the CPU and say "cuda", and refuse to meet those that do not say so.
+
+    python pretended_gpu.py
+
+Runs, in this process, what a machine without a GPU can know of the code for one: that arrays are where they are used,
+that a function which is recorded as a CUDA graph does not wait for the device, and that results are the CPU's, bit for
+bit (it is the CPU that computes). Prints what was compared. No kernel, stream or graph of CUDA takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+CUDA = torch.device("cuda", 0)
+FACTORIES = {torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.eye, torch.tensor}
+NEW = {Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full}
+LIKE = {torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
+READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select")
+waiting_allowed = True
+
+
+class There(Tensor):
+    """A tensor on the pretended GPU, around the one that holds its numbers."""
+
+    elem: Tensor
+
+    @staticmethod
+    def __new__(cls, elem: Tensor) -> There:
+        made = Tensor._make_wrapper_subclass(  # to PyTorch's own C++ it is on the CPU: there is nothing else
+            cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype
+        )
+        made.elem = elem
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+
+def here(value: Any) -> Any:
+    return value.elem if isinstance(value, There) else value
+
+
+def waits(what: str) -> None:
+    if not waiting_allowed:
+        raise RuntimeError(f"called a synchronizing operation: {what}")
+
+
+def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
+    """One operation: computed on the CPU, refused where a GPU would refuse it."""
+    flat, _ = tree_flatten((args, kwargs))
+    there = [each for each in flat if isinstance(each, There)]
+    others = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, There) and each.ndim > 0]
+    name = str(func)
+    index = name.startswith(("aten.index.", "aten.index_put", "aten._index_put"))
+    if there and others and not name.startswith("aten.copy"):
+        if not (index and isinstance(args[0], There)):
+            raise RuntimeError(f"{name}: arrays on different devices, {[tuple(each.shape) for each in others]} on cpu")
+        waits(f"{name} by an index from the host")
+    if index and any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]):
+        waits(f"{name} by a mask")
+    if there and name.startswith(READS):
+        waits(name)
+    goes = bool(there)
+    if name.startswith("aten.copy"):
+        goes = isinstance(args[0], There)
+        if goes != isinstance(args[1], There):
+            waits(name)
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+        goes = goes and (name.startswith("aten._to_copy") or ".new_" in name or "_like" in name)
+    known = {id(each.elem): each for each in there}  # in place: the result is an argument
+    result = func(*tree_map(here, args), **tree_map(here, kwargs))
+
+    def wrap(value: Any) -> Any:
+        if not goes or not isinstance(value, Tensor) or isinstance(value, There):
+            return value
+        return known.get(id(value)) if id(value) in known else There(value)
+
+    return tree_map(wrap, result)
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+
+class Calls(TorchFunctionMode):
+    """What C++ would do by itself on a GPU: makes tensors there, moves them, says where they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if func == Tensor.device.__get__:
+            return CUDA if isinstance(first, There) else func(*args)
+        if isinstance(first, There) and func in (Tensor.numpy, Tensor.tolist):
+            if func is Tensor.numpy:
+                raise TypeError("can't convert cuda:0 device type tensor to numpy")
+            waits("tolist")
+            return first.elem.tolist()
+        if func is torch.nn.functional.one_hot and isinstance(first, There):
+            return There(func(first.elem, *args[1:]))
+        if isinstance(first, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(first):
+            return func(*args, **kwargs)
+        device = kwargs.get("device")
+        if func in FACTORIES and device is not None and torch.device(device).type == "cuda":
+            if func is torch.tensor:
+                waits("torch.tensor")
+            return There(func(*args, **{**kwargs, "device": "cpu"}))
+        if func in NEW or func in LIKE:
+            device = kwargs.pop("device", None)
+            goes = isinstance(first, There) if device is None else torch.device(device).type == "cuda"
+            made = func(here(first), *args[1:], **kwargs)
+            return There(made) if goes else made
+        if func in (Tensor.to, Tensor.cpu):
+            return moved(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def moved(func: Any, args: Any, kwargs: Any) -> Any:
+    source, given = args[0], [*args[1:], *kwargs.values()]
+    devices = [torch.device(each) for each in given if isinstance(each, str | torch.device)]
+    devices += [CUDA if isinstance(each, There) else each.device for each in given if isinstance(each, Tensor)]
+    devices += [torch.device("cpu")] if func is Tensor.cpu else []
+    if devices and devices[0].type == "meta":
+        return func(*args, **kwargs)
+    goes = devices[0].type == "cuda" if devices else isinstance(source, There)
+    dtypes = [each for each in given if isinstance(each, torch.dtype)]
+    dtypes += [each.dtype for each in given if isinstance(each, Tensor)]
+    if goes != isinstance(source, There):
+        waits("a copy between devices")
+        source = There(source.detach().clone()) if goes else source.elem.clone()
+    if not dtypes or source.dtype == dtypes[0]:
+        return source
+    return source.type(dtypes[0])
+
+
+def record(self: Any, function: Callable[..., Tensor], inputs: Any) -> tuple[Callable[[], None], Tensor]:
+    """In place of a CUDA graph: as strict while it is recorded, and computed anew with each replay."""
+    global waiting_allowed
+    waiting_allowed = False
+    try:
+        result = function(*inputs).clone().fill_(torch.nan)
+    finally:
+        waiting_allowed = True
+
+    def replay() -> None:
+        result.copy_(function(*inputs))
+
+    return replay, result
+
+
+def pretend() -> None:
+    """From now on there is a GPU in this process."""
+    from fedsample.targets import graphs
+
+    def set_mode(mode: int | str) -> None:
+        global waiting_allowed
+        waiting_allowed = mode not in ("error", 2)
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            """Nothing waits for it."""
+
+    replaced = {
+        "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1, "Stream": Stream,
+        "graph_pool_handle": lambda: 0, "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": set_mode,
+    }  # fmt: skip
+    for name, instead in replaced.items():
+        setattr(torch.cuda, name, instead)
+    graphs.CudaRecorder.record = record  # type: ignore[method-assign]
+    Dispatch().__enter__()
+    Calls().__enter__()
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+
+def gradients() -> None:
+    """Every path of regressions and networks, from all rows and minibatches, of all clients and some."""
+    from test_graphs import every_way, network, regression
+
+    for make in (regression, network):
+        plain, on_gpu = make(), make(device="cuda")
+        eager = on_gpu.on("stacked") if make is regression else on_gpu
+        pairs = zip(every_way(plain, plain, (1,)), every_way(eager, on_gpu.on("cuda-graph"), (1,)), strict=True)
+        for (want, _), (without, found) in pairs:
+            assert found.device == without.device == CUDA
+            assert torch.equal(found.cpu(), without.cpu())
+            assert torch.allclose(found.cpu(), want, rtol=1e-4, atol=1e-5)
+        print("gradients", type(plain).__name__)
+
+
+def rounds(preset: str, model: str, rounds: int, fleet: dict[str, Any], **more: Any) -> None:
+    """Rounds on the GPU and on the CPU, preparation included."""
+    from fedsample.assembly import assemble
+    from fedsample.config import load
+
+    data = {"name": "breast_cancer" if model == "logistic" else "wine", "clients": 4}
+    ends = []
+    for device in ("cpu", "cuda"):
+        settings = {"preset": preset, "chains": 2, "dtype": "float64", "data": data, "model": {"name": model}}
+        settings |= more
+        chain = assemble(load({**settings, "fleet": {**fleet, "device": device}}, environment={}))
+        for _ in range(rounds):
+            chain.round()
+        ends.append(chain.state.params)
+    assert ends[1].device == CUDA
+    assert torch.allclose(ends[1].cpu(), ends[0], rtol=1e-6, atol=1e-9)
+    print("rounds", preset, model, chain.fleet.engine)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    pretend()
+    gradients()
+    soon = {"step_size": 1e-4, "start": {"at": "zeros"}}  # without a search for the mode
+    rounds("langevin-marina", "logistic", 5, {})
+    rounds("underdamped-diana", "logistic", 10, {"participation": 2, "loss": 0.1}, **soon)
+    rounds("qlsd-plus-plus", "mlp", 5, {"participation": 2}, **soon)
