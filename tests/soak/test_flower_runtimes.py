@@ -1,6 +1,6 @@
 """Every preset under Flower's own runtimes: the draws of LocalFleet bit for bit, and the bytes that were counted.
 
-pytest -q tests/soak/test_flower_runtimes.py      about a quarter of an hour, most of it Flower's
+pytest -q tests/soak/test_flower_runtimes.py      25 minutes on two busy cores, most of it Flower's own
 
 Once in its simulation runtime, under `flwr run` with Ray; once on a SuperLink with two SuperNodes, each a process of
 the command line on loopback. The app is the one of simulations/flower_app; in the copy that is run here, its ClientApp
