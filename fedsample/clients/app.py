@@ -9,9 +9,10 @@ State is written last, so a message that fails changes nothing, and the failure 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
@@ -26,17 +27,22 @@ from fedsample.fleets.records import HEADER, parcel_of, records_of
 from fedsample.problem import Problem, build_problem
 from fedsample.wire import Parcel, header, pack_tensors, unpack_tensors
 
+if TYPE_CHECKING:
+    from flwr.clientapp.typing import Mod
+
 _RAISED = 2  # Flower's code for a ClientApp that raised
 _METRIC, _STATE = "fedsample.metric/", "fedsample.state/"  # prefixes of what lies in context.state
 
 
-def client_app(experiment: Experiment | None = None) -> ClientApp:
+def client_app(experiment: Experiment | None = None, *, mods: Sequence[Mod] = ()) -> ClientApp:
     """The client side of an experiment.
 
     Args:
         experiment: the experiment; None: what each run's configuration says, see `experiment.of_run_config`.
+        mods: Flower's, around every message, the outermost first. Messages are fedsample's own: what changes them must
+            know them.
     """
-    app = ClientApp()
+    app = ClientApp(mods=list(mods))
     text = None if experiment is None else dump_toml(experiment)
     app.train()(_handler(messages.TRAIN, text))
     app.evaluate()(_handler(messages.EVALUATE, text))

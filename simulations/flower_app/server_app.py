@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
@@ -49,4 +50,19 @@ def main(grid: Grid, context: Context) -> None:
     )
     draws.flush()
     (out / "config.toml").write_text(dump_toml(experiment), encoding="utf-8")
+    before = prepared.geometry.traffic
+    total = before.plus(strategy.traffic)
+    summary = {
+        "preset": experiment.preset,
+        "rounds": experiment.rounds,
+        "draws": experiment.draws,
+        "chains": experiment.chains,
+        "clients": fleet.n,
+        "params": problem.d,
+        "step_size": prepared.step_size,
+        "uplink_bytes_per_client": total.up / 8 / fleet.n,
+        "downlink_bytes_per_client": total.down / 8 / fleet.n,
+        "preparation_uplink_bytes_per_client": before.up / 8 / fleet.n,
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print(f"{experiment.draws} draws of {experiment.chains} chains lie in {out}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,10 @@ import torch
 from torch import Tensor
 
 import fedsample
-from fedsample.assembly import build_fleet, build_sampler
-from fedsample.config import load
 from fedsample.errors import CompileError
 from fedsample.fleets.engines import Engine, by_shape, choose_engine
-from fedsample.fleets.local import LocalFleet
 from fedsample.models import lenet
-from fedsample.monitor.progress import Progress
-from fedsample.preparation import prepare
-from fedsample.problem import build_problem
 from fedsample.random import key
-from fedsample.strategies import Sampler
 from fedsample.targets import Clients, GeneralizedLinear, ModuleClients, Quadratic, fused, module
 from fedsample.targets import glm as glm_file
 
@@ -126,70 +118,6 @@ def test_a_network_computed_alone_or_among_others(batch_size: int | None, monkey
         found.append(clients.gradient(theta, clients=who, keys=draws, batch_size=batch_size))
     assert torch.allclose(*found, rtol=1e-4, atol=1e-4 * float(found[0].abs().max()))
     assert float(found[0][2].abs().max()) == 0  # the client without rows
-
-
-# --- in the loop ------------------------------------------------------------------------------------------------------
-
-
-def sampled(preset: str, model: str, engines: Sequence[str]) -> list[tuple[Tensor, list[Any]]]:
-    """Twenty rounds with each engine, of one preparation: draws, and everything random that was decided on the way."""
-    data = {"name": "breast_cancer" if model == "logistic" else "wine", "clients": 4}
-    uplink = {"refresh": 7} if preset == "qlsd-plus-plus" else {}
-    settings = {"preset": preset, "chains": 2, "dtype": "float64", "data": data, "model": {"name": model}}
-    prepared, found = None, []
-    for engine in engines:
-        experiment = load({**settings, "uplink": uplink, "fleet": {"engine": engine}}, environment={})
-        problem = build_problem(experiment)
-        fleet = build_fleet(experiment, problem)
-        assert fleet.engine == engine
-        prepared = prepared or prepare(experiment, problem, fleet, Progress(1, mode="quiet"))
-        fleet.set_metric(prepared.geometry.metric)
-        found.append(twenty(build_sampler(experiment, problem, prepared, fleet.n), fleet, problem.d))
-    return found
-
-
-def twenty(sampler: Sampler, fleet: LocalFleet, d: int) -> tuple[Tensor, list[Any]]:
-    state = sampler.begin(0.1 * key(1, chain=torch.arange(2), purpose="start").normal(d))
-    draws, decided = [], []
-    for _ in range(20):
-        request = sampler.request(state)
-        aggregate = fleet.exchange(request)
-        state = sampler.update(state, request, aggregate)
-        draws.append(state.params)
-        decided.append((request.sync, request.active, aggregate.traffic, aggregate.arrived.clone()))
-        decided.append([copy.deepcopy(worker.memory.get("support")) for worker in fleet.workers])
-    return torch.stack(draws), decided
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, tuple | list) and not hasattr(one, "_fields"):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
-
-
-@pytest.mark.parametrize(
-    ("preset", "model"),
-    [
-        ("langevin-marina", "logistic"),
-        ("underdamped-diana", "logistic"),
-        ("qlsd-plus-plus", "logistic"),
-        ("dsgld", "logistic"),
-        ("langevin-marina", "softmax"),
-    ],
-)
-def test_every_engine_draws_as_the_clients_one_by_one(preset: str, model: str) -> None:
-    """Sums of products in float64 round apart by 1e-16 a term; twenty rounds of a stable chain leave 1e-9."""
-    engines = FAST if model == "logistic" else FAST[:2]
-    (want, decisions), *others = sampled(preset, model, ["by-client", *engines])
-    for engine, (found, decided) in zip(engines, others, strict=True):
-        assert torch.allclose(found, want, rtol=1e-9, atol=1e-9 * float(want.abs().max())), engine
-        for round, (one, other) in enumerate(zip(decisions[::2], decided[::2], strict=True)):
-            assert same(one, other), (engine, round)
-        for round, (apart, together) in enumerate(zip(decisions[1::2], decided[1::2], strict=True)):
-            if apart[0] is not None:
-                assert torch.equal(torch.cat(apart), together[0]), (engine, round)
 
 
 # --- what is chosen ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fedsample.compression import build as build_compressor
 from fedsample.estimators import build as build_uplink
 from fedsample.estimators import build_downlink
 from fedsample.exchange import Request
+from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
@@ -50,7 +51,8 @@ class Setup:
         participation, loss, temperature: as configured. prior: precision of U_0. hessians: (n, d, d) instead of R4.
         curvatures: of four clients instead of R4's. spread: factor on how far R4's centres lie from their mean.
         anchored: whether direct subtracts the gradients at the mode. downlink: whether it is ef21-p, with the same k.
-        chains: replicas. warmup, rounds: rounds before and after averages begin. seed: the experiment's.
+        chains: replicas. warmup, rounds: rounds before and after averages begin. seed: the experiment's. engine: see
+            `fedsample.fleets.engines`.
     """
 
     sampler: str
@@ -73,6 +75,7 @@ class Setup:
     warmup: int = 100
     rounds: int = 300
     seed: int = 1
+    engine: Engine = "batched"
 
     @cached_property
     def clients(self) -> tuple[Array, Array]:
@@ -160,7 +163,7 @@ def federation(setup: Setup, clients: Clients) -> tuple[Sampler, LocalFleet]:
     p = setup.sync if setup.uplink == "marina" else None
     uplink = build_uplink(setup.uplink, build_compressor(name, setup.k), p, anchored=setup.anchored)
     faults = Faults(clients.n, setup.seed, loss=setup.loss)
-    fleet = LocalFleet(clients, uplink, setup.seed, setup.chains, faults=faults)
+    fleet = LocalFleet(clients, uplink, setup.seed, setup.chains, engine=setup.engine, faults=faults)
     metric = Identity(torch.from_numpy(setup.origin) if setup.anchored else torch.zeros(clients.d, dtype=torch.float64))
     fleet.set_metric(metric)
     extra: dict[str, Any] = {"friction": setup.friction} if setup.sampler == "baoab" else {}

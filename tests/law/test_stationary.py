@@ -138,6 +138,13 @@ def test_law(name: str) -> None:
         assert result["momenta"].errors_from(float(setup.exact.spread("v").mean())) < ALLOWED
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_the_verdict_does_not_depend_on_the_fleet(name: str) -> None:
+    """All clients at once and one by one: equal bits in the chain of every law, so equal verdicts."""
+    setup = replace(NAMED[name], chains=16, warmup=0, rounds=40)
+    assert simulate(setup) == simulate(replace(setup, engine="by-client"))
+
+
 @pytest.mark.parametrize(
     "setup", [case for case in CASES if case.sampler == "baoab" and not case.compressed], ids=name_of
 )

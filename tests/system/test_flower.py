@@ -7,14 +7,10 @@ Most of it runs real ClientApps behind a grid in this process; the slow tests ru
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from flower_commands import end_superlink, ended, environment, free_port
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from loopback import LoopbackGrid
@@ -214,6 +211,28 @@ def test_the_experiment_may_come_with_the_run() -> None:
     fleet.set_metric(reference.prepared.geometry.metric)
     draws, _, _ = advance(reference.strategy(), reference.sampler.begin(reference.prepared.start), fleet, 3)
     assert torch.equal(draws, reference.draws)
+
+
+def test_mods_see_every_message_and_the_bytes_that_are_counted() -> None:
+    """With eight chains a mask of coins fills its byte, so that nothing travels that is not counted."""
+    reference, seen = Reference(experiment_of("chains=8", preset="langevin-marina"), rounds=3), []
+
+    def octets(message: Message) -> int:
+        return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+
+    def measured(message: Message, context: Context, call_next: Any) -> Message:
+        down = octets(message)
+        reply = call_next(message, context)
+        seen.append((message.metadata.message_type, down, octets(reply)))
+        return reply
+
+    grid = LoopbackGrid(client_app(reference.experiment, mods=[measured]), CLIENTS)
+    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    setup = fleet.set_metric(reference.prepared.geometry.metric)
+    advance(reference.strategy(), reference.sampler.begin(reference.prepared.start), fleet, 3)
+    assert [kind for kind, _, _ in seen] == ["query.hello"] * 4 + ["query.metric"] * 4 + ["train"] * 12
+    assert 8 * sum(down for _, down, _ in seen) == setup.down + reference.traffic.down
+    assert 8 * sum(up for _, _, up in seen) == reference.traffic.up
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -524,29 +543,6 @@ def test_a_metric_of_the_model_itself_travels_as_its_centre() -> None:
 # --- Flower's own runtimes --------------------------------------------------------------------------------------------
 
 
-def environment(**more: str) -> dict[str, str]:
-    """For a subprocess that finds this fedsample and this Python's commands, and sends nothing home."""
-    here, scripts = str(Path(fedsample.__file__).parents[1]), str(Path(sys.executable).parent)
-    settings = {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", **more}
-    paths = {"PYTHONPATH": here, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
-    return {**os.environ, **paths, **settings}
-
-
-def ended(command: list[str], env: dict[str, str], cwd: Path, seconds: float) -> str:
-    """Run a command to its end -> all it said; it and its children are gone afterwards, whatever happens."""
-    process = subprocess.Popen(
-        command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"{command} did not end within {seconds} s:\n{output}") from None
-    assert process.returncode == 0, output
-    return output
-
-
 NEEDS_RAY = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None,
     reason="Flower's simulation runtime needs Ray: pip install 'fedsample[ray]'",
@@ -568,12 +564,6 @@ def test_simulate_on_flowers_runtime(tmp_path: Path) -> None:
     assert torch.equal(load_draws(tmp_path / "run"), run.draws)
     for name in ("uplink_bytes_per_client", "downlink_bytes_per_client", "step_size"):
         assert f'"{name}": {run.summary[name]}' in output
-
-
-def free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
 
 
 @NEEDS_RAY
@@ -599,19 +589,3 @@ def test_the_app_under_flwr_run(tmp_path: Path) -> None:
         load({}, [*SMALL, "data.clients=3", "chains=2"], {}),
     )
     assert torch.equal(load_draws(tmp_path / "out"), reference.draws.transpose(0, 1))
-
-
-def end_superlink(home: Path) -> None:
-    """End the SuperLink that `flwr run` left behind, known by its own FLWR_HOME, and see it gone."""
-
-    def found() -> list[int]:
-        done = subprocess.run(["pgrep", "-f", f"{home}/local-superlink"], capture_output=True, text=True)
-        return [int(pid) for pid in done.stdout.split()]
-
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in found():
-            os.kill(pid, number)
-        deadline = time.monotonic() + 15
-        while found() and time.monotonic() < deadline:
-            time.sleep(0.1)
-    assert not found()

@@ -105,10 +105,12 @@ def test_a_client_that_computes_for_good_does_not_keep_the_command_from_ending(t
 def test_our_own_app_draws_what_the_local_fleet_draws(tmp_path: Path) -> None:
     app = read_app(FLOWER_APP)
     settings = {"rounds": 12, "warmup": 2, "thin": 1, "chains": 2, "data.clients": 3, "uplink.k": 5, "seed": 4}
-    settings |= {"data.name": "diabetes", "model.name": "linear"}
+    settings |= {"data.name": "diabetes", "model.name": "linear", "monitor.every": 12}
     with imported(app) as (server, client):
         run_flower(server, client, 3, app.config | settings | {"app.out": str(tmp_path / "out")})
     local = [f"{name}={value}" for name, value in settings.items()]
     experiment = load({"preset": "underdamped-diana"}, [*local, "fleet.engine=by-client"], {})
     run = fedsample.run(experiment, out=tmp_path / "local", progress="quiet")
     assert torch.equal(load_draws(tmp_path / "out"), run.draws)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary == {name: run.summary[name] for name in summary}
