@@ -92,12 +92,12 @@ def scripts() -> Path:
 
 
 def chosen(parts: str) -> list[str]:
-    """The names in a list with commas; empty: all.
+    """The names in a list with commas.
 
     Raises:
         ConfigError: if one is unknown.
     """
-    names = [name.strip() for name in parts.split(",") if name.strip()] or list(PARTS)
+    names = [name.strip() for name in parts.split(",")]
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         raise ConfigError(f"--parts: there is no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")

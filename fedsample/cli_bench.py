@@ -14,8 +14,8 @@ from fedsample.errors import FedSampleError
 
 def bench(
     parts: Annotated[
-        str, typer.Option(help="Which, with commas: a, a-flower, b, flower, c, growth, devices; by default all.")
-    ] = "",
+        str | None, typer.Option(help="Which, with commas: a, a-flower, b, flower, c, growth, devices; by default all.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, to see that it works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.md.")] = Path("bench"),
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU measures parts a, b and c.")] = "cpu",
@@ -28,7 +28,7 @@ def bench(
     """
     from fedsample import benchmark_table, benchmarks
 
-    names = benchmarks.chosen(parts)
+    names = list(benchmarks.PARTS) if parts is None else benchmarks.chosen(parts)
     benchmarks.check_device(device)
     out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, list[dict[str, Any]]] = {}

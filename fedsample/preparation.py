@@ -21,7 +21,7 @@ from fedsample.strategies.curvature import Geometry, explore, survey_geometry
 from fedsample.strategies.prepare import Survey, build_metric, find_mode, polish
 from fedsample.strategies.step import Forecast, StepRule, solvable, step_rule, with_moments
 from fedsample.targets import Clients
-from fedsample.targets.metric import Identity, Metric, restore
+from fedsample.targets.metric import Dense, Identity, Metric, restore
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -198,7 +198,27 @@ def _metric(
         mode = find_mode(survey, begin.to(clients.dtype).to(clients.device))
     with progress.stage(f"fixing the metric ({experiment.metric.name})"):
         metric, hessian = build_metric(survey, experiment.metric.name, mode)
-        return metric if isinstance(metric, Identity) else polish(survey, metric), hessian
+        polished = metric if isinstance(metric, Identity) else polish(survey, metric)
+    if isinstance(metric, Dense) and metric.unmeasured and experiment.temperature > 0:
+        _doubt(metric, experiment, progress)
+    return polished, hessian
+
+
+def _doubt(metric: Dense, experiment: Experiment, progress: Progress) -> None:
+    """Some directions are so flat beside others that their curvature was not measured.
+
+    Raises:
+        ConfigError: if nothing else says where the posterior ends in them.
+    """
+    flat = f"{metric.unmeasured} of {len(metric.mean)} directions of the parameters are flat"
+    if experiment.model.prior_scale is None:
+        raise ConfigError(
+            f"{flat} as far as {experiment.dtype} tells, and so is the prior: the posterior is improper, or too narrow "
+            "in others to be seen. Set model.prior_scale, drop columns that others determine"
+            + (", or try dtype = 'float64'" if experiment.dtype == "float32" else "")
+        )
+    advice = "; set dtype = 'float64'" if experiment.dtype == "float32" else ""
+    progress.note(f"note: {flat} beside the others, and chains mix slowly there: scale and centre the columns{advice}")
 
 
 def _start(

@@ -128,9 +128,15 @@ class Diagonal(Metric):
 
 
 class Dense(Metric):
-    """S = P^{-1/2}, a full symmetric matrix."""
+    """S = P^{-1/2}, a full symmetric matrix.
+
+    Attributes:
+        unmeasured: how many directions of P were too flat, beside the others, for its precision: they got the floor's
+            scale in place of their own.
+    """
 
     name: ClassVar[str] = "hessian"
+    unmeasured = 0
 
     def __init__(self, mean: Tensor, root: Tensor, inverse: Tensor | None) -> None:
         super().__init__(mean)
@@ -143,10 +149,12 @@ class Dense(Metric):
         Raises:
             DivergenceError: if the Hessian is not finite.
         """
-        values, vectors = _eigen(precision)
+        values, vectors, unmeasured = _eigen(precision)
         root = (vectors * values.rsqrt()) @ vectors.T
         inverse = (vectors * values.sqrt()) @ vectors.T
-        return cls(mean, mirrored(root.to(mean.dtype)), inverse.to(mean.dtype))
+        metric = cls(mean, mirrored(root.to(mean.dtype)), inverse.to(mean.dtype))
+        metric.unmeasured = unmeasured
+        return metric
 
     def scale(self, z: Tensor) -> Tensor:
         """S z: one matrix product."""
@@ -262,8 +270,8 @@ def _floor(curvature: Tensor, measured: torch.dtype) -> float:
     return max(top * max(1e-12, 8 * torch.finfo(measured).eps), torch.finfo(torch.float32).tiny)
 
 
-def _eigen(precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (d,) above the floor and eigenvectors (d, d), in float64.
+def _eigen(precision: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Eigenvalues (d,) above the floor, eigenvectors (d, d), in float64, and how many directions are below it.
 
     Each entry was measured to a relative precision of sqrt(P_jj P_kk), however unlike the coordinates' scales are. So
     what is too small to have been measured is told in coordinates of unit curvature.
@@ -278,12 +286,12 @@ def _eigen(precision: Tensor) -> tuple[Tensor, Tensor]:
     alike = precision / torch.outer(units, units)
     values = torch.linalg.eigvalsh(alike)
     floor = _floor(values, measured)
-    if bool((values < floor).any()):
+    if unmeasured := int((values < floor).sum()):
         values, vectors = torch.linalg.eigh(alike)
         known = (vectors * values.clamp(min=floor)) @ vectors.T
         precision = known * torch.outer(units, units)
     values, vectors = torch.linalg.eigh(precision)
-    return values.clamp(min=_floor(values, torch.float64)), vectors
+    return values.clamp(min=_floor(values, torch.float64)), vectors, unmeasured
 
 
 class MetricClients(Clients):

@@ -49,6 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return bad
 
     save("labels.npz", X=x, y=label, client=client)
+    save("twice.npz", X=np.concatenate([x, x[:, :1]], axis=1), y=x[:, 0], client=client)
     save("numbers.npz", X=x, y=y, client=client)
     save("three.npz", X=x, y=np.arange(30) % 3, client=client)
     save("one-class.npz", X=x, y=np.ones(30, dtype=int), client=client)
@@ -191,6 +192,15 @@ CONFIGURATIONS = {
         "the posterior has no finite mass; set model.prior_scale to a number",
         data__kind="npz",
         data__file="three.npz",
+        model__prior_scale="flat",
+    ),
+    "columns that others determine": config(
+        "1 of ",
+        "directions of the parameters are flat as far as float32 tells, and so is the prior",
+        "drop columns that others determine, or try dtype = 'float64'",
+        data__kind="npz",
+        data__file="twice.npz",
+        model__name="linear",
         model__prior_scale="flat",
     ),
     "images wanted": config(
