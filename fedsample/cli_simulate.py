@@ -76,15 +76,7 @@ def simulate(
 
 
 def _overrides(settings: Sequence[str] | None, short: Mapping[str, object]) -> list[str]:
-    """What --set says, and after it the options that are short for it: KEY=VALUE each.
-
-    Raises:
-        click.UsageError: where both name one key.
-    """
-    said = {each.partition("=")[0].strip() for each in settings or []}
-    twice = [key for key, value in short.items() if value is not None and key in said]
-    if twice:
-        raise click.UsageError(f"{twice[0]} is given twice, by --set and by its short option: drop one")
+    """What --set says, and after it the options that are short for it: KEY=VALUE each."""
     return [*(settings or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 

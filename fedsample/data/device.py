@@ -170,7 +170,7 @@ def check_source(data: str | None, target: str | None, partition: int | None, pa
     elif partition is None:
         raise ConfigError(
             "this device is given no data: pass --data FILE for its own, or --partition to take a share of what the "
-            "experiment names"
+            "experiment names; or --app, where the server runs a Flower app"
         )
 
 

@@ -414,7 +414,7 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
 
 def test_each_side_says_when_the_other_runs_something_else(tmp_path: Path) -> None:
     apps, samples = '[flower]\nname = "x"\n[config]\n', "rounds = 3\n"
-    named = Presence("", None, 0, tmp_path, "cpu", None, None, None, None, None, True)
+    named = Presence("", None, 0, tmp_path, "cpu", "digits", None, None, None, None, True)
     with pytest.raises(ConfigError, match="add --app"):
         presence._sampling(named, Watching(""), lambda welcome: tmp_path)(pb.Welcome(config=apps))
     (tmp_path / "stock.py").write_text("from flwr.clientapp import ClientApp\napp = ClientApp()\n")
