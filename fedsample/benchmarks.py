@@ -71,7 +71,9 @@ PARTS = {
         ("--models", "lenet5", "--rounds", "1"),
         cuda=True,
     ),
-    "growth": Part("growth.py", "Growth with the number of clients", (), ("--clients", "10", "--rounds", "3")),
+    "growth": Part(
+        "growth.py", "Growth with the number of clients", (), ("--clients", "10", "--full", "--rounds", "3")
+    ),
     "devices": Part(
         "devices.py", "Devices over gRPC against bare streams", (), ("--devices", "2", "--large", "--rounds", "5")
     ),

@@ -4,9 +4,10 @@
 
 A fresh process for each number of clients runs the experiment of workload A (by default with 20 rows a client): `ms` is
 the fastest of several rounds, `peak_mb` the largest resident size less that of the process before it reads any data,
-and `times_data` that over the bytes of the rows as they are read (float64). `state_kb` is the server's state between
-two rounds, which must not grow with the clients but for one integer each. `--long` measures, at the smallest number of
-clients, how much the process has grown between round 1,000 and the last one.
+and `times_data` that over the bytes of the rows (float32). `state_kb` is the server's state between two rounds, which
+must not grow with the clients but for one integer each. `--full` adds numbers of clients with 300 rows each, whose peak
+memory is told from what a process needs anyway. `--long` measures, at the smallest number of clients, how much the
+process has grown between round 1,000 and the last one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def alone(file: Path, engine: str, rounds: int, long: int) -> dict[str, Any]:
     most, data = memory("VmHWM") - before, chain.problem.data.x.nbytes / 1e6 if chain.problem.data is not None else 0.0
     result = {
         "clients": chain.fleet.n,
+        "rows": len(chain.problem.data.x) // chain.fleet.n if chain.problem.data is not None else 0,
         "engine": chain.fleet.engine,
         "ms": round(best, 3),
         "data_mb": round(data, 1),
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000, 10_000])
     parser.add_argument("--rows", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--full", type=int, nargs="*", default=[1000], help="clients with 300 rows, for peak memory")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--long", type=int, default=0)
     parser.add_argument("--json", action="store_true")
@@ -105,6 +108,8 @@ def main() -> None:
         print(json.dumps(alone(options.alone, options.engine, options.rounds, options.long)))
         return
     rows = measure(options.clients, rows=options.rows, rounds=options.rounds, engine=options.engine, long=options.long)
+    if options.full:
+        rows += measure(options.full, rows=300, rounds=options.rounds, engine=options.engine)
     show(rows, as_json=options.json)
 
 

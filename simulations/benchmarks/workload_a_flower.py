@@ -32,7 +32,7 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "data.npz"
         write_data(file, clients)
-        experiment = load(settings(file), environment={})
+        experiment = load(settings(file, "compiled"), environment={})  # without a compiler, what takes its place
         chain = assemble(experiment)
         first = chain.state
 
@@ -49,8 +49,8 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
         with simulated_fleet(experiment, chain.problem) as fleet:
             theirs = spend(fleet, rounds)
     return {
-        "clients": clients, "flower_ms": round(1e3 * theirs, 1), "ours_ms": round(1e3 * ours, 3),
-        "ratio": round(theirs / ours, 1), "load": round(os.getloadavg()[0], 1),
+        "clients": clients, "engine": chain.fleet.engine, "flower_ms": round(1e3 * theirs, 1),
+        "ours_ms": round(1e3 * ours, 3), "ratio": round(theirs / ours, 1), "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 
 

@@ -49,11 +49,17 @@ def test_ratios_and_targets_of_every_part() -> None:
             {"clients": 1000, "what": "gradient: stacked", "ms": 10.0},
             {"clients": 1000, "what": "round: stacked", "ms": 20.0},
         ],
-        "a-flower": [{"clients": 100, "flower_ms": 500.0, "ours_ms": 1.25}],
+        "a-flower": [{"clients": 100, "engine": "compiled", "flower_ms": 500.0, "ours_ms": 1.25}],
         "b": [{"clients": 100, "name": "CNN", "seconds": 3.3, "plain_seconds": 3.0}],
         "flower": [{"clients": 10, "name": "idle", "seconds": 0.01, "flower_seconds": 0.5}],
         "c": [{"clients": 20, "model": "lenet5", "ours_ms": 12.0, "loop_ms": 10.0, "processor_ratio": 1.2}],
-        "growth": [{"clients": 10, "engine": "stacked", "ms": 0.2, "times_data": 2.5, "state_kb": 11.0}],
+        "growth": [
+            {"engine": "stacked", "ms": 0.2, "peak_mb": 70, "state_kb": 11.0} | case
+            for case in (
+                {"clients": 1000, "rows": 20, "times_data": 9.0},
+                {"clients": 1000, "rows": 300, "times_data": 1.9},
+            )
+        ],
         "devices": [{"devices": 2, "parameters": 1000, "bare_ms": 2.0, "ours_ms": 3.0}],
     }
     table = benchmark_table.lines(parts, {})
@@ -67,6 +73,7 @@ def test_ratios_and_targets_of_every_part() -> None:
         ("b", 100, pytest.approx(1.1), None),
         ("flower", 10, 50.0, None),
         ("c", 20, 1.2, False),
+        ("growth", 1000, None, True),
         ("devices", 2, 1.5, None),
     ]
     assert benchmark_table.READERS.keys() == benchmarks.PARTS.keys()
@@ -135,7 +142,17 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monk
     def measure(name: str, **_: object) -> list[dict[str, Any]]:
         if name == "c":
             raise FedSampleError("it broke")
-        return [{"clients": 10, "engine": "stacked", "ms": 0.2, "times_data": 2.5, "state_kb": 11.0}]
+        return [
+            {
+                "clients": 10,
+                "engine": "stacked",
+                "ms": 0.2,
+                "rows": 20,
+                "peak_mb": 70,
+                "times_data": 2.5,
+                "state_kb": 11.0,
+            }
+        ]
 
     monkeypatch.setattr(benchmarks, "measure", measure)
     with pytest.raises(FedSampleError, match="failed: c; "):
