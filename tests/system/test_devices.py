@@ -24,8 +24,10 @@ from fedsample.errors import ConfigError, UnsoundError
 from fedsample.experiment import check
 from fedsample.fleets.grpc.address import Address
 from fedsample.fleets.grpc.host import Host, serve
-from fedsample.monitor import load_draws
+from fedsample.monitor import load_draws, read_jsonl
 from fedsample.presets import PRESETS
+
+WIRE = "comm/wire_up_bytes/payload"
 
 POOL = Path(__file__).with_name("device_pool.py")
 
@@ -130,6 +132,9 @@ def test_five_kills_and_the_draws_are_the_same(federation: Callable[..., Federat
     fleet.end()
     assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
     assert not (tmp_path / "run" / "forks.jsonl").exists()
+    sent = [row[WIRE] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if WIRE in row]
+    assert len(sent) > 10
+    assert sent == sorted(sent)  # a server that is resumed counts on
 
 
 @pytest.mark.slow

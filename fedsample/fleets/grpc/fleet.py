@@ -60,6 +60,7 @@ class GrpcFleet(RemoteFleet):
         self.snapshot_rounds = snapshot_rounds
         self.scores: Callable[[Tensor], dict[str, float]] = lambda counts: {}
         self._round = self._mark = 0
+        self._counting = False  # whether what an earlier server counted is known
         d, dtype = len(self.like), self.like.dtype
         uploads = [self.uplink.bits(self.chains, dense, d, dtype) for dense in (0, self.chains)]
         self._upload = max(uploads) // 8
@@ -100,12 +101,17 @@ class GrpcFleet(RemoteFleet):
         """
         self._mark = secrets.randbits(62)
         self.desk.broadcast(SNAPSHOT, Parcel(header(mark=self._mark)), self._round)
-        return self.links_state() | {"mark": torch.tensor(self._mark)}
+        self._counting = True
+        counts = torch.tensor([seat.counts for seat in self.hub.seats])
+        return self.links_state() | {"mark": torch.tensor(self._mark), "counts": counts}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Back to a `state`, see `rewind`."""
         self.restore_links(state)
         self._mark = int(state["mark"])
+        if not self._counting and "counts" in state:  # of the server before this one; what it replays travels again
+            self.hub.recount(state["counts"].tolist())
+        self._counting = True
 
     # --- going back -----------------------------------------------------------------------------------------------
 

@@ -313,6 +313,15 @@ class Hub:
         """What a client was asked is no longer wanted: `ask` goes on without its answer."""
         self._call(self._excuse, client)
 
+    def recount(self, counts: list[list[int]]) -> None:
+        """Go on from what an earlier server has counted, by client; see `Seat.counts`."""
+
+        def add() -> None:
+            for seat, each in zip(self.seats, counts, strict=True):
+                seat.add(each)
+
+        self._call(add)
+
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function in the loop's thread and wait for it."""
 

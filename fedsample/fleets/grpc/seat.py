@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedsample.fleets.grpc import fedsample_pb2 as pb
@@ -125,6 +126,19 @@ class Seat:
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES))
     error: str = ""
     since: float = field(default_factory=time.monotonic)
+
+    @property
+    def counts(self) -> list[int]:
+        """What has been counted since the run began."""
+        return [*self.sent, *self.received, self.answers, self.late, self.failed, self.connections]
+
+    def add(self, counts: Sequence[int]) -> None:
+        """Go on from the `counts` of an earlier server."""
+        sent, every_sent, received, every_received, answers, late, failed, connections = counts
+        self.sent[0], self.sent[1] = self.sent[0] + sent, self.sent[1] + every_sent
+        self.received[0], self.received[1] = self.received[0] + received, self.received[1] + every_received
+        self.answers, self.late, self.failed = self.answers + answers, self.late + late, self.failed + failed
+        self.connections += connections
 
     @property
     def state(self) -> str:
