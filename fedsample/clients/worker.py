@@ -27,7 +27,7 @@ _ENTRIES = 1 << 20  # of matrices of clients that are held at a time
 
 @dataclass(frozen=True)
 class Answer:
-    """What the clients of a worker send; leading axis m, the clients that were asked.
+    """What the clients of a worker send; leading axis n.
 
     Attributes:
         upload: the estimator's, if an estimate was asked for. exact: exact outputs (n, ...) by name.
@@ -75,14 +75,14 @@ class Worker:
         """Gradients kept at the reference of variance reduction are computed again."""
         self.about = Reference(self.base.n)
 
-    def answer(self, request: Request, who: Tensor | None = None) -> Answer:
-        """Everything that the request asks for; the estimate of the clients at positions `who` (None: all).
+    def answer(self, request: Request) -> Answer:
+        """Everything that the request asks for, of all clients.
 
         Raises:
             DeviceMemoryError: if the device's memory does not hold it.
         """
         exact = self._evaluate(self.clients, request)
-        return Answer(self.estimate(request, who) if ESTIMATE in request.outputs else None, exact)
+        return Answer(self.estimate(request) if ESTIMATE in request.outputs else None, exact)
 
     def exact(self, request: Request) -> Iterator[dict[str, Tensor]]:
         """The exact outputs (m, ...) of all clients by name, in runs of m clients whose matrices fit a few MiB.
