@@ -300,16 +300,8 @@ def test_a_server_is_stopped_while_a_device_is_away(tmp_path: Path) -> None:
 # --- who may take part ------------------------------------------------------------------------------------------------
 
 
-def test_a_device_with_other_data_does_not_come_back_and_the_run_waits_for_the_right_ones(rows: Path) -> None:
-    values = settings("langevin-diana", data={"kind": "npz", "file": str(rows / "all.npz"), "clients": 2})
-    shutil.copy(rows / "own1.npz", rows / "right.npz")
-
-    def change(laboratory: Laboratory) -> None:
-        with np.load(rows / "own1.npz") as arrays:
-            np.savez(rows / "own1.npz", **{**arrays, "X": arrays["X"] + 1})
-        laboratory.kill(1)
-
-    trial = Trial(rows, values, once(True, 1, TRAIN, 19, change), str(rows / "own{}.npz"))
+def sent_away_and_mended(trial: Trial, rows: Path) -> BaseException:
+    """Serve; once device 1 has been sent away it gets its right file, and comes again -> why it was sent away."""
     with trial.laboratory as laboratory:
 
         async def mend() -> None:
@@ -322,8 +314,22 @@ def test_a_device_with_other_data_does_not_come_back_and_the_run_waits_for_the_r
         trial.serve()
         mending.result(10)
         laboratory.over()
-    assert isinstance(laboratory.errors[1], DataError)
-    assert "not those that the run began with" in str(laboratory.errors[1])
+    return laboratory.errors[1]
+
+
+def test_a_device_with_other_data_does_not_come_back_and_the_run_waits_for_the_right_ones(rows: Path) -> None:
+    values = settings("langevin-diana", data={"kind": "npz", "file": str(rows / "all.npz"), "clients": 2})
+    shutil.copy(rows / "own1.npz", rows / "right.npz")
+
+    def change(laboratory: Laboratory) -> None:
+        with np.load(rows / "own1.npz") as arrays:
+            np.savez(rows / "own1.npz", **{**arrays, "X": arrays["X"] + 1})
+        laboratory.kill(1)
+
+    trial = Trial(rows, values, once(True, 1, TRAIN, 19, change), str(rows / "own{}.npz"))
+    error = sent_away_and_mended(trial, rows)
+    assert isinstance(error, DataError)
+    assert "not those that the run began with" in str(error)
     assert trial.same()
 
 
@@ -337,19 +343,7 @@ def test_a_newcomer_whose_data_do_not_fit_is_refused_and_the_run_waits(rows: Pat
         laboratory.kill(1, disk=True)
 
     trial = Trial(rows, values, once(True, 1, TRAIN, 19, change), str(rows / "own{}.npz"))
-    with trial.laboratory as laboratory:
-
-        async def mend() -> None:
-            while 1 not in laboratory.errors:
-                await asyncio.sleep(0.01)
-            shutil.copy(rows / "right.npz", rows / "own1.npz")
-            await laboratory.again(1)
-
-        mending = asyncio.run_coroutine_threadsafe(mend(), laboratory._loop)
-        trial.serve()
-        mending.result(10)
-        laboratory.over()
-    assert isinstance(laboratory.errors[1], Refused)
+    assert isinstance(sent_away_and_mended(trial, rows), Refused)
     assert [fork["clients"] for fork in trial.forks] == [[1]]
 
 
