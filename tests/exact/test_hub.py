@@ -194,13 +194,19 @@ def test_a_device_that_is_not_yet_prepared_is_not_asked_when_its_stream_breaks(c
     get(asked)
 
 
-def test_what_is_asked_after_a_newcomer_was_told_has_a_higher_number(chain: Callable[[int], Chain]) -> None:
-    """Or a device that has heard the question, and is told what comes before it, would take that for older."""
+def fitted(chain: Callable[[int], Chain]) -> tuple[Chain, Stub]:
+    """A server with one device, which was told the first thing."""
     server = chain(1)
     (one,) = server.gathered()
     told = server.do(server.desk.tell, "fit", HELD)
     one.obey("fit")
     get(told)
+    return server, one
+
+
+def test_what_is_asked_after_a_newcomer_was_told_has_a_higher_number(chain: Callable[[int], Chain]) -> None:
+    """Or a device that has heard the question, and is told what comes before it, would take that for older."""
+    server, one = fitted(chain)
     asked = server.do(server.desk.tell, "spread", HELD)
     first = one.request()
     one.close()  # its answer is lost; the process lives on, but cannot be live before it has a scale
@@ -212,11 +218,7 @@ def test_what_is_asked_after_a_newcomer_was_told_has_a_higher_number(chain: Call
 
 
 def test_the_same_process_may_come_back_while_it_is_being_prepared(chain: Callable[[int], Chain]) -> None:
-    server = chain(1)
-    (one,) = server.gathered()
-    told = server.do(server.desk.tell, "fit", HELD)
-    one.obey("fit")
-    get(told)
+    server, one = fitted(chain)
     one.close()
     asked = server.do(server.desk.broadcast, "train", HELD, 1)
     first = server.stub(0, instance=b"another").ready()
@@ -248,11 +250,7 @@ def test_two_newcomers_are_prepared_one_after_the_other(chain: Callable[[int], C
 
 
 def test_a_newcomer_that_cannot_take_part_is_sent_away_and_the_run_waits(chain: Callable[[int], Chain]) -> None:
-    server = chain(1)
-    (one,) = server.gathered()
-    told = server.do(server.desk.tell, "fit", HELD)
-    one.obey("fit")
-    get(told)
+    server, one = fitted(chain)
     one.close()
     asked = server.do(server.desk.broadcast, "train", HELD, 1)
     wrong = server.stub(0, instance=b"wrong").ready()
