@@ -184,12 +184,8 @@ def unpacked(data: bytes) -> Message:
     Raises:
         DataError: if these bytes are no message.
     """
-    try:
+    with _telling(f"{len(data)} bytes that are no message of Flower's", "is the other side of the same version?"):
         return message_from_proto(MessageProto.FromString(data))
-    except Exception as error:  # protobuf's own, which is none of Python's
-        raise DataError(
-            f"{len(data)} bytes that are no message of Flower's ({error}): is the other side of the same version?"
-        ) from error
 
 
 def packed_context(context: Context) -> bytes:
@@ -203,12 +199,17 @@ def unpacked_context(data: bytes) -> Context:
     Raises:
         DataError: if these bytes are no context.
     """
-    try:
+    with _telling(f"{len(data)} bytes that are no context of Flower's", "were they written by another version?"):
         return context_from_proto(ContextProto.FromString(data))
+
+
+@contextmanager
+def _telling(what: str, question: str) -> Iterator[None]:
+    """Say of bytes that cannot be read what they are not."""
+    try:
+        yield
     except Exception as error:  # protobuf's own, which is none of Python's
-        raise DataError(
-            f"{len(data)} bytes that are no context of Flower's ({error}): were they written by another version?"
-        ) from error
+        raise DataError(f"{what} ({error}): {question}") from error
 
 
 def mark_delivered(message: Message, now: float) -> None:
