@@ -381,10 +381,10 @@ def test_a_failure_names_client_round_and_stage_and_changes_nothing(monkeypatch:
     reference, fleet = started()
     original = Worker.answer
 
-    def failing(self: Worker, request: Request, who: Tensor | None = None) -> Any:
+    def failing(self: Worker, request: Request) -> Any:
         if self.indices.tolist() == [2] and request.round == 2:
             raise ValueError("the battery is empty")
-        return original(self, request, who)
+        return original(self, request)
 
     monkeypatch.setattr(Worker, "answer", failing)
     state = reference.sampler.begin(reference.prepared.start)
