@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import queue
 import time
@@ -247,6 +248,36 @@ def test_two_newcomers_are_prepared_one_after_the_other(chain: Callable[[int], C
     last.obey("fit", "train")
     get(asked)
     assert question.kind == "fit"
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_a_device_whose_call_is_cancelled_just_after_it_closed_its_end_has_left(steps: int) -> None:
+    hub = Hub(Invitation(RUN, b"n" * 16, "", 1), "127.0.0.1:0", None, lambda _, who: Identified(who))
+
+    async def visit() -> None:
+        frames = iter([pb.DeviceFrame(hello=pb.Hello(protocol=PROTOCOL, instance=b"one", client=0)), grpc.aio.EOF])
+        closed = asyncio.Event()
+
+        class Call:
+            async def read(self) -> Any:
+                frame = next(frames)
+                if frame is grpc.aio.EOF:
+                    closed.set()
+                return frame
+
+            async def write(self, frame: Any) -> None: ...
+
+        call = asyncio.create_task(hub._connect(None, Call()))  # type: ignore[arg-type]
+        await closed.wait()
+        for _ in range(steps):  # of the loop
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait({call})
+
+    hub._loop.close()  # of a hub that was never started
+    asyncio.run(visit())
+    assert hub.seats[0].connections == 1
+    assert hub.seats[0].stream is None
 
 
 def test_a_newcomer_that_cannot_take_part_is_sent_away_and_the_run_waits(chain: Callable[[int], Chain]) -> None:

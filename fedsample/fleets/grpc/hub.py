@@ -479,8 +479,10 @@ class Hub:
         finally:
             for task in (reader, writer):
                 task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
-            self._leave(seat, stream)
+            try:
+                await asyncio.gather(reader, writer, return_exceptions=True)
+            finally:
+                self._leave(seat, stream)  # also if the call is cancelled just now: its device has closed both ways
 
     def _leave(self, seat: Seat, stream: Stream) -> None:
         """A stream is over, whoever ended it; what was asked over it alone is given up."""
