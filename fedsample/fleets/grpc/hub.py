@@ -229,7 +229,7 @@ class Hub:
                         raise Abandoned(f"the round was given up while waiting for {_listed(away)}")
             batch.wake.clear()
             self._greet(welcome)
-            if batch.answers and self._room is not None:
+            if batch.answers and self._staged:
                 self._loop.call_soon_threadsafe(self._wake_staged)
         if isinstance(answer, pb.Failure):
             self.seats[client].failed += 1
