@@ -315,6 +315,34 @@ class Key:
         words, mask = self._tagged(n)
         return sort(words) & mask
 
+    def permuted(self, n: int, start: int, end: int) -> Tensor:
+        """(end - start,) int64: places `start` to `end` of `permutation(n)`, of a single key.
+
+        On a CPU only the words that may lie there are kept and sorted: those within eight deviations of the places'
+        quantiles. How many lie below is counted, so that which places they take is known, not guessed.
+        """
+        if self.device.type != "cpu" or self.shape or n < _ALONE:
+            return self.permutation(n)[..., start:end]
+        bits = max(1, (n - 1).bit_length())
+        margin = 8 * math.isqrt(n)
+        low = max(0, ((start - margin) << 64) // n >> bits << bits)  # thresholds, as unsigned, without tags
+        high = min(1 << 64, (((end + margin) << 64) // n >> bits) + 1 << bits)
+        shift, width, wrapped = np.uint64(((1 << 63) - low) & _MASK), np.uint64(high - low - 1), np.uint64(-low & _MASK)
+        words = torch.empty(min(n, _PIECE), dtype=torch.int64)
+        kept, below = [], 0
+        for at in range(0, n, _PIECE):
+            count = min(n - at, _PIECE)
+            block = self.integers64(count, at, out=words[:count]).numpy()
+            moved = block.view(np.uint64) + shift  # from the lower threshold, which sorts signed words as unsigned
+            if low:
+                below += int(np.count_nonzero(moved >= wrapped))
+            inside = np.flatnonzero(moved <= width)
+            kept.append((block[inside] & -(1 << bits)) | (inside + at))
+        found = np.concatenate(kept)
+        if start < below or end > below + len(found):  # never seen: one chance in 10^14
+            return self.permutation(n)[start:end]
+        return sort(torch.from_numpy(found))[start - below : end - below] & ((1 << bits) - 1)
+
 
 def key(
     seed: int,

@@ -78,8 +78,11 @@ class PermK(Selector):
         if bool(((client < 0) | (client >= n)).any()):
             raise ConfigError(f"compressor permk: client {client.max().item()} of {n}; give the true number of clients")
         chains = keys.common.fold("permk").fold(keys.chain).fold(keys.round)
-        slots = chains.permutation(n * k).clamp_(max=d)  # (chains, n k)
         shape = keys.own.shape
+        if not shape and not chains.shape:  # one client's share of one permutation, as a device asks for
+            first = int(client) * k
+            return chains.permuted(n * k, first, first + k).clamp_(max=d)
+        slots = chains.permutation(n * k).clamp_(max=d)  # (chains, n k)
         shares = slots.view(*chains.shape, n, k).expand(*shape, n, k)
         wanted = client.expand(shape)[..., None, None].expand(*shape, 1, k)
         return shares.gather(-2, wanted).squeeze(-2)

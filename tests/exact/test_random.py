@@ -738,3 +738,11 @@ def test_sampling_leaves_the_global_generators_alone_and_ignores_them() -> None:
     assert torch.equal(first, again)
     assert bool(torch.isfinite(first).all())
     assert float(first.std()) > 0
+
+
+@pytest.mark.parametrize(("n", "start", "end"), [(100, 20, 40), (70_000, 0, 70_000), (200_003, 0, 10_000),
+    (200_003, 190_003, 200_003), (200_003, 77_777, 90_000), (1 << 17, 5, 6)])  # fmt: skip
+def test_places_of_a_permutation_are_those_of_the_whole(n: int, start: int, end: int) -> None:
+    for seed in range(3):
+        one = key(seed, purpose="places")
+        assert torch.equal(one.permuted(n, start, end), one.permutation(n)[start:end])
