@@ -459,6 +459,14 @@ def test_a_strategy_that_wants_more_nodes_than_there_are() -> None:
         run_flower(serve(main), client(), 3)
 
 
+def test_an_app_that_samples_with_a_function_of_its_own_gets_the_nodes_there_are() -> None:
+    def sample_nodes(grid: Grid, min_available_nodes: int) -> list[int]:
+        return list(grid.get_node_ids())[:min_available_nodes]
+
+    with grid_of(client(), 3) as grid:
+        assert len(sample_nodes(grid, 5)) == 3
+
+
 # --- isolation --------------------------------------------------------------------------------------------------------
 
 

@@ -354,9 +354,10 @@ def awaited_nodes() -> int:
     """
     frame = sys._getframe(2)
     for _ in range(3):
-        if frame.f_code.co_name == "sample_nodes":  # flwr.serverapp.strategy
+        of_flower = str(frame.f_globals.get("__name__")).startswith("flwr.")  # an app may have functions of these names
+        if of_flower and frame.f_code.co_name == "sample_nodes":  # flwr.serverapp.strategy
             return int(frame.f_locals.get("min_available_nodes", 0))
-        if frame.f_code.co_name == "wrapped_method":  # the client manager of strategies from before flwr.serverapp
+        if of_flower and frame.f_code.co_name == "wrapped_method":  # the client manager of older strategies
             return _awaited_clients(*frame.f_locals.get("args", ()), **frame.f_locals.get("kwargs", {}))
         if frame.f_back is None:
             break
