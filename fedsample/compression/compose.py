@@ -82,6 +82,12 @@ class Composed(Compressor):
             )
         return self.outer.alpha(d) * (1 - loss)
 
+    def typical(self, d: int) -> float:
+        """The product of both, where both are unbiased."""
+        if self.kind == "contractive":
+            return self.inclusion(d)
+        return self.outer.inclusion(d) * self.inner.typical(self.outer.count(d))
+
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """Inner's packet of the kept values, with outer's coordinates."""
         d = vector.shape[-1]

@@ -61,6 +61,7 @@ class StepRule:
         typical: a coordinate of mean curvature and mean mixing. stiff: the direction of largest curvature, without the
             estimator's noise. worst: largest curvature and much mixing together. slow: the direction of smallest
             curvature, without the estimator's noise. covariance, spread: all second moments, where they are known.
+        sure: inclusions of both links that hold for every vector, for the limit; None: those of the coordinates.
     """
 
     typical: Coordinate
@@ -69,6 +70,7 @@ class StepRule:
     slow: Coordinate
     covariance: Covariance | None = None
     spread: Spread | None = None
+    sure: tuple[float, float] | None = None
 
     def forecast(self, step_size: float) -> Forecast:
         """What this step will do."""
@@ -100,7 +102,10 @@ class StepRule:
 
     @cached_property
     def _limit(self) -> float:
-        return min(self.worst.limit(), self.stiff.limit(), self.typical.limit())
+        each: tuple[Coordinate, ...] = (self.worst, self.stiff, self.typical)
+        if self.sure is not None:
+            each = tuple(replace(one, inclusion=self.sure[0], downlink=self.sure[1]) for one in each)
+        return min(one.limit() for one in each)
 
     @property
     def _hot(self) -> Coordinate:
@@ -162,9 +167,9 @@ def step_rule(
         mixing=float(geometry.mixing.mean()),
         share=geometry.share,
         clients=clients,
-        downlink=downlink.compressor.alpha(d) if isinstance(downlink, Ef21P) else 1.0,
+        downlink=downlink.compressor.typical(d) if isinstance(downlink, Ef21P) else 1.0,
         friction=experiment.sampler.friction,
-        inclusion=uplink.compressor.inclusion(d),
+        inclusion=uplink.compressor.typical(d),
         participation=participation,
         sync=uplink.probability(d) if isinstance(uplink, Marina) else 0.0,
         force=0.0 if anchored else float(geometry.force.mean()) / (experiment.temperature or 1.0),
@@ -177,7 +182,21 @@ def step_rule(
     )
     flattest = min(max(geometry.flattest, 1e-12 * geometry.curvature), geometry.curvature)
     slow = replace(typical, uplink="dense", participation=1.0, downlink=1.0, curvature=flattest, share=0.0)
-    return StepRule(typical, stiff, worst, slow)
+    sure = (uplink.compressor.inclusion(d), downlink.compressor.alpha(d) if isinstance(downlink, Ef21P) else 1.0)
+    return StepRule(typical, stiff, worst, slow, sure=sure)
+
+
+def shared_masks(uplink: Uplink, d: int) -> float:
+    """`Terrain.shared`: 1 / omega, or half of it for diana, where the clients share the coordinates out; else 0.
+
+    With masks m_i of which one at a time is 1 the noise sum_i (n m_i - 1) a_i has the variance n sum_i a_i^2 -
+    (sum_i a_i)^2. Under diana a_i is of an age of client i's own. No two are renewed at once, so that their difference
+    has the law of an age, and E a_i a_l is half of what it is where a_i and a_l are of one age.
+    """
+    compressor = uplink.compressor
+    if compressor.independence != "partition" or compressor.kind != "unbiased" or compressor.omega(d) == 0:
+        return 0.0
+    return (0.5 if uplink.name == "diana" else 1.0) / compressor.omega(d)
 
 
 def solvable(experiment: Experiment, downlink: Downlink, participation: float, d: int) -> bool:
@@ -192,7 +211,7 @@ def solvable(experiment: Experiment, downlink: Downlink, participation: float, d
 
 
 def with_moments(
-    rule: StepRule, terrain: Terrain, geometry: Geometry, step_size: float, temperature: float
+    rule: StepRule, uplink: Uplink, terrain: Terrain, geometry: Geometry, step_size: float, temperature: float
 ) -> StepRule:
     """The rule with all d x d moments, whose probes have the covariance that matters at `step_size`."""
     if terrain.hessian is None or terrain.clients_hessian is None:
@@ -208,6 +227,7 @@ def with_moments(
         sync=typical.sync,
         force=geometry.force.numpy() / temperature if typical.force > 0 else 0.0,
         friction=typical.friction,
+        noise=None if typical.uplink == "dense" else uplink.compressor.noise,
         concentration=terrain.concentration().cpu().numpy() if typical.uplink == "diana" else 1.0,
     )
     if typical.uplink == "dense" or covariance.isotropic:

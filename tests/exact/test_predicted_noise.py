@@ -1,0 +1,119 @@
+"""What predictions take a compressor's noise for: its mean where omega is a worst case, less what partitions cancel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from moment_maps import Array, Chain, independent_pairs
+
+import fedsample
+from fedsample.compression import QSGD, LinkKeys, Natural, PermK, build
+from fedsample.diagnostics.covariance import Covariance
+
+DRAWS = 4000
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [("qsgd", 1), ("qsgd", 3), ("qsgd", 127), ("natural", 7), ("bf16", 7), ("randk", 7), ("randk+qsgd", 3)],
+)
+def test_noise_of_normal_entries_by_keyed_draws(name: str, levels: int, spread: float) -> None:
+    d = 48
+    compressor = build(name, 12, levels=levels)
+    scales = torch.from_numpy(np.geomspace(1, spread, d))
+    vectors = torch.randn(DRAWS, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * scales
+    keys = LinkKeys(0, 0, DRAWS, "noise").at(1)
+    packet = compressor.compress(vectors, keys)
+    squares = (compressor.decompress(packet, d) - vectors).square()
+    want = compressor.noise(scales.square().numpy())
+    assert float(squares.sum(-1).mean()) == pytest.approx(want.sum(), rel=0.03 if spread == 1.0 else 0.1)
+    if name == "qsgd" and (levels > 1 or spread == 1.0):
+        assert squares.mean(0).numpy() == pytest.approx(want, rel=0.25)
+    assert compressor.inclusion(d) <= compressor.typical(d) <= 1
+    if spread == 1.0:
+        assert compressor.noise(np.ones(d)) == pytest.approx(np.full(d, 1 / compressor.typical(d) - 1), rel=1e-9)
+
+
+def test_noise_of_nothing_and_of_one_entry_is_none() -> None:
+    assert not build("qsgd", levels=3).noise(np.zeros(5)).any()
+    assert build("qsgd", levels=1).typical(1) == 1.0
+
+
+def partition(chain: Chain) -> tuple[Array, Array]:
+    """Mean and covariance of the bits of a partition: one client has a coordinate, each with probability 1 / n."""
+    n, d = chain.n, chain.d
+    own = np.einsum("il,jk->ijlk", np.eye(n) / n, np.eye(d))
+    apart = np.einsum("il,jk->ijlk", np.ones((n, n)) / n**2, 1 - np.eye(d))  # other coordinates: independently
+    mean = np.full(n * d, 1 / n)
+    return mean, (own + apart).reshape(n * d, n * d) - np.outer(mean, mean)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("uplink", ["direct", "marina", "diana"])
+def test_a_partition_heats_less_than_masks_of_its_omega(
+    monkeypatch: pytest.MonkeyPatch, uplink: str, equal: bool
+) -> None:
+    """Exact for marina and direct; for diana, which renews one memory a coordinate and round, to a tenth."""
+    n, d, step, sync = 3, 2, 0.03, 0.3 if uplink == "marina" else 0.0
+    roots = np.random.default_rng(1).normal(size=(1 if equal else n, d, d))
+    hessians = np.repeat(roots @ roots.swapaxes(1, 2) + 0.1 * np.eye(d), n if equal else 1, axis=0)
+    centers, prior = np.random.default_rng(2).normal(size=(n, d)), 0.3 * np.eye(d)
+    exact = Chain(
+        hessians, centers, "langevin", uplink, step, masks=independent_pairs(d, 1 / n), sync=sync, prior=prior
+    )
+    monkeypatch.setattr(Chain, "bits", partition)
+    forces = np.einsum("ijk,ik->ij", hessians, exact.mode - centers)
+    c = (0.5 if uplink == "diana" else 1.0) / (n - 1)
+    clients = hessians.sum(0)
+
+    def spread(lag: Array) -> Array:
+        each = np.einsum("ijk,kl,ilj->j", hessians, lag, hessians)
+        result: Array = (1 + c) * each - c * np.einsum("jk,kl,lj->j", clients, lag, clients)
+        return result
+
+    force = (1 + c) * np.square(forces).sum(0) - c * np.square(forces.sum(0))
+    described = Covariance(exact.precision, clients, n, "langevin", uplink, 1 / n, sync, force)
+    heat = exact.spread() - described.coordinates(described.calm(step))
+    added = described.heating(step, spread)[0]
+    close = pytest.approx(heat, rel=0.1) if uplink == "diana" else pytest.approx(heat, rel=1e-4, abs=1e-9)
+    assert added == close
+
+
+@pytest.mark.parametrize(
+    ("uplink", "low", "high"),
+    [
+        ({"name": "marina", "compressor": "permk"}, 0.0, 1e-6),  # equal clients: a partition loses nothing
+        ({"name": "diana", "compressor": "permk"}, 0.45, 0.55),  # of what masks of the same omega add
+        ({"name": "diana", "compressor": "qsgd", "levels": 15}, 0.15, 0.18),
+        ({"name": "direct", "compressor": "natural"}, 0.62, 0.68),
+    ],
+)
+def test_the_forecast_knows_the_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uplink: dict[str, Any], low: float, high: float
+) -> None:
+    """The predicted heating over that of masks with the compressor's omega, on five equal clients."""
+    root = np.random.default_rng(0).normal(size=(6, 8))
+    np.savez(tmp_path / "q.npz", H=np.repeat((root @ root.T / 8)[None], 5, axis=0), a=np.zeros((5, 6)))
+    config = {
+        "data": {"kind": "quadratic", "file": str(tmp_path / "q.npz")},
+        "dtype": "float64",
+        "chains": 1,
+        "rounds": 8,
+        "warmup": 0,
+        "thin": 1,
+        "step_size": 0.02,
+        "uplink": uplink,
+        "monitor": {"tensorboard": False},
+    }
+    mean = fedsample.run(config, out=tmp_path / "mean", progress="quiet").summary["predicted_mean_heating"]
+    for each in (Natural, QSGD):
+        monkeypatch.setattr(each, "typical", each.inclusion)
+        monkeypatch.setattr(each, "noise", lambda self, squares: self.omega(len(squares)) * squares)
+    monkeypatch.setattr(PermK, "independence", "independent")
+    worst = fedsample.run(config, out=tmp_path / "worst", progress="quiet").summary["predicted_mean_heating"]
+    assert low <= mean / worst <= high
