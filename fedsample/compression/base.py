@@ -160,8 +160,15 @@ class Compressor(ABC):
         return self.alpha(d)
 
     def typical(self, d: int) -> float:
-        """The q that predictions go by: `inclusion`, or where that is a worst case, its mean over normal entries."""
+        """The q that predictions go by: `inclusion`, or where that is a worst case, its mean over normal entries.
+
+        Of a contractive compressor (1 - q) / q are the rounds by which a memory lags behind a walk of normal steps.
+        """
         return self.inclusion(d)
+
+    def lags(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(d,) rounds by which a memory lags behind a walk whose steps have these mean squares (d,)."""
+        return np.full(len(squares), 1 / self.typical(len(squares)) - 1)
 
     def noise(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
         """(d,) mean variance that it adds to normal entries of these mean squares (d,)."""

@@ -117,3 +117,63 @@ def test_the_forecast_knows_the_noise(
     monkeypatch.setattr(PermK, "independence", "independent")
     worst = fedsample.run(config, out=tmp_path / "worst", progress="quiet").summary["predicted_mean_heating"]
     assert low <= mean / worst <= high
+
+
+def walk(name: str, scales: Array, rounds: int = 3000) -> tuple[Array, Array]:
+    """How often each coordinate of a walk with these steps is sent, and what a memory of it lacks, in squared steps."""
+    d, generator = len(scales), torch.Generator().manual_seed(3)
+    compressor, links = build(name, 3), LinkKeys(0, 0, 16, "walk")
+    error, sent, missing = torch.zeros(16, d, dtype=torch.float64), torch.zeros(d), torch.zeros(d, dtype=torch.float64)
+    for round in range(rounds):
+        error = error + torch.randn(16, d, generator=generator, dtype=torch.float64) * torch.from_numpy(scales)
+        packet = compressor.compress(error, links.at(round))
+        error = error - compressor.decompress(packet, d)
+        if round >= 1000:
+            sent += (error == 0).double().mean(0) / (rounds - 1000)
+            missing += error.square().mean(0) / (rounds - 1000)
+    return sent.numpy(), missing.numpy() / np.square(scales)
+
+
+@pytest.mark.parametrize("spread", [1.0, 6.0])
+def test_topk_lags_behind_a_walk_as_it_says(spread: float) -> None:
+    """Entries are sent as often as one threshold lets them; the error's square is the lag, in squared steps."""
+    scales = np.geomspace(1, spread, 24)
+    sent, missing = walk("topk", scales)
+    lags = build("topk", 3).lags(np.square(scales))
+    assert np.square(1 - sent) / (6 * sent) == pytest.approx(lags, rel=0.25)
+    assert missing == pytest.approx(lags, rel=0.25, abs=0.05)
+    if spread == 1.0:
+        assert lags == pytest.approx(np.full(24, 1 / build("topk", 3).typical(24) - 1), rel=1e-6)
+
+
+def test_topk_lags_behind_nothing_that_stands_still() -> None:
+    lags = build("topk", 3).lags(np.array([1.0, 0.0, 2.0, 1.0, 1.0]))
+    assert lags[1] == 0
+    assert (lags[[0, 2, 3, 4]] > 0).all()
+    assert not build("topk", 3).lags(np.array([1.0, 0.0, 2.0, 0.0])).any()
+    assert build("topk+bf16", 3).lags(np.ones(9)) == pytest.approx(build("topk", 3).lags(np.ones(9)), rel=1e-4)
+
+
+@pytest.mark.parametrize(("link", "sampler"), [("uplink", "langevin"), ("downlink", "langevin"), ("uplink", "baoab")])
+def test_the_forecast_knows_what_topk_leaves(tmp_path: Path, link: str, sampler: str) -> None:
+    """Against the variance of 192 chains, of which masks of the same alpha would add eleven times as much."""
+    np.savez(tmp_path / "q.npz", H=np.eye(40)[None], a=np.zeros((1, 40)))
+    compressed = {"compressor": "topk", "k": 0.05}
+    config = {
+        "data": {"kind": "quadratic", "file": str(tmp_path / "q.npz")},
+        "dtype": "float64",
+        "chains": 192,
+        "rounds": 450,
+        "warmup": 150,
+        "thin": 10,
+        "start": {"scale": 1.0},
+        "step_size": 0.03,
+        "sampler": {"name": sampler},
+        "metric": {"name": "identity"},
+        "uplink": {"name": "ef21", **compressed} if link == "uplink" else {"name": "dense", "compressor": "identity"},
+        "downlink": {"name": "dense"} if link == "uplink" else {"name": "ef21-p", **compressed},
+        "monitor": {"tensorboard": False},
+    }
+    run = fedsample.run(config, out=tmp_path / "run", progress="quiet")
+    measured = float(run.draws.double().square().mean()) - 1
+    assert run.summary["predicted_mean_bias"] == pytest.approx(measured, rel=0.3)
