@@ -183,7 +183,8 @@ def step_rule(
     steep = max(0.0, geometry.curvature - prior) / clients
     stiff = _calm(replace(typical, curvature=geometry.curvature, share=steep))
     if lagging:
-        stiff = replace(stiff, inclusion=_weighted(up, name, mixing, mixing))
+        alike = _followed(1 / up.typical(d) - 1, up.inclusion(d), name)  # errors along one direction move together
+        stiff = replace(stiff, inclusion=min(alike, _weighted(up, name, mixing, mixing)))
     worst = replace(
         typical, curvature=geometry.curvature, share=steep, mixing=float(torch.quantile(geometry.mixing, 0.9))
     )
