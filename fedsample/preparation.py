@@ -19,7 +19,16 @@ from fedsample.links import links
 from fedsample.random import SERVER, key
 from fedsample.strategies.curvature import Geometry, explore, survey_geometry
 from fedsample.strategies.prepare import Survey, build_metric, find_mode, polish
-from fedsample.strategies.step import Forecast, StepRule, shared_masks, solvable, step_rule, with_moments
+from fedsample.strategies.step import (
+    MOST_MOMENTS,
+    Forecast,
+    StepRule,
+    concentrated,
+    shared_masks,
+    solvable,
+    step_rule,
+    with_moments,
+)
 from fedsample.targets import Clients
 from fedsample.targets.metric import Dense, Identity, Metric, restore
 
@@ -144,6 +153,10 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
         rule = step_rule(experiment, uplink, downlink, geometry, participation, fleet.n)
         given = experiment.step_size if isinstance(experiment.step_size, float | str) else experiment.step_size.initial
         step = _chosen(given, rule, experiment)
+        if uplink.name == "diana" and experiment.temperature > 0 and not whole and clients.d <= MOST_MOMENTS:
+            seen = terrain.concentration().cpu().numpy()
+            rule = concentrated(rule, seen, geometry.mixing.numpy())
+            step = _chosen(given, rule, experiment)
         if whole and hessian is not None:
             rule = with_moments(rule, uplink, terrain, geometry, step, experiment.temperature)
             step = _chosen(given, rule, experiment)

@@ -230,6 +230,14 @@ def solvable(experiment: Experiment, downlink: Downlink, participation: float, d
     )
 
 
+def concentrated(rule: StepRule, concentration: Array, mixing: Array) -> StepRule:
+    """The rule of diana whose memories lag with the curvature of the clients whose noise it is (`Terrain`)."""
+    mean = float(np.average(concentration, weights=mixing if mixing.any() else None))
+    return replace(
+        rule, typical=replace(rule.typical, concentration=mean), worst=replace(rule.worst, concentration=mean)
+    )
+
+
 def with_moments(
     rule: StepRule, uplink: Uplink, terrain: Terrain, geometry: Geometry, step_size: float, temperature: float
 ) -> StepRule:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from moment_maps import Array, Chain, independent_pairs
+from moment_maps import Array, Chain, coordinate, independent_pairs
 
 import fedsample
 from fedsample.compression import QSGD, LinkKeys, Natural, PermK, build
 from fedsample.diagnostics.covariance import Covariance
+from fedsample.diagnostics.moments import Coordinate
+from fedsample.strategies.curvature import Terrain
 
 DRAWS = 4000
 
@@ -177,3 +180,42 @@ def test_the_forecast_knows_what_topk_leaves(tmp_path: Path, link: str, sampler:
     run = fedsample.run(config, out=tmp_path / "run", progress="quiet")
     measured = float(run.draws.double().square().mean()) - 1
     assert run.summary["predicted_mean_bias"] == pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.parametrize("arrive", [0.4, 0.7])
+@pytest.mark.parametrize(("sampler", "step"), [("langevin", 0.05), ("baoab", 0.1)])
+def test_a_coordinate_of_unequal_clients_that_are_sampled(sampler: Any, step: float, arrive: float) -> None:
+    """The memories of clients with most curvature lag most: knowing that, the heating is right to 8 %."""
+    lam = np.array([0.02, 0.05, 0.13, 0.8])
+    exact = coordinate(lam, np.zeros(4), sampler, "diana", step, keep=0.25, arrive=arrive, friction=1.0)
+    cubes, squares = (lam**3).sum(), float((lam**2).sum())
+    plain = Coordinate(sampler, "diana", 1.0, squares, 0.25, 4, 1.0, 0.25, arrive)
+    described = replace(plain, concentration=4 * cubes / squares)
+    calm = plain.exact().bias(step)
+    heat = exact.spread()[0] - 1 - calm
+    assert described.bias(step) - calm == pytest.approx(heat, rel=0.08)
+    assert plain.bias(step) - calm < 0.85 * heat
+
+
+def test_the_step_under_client_sampling_knows_whose_noise_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    roots = generator.normal(size=(5, 8, 9)) * np.sqrt(np.geomspace(0.02, 2, 5))[:, None, None]
+    np.savez(tmp_path / "q.npz", H=roots @ roots.swapaxes(1, 2), a=generator.normal(size=(5, 8)))
+    config = {
+        "data": {"kind": "quadratic", "file": str(tmp_path / "q.npz")},
+        "dtype": "float64",
+        "chains": 1,
+        "rounds": 8,
+        "warmup": 0,
+        "thin": 1,
+        "sampler": {"name": "langevin"},
+        "uplink": {"name": "diana", "compressor": "randk", "k": 0.25},
+        "fleet": {"participation": 2},
+        "monitor": {"tensorboard": False},
+    }
+    told = fedsample.run(config, out=tmp_path / "told", progress="quiet").summary["step_size"]
+    monkeypatch.setattr(Terrain, "concentration", lambda self: torch.ones(8, dtype=torch.float64))
+    blind = fedsample.run(config, out=tmp_path / "blind", progress="quiet").summary["step_size"]
+    assert told < 0.95 * blind
