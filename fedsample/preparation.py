@@ -153,13 +153,11 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
         rule = step_rule(experiment, uplink, downlink, geometry, participation, fleet.n)
         given = experiment.step_size if isinstance(experiment.step_size, float | str) else experiment.step_size.initial
         step = _chosen(given, rule, experiment)
-        if uplink.name == "diana" and experiment.temperature > 0 and not whole and clients.d <= MOST_MOMENTS:
-            seen = terrain.concentration().cpu().numpy()
-            rule = concentrated(rule, seen, geometry.mixing.numpy())
-            step = _chosen(given, rule, experiment)
         if whole and hessian is not None:
             rule = with_moments(rule, uplink, terrain, geometry, step, experiment.temperature)
-            step = _chosen(given, rule, experiment)
+        elif uplink.name == "diana" and experiment.temperature > 0 and clients.d <= MOST_MOMENTS:
+            rule = concentrated(rule, terrain.concentration().cpu().numpy(), geometry.mixing.numpy())
+        step = _chosen(given, rule, experiment)
         forecast = rule.forecast(step)
     geometry = replace(geometry, traffic=survey.traffic, exchanges=survey.exchanges)
     start = _start(experiment, metric, geometry, clients.dtype, clients.device)

@@ -244,7 +244,10 @@ def with_moments(
     """The rule with all d x d moments, whose probes have the covariance that matters at `step_size`."""
     if terrain.hessian is None or terrain.clients_hessian is None:
         raise ValueError("the moments of all coordinates need the Hessian at the mode")
-    typical = rule.typical
+    typical, concentration = rule.typical, np.ones(1)
+    if typical.uplink == "diana":
+        concentration = terrain.concentration().cpu().numpy()
+        rule = concentrated(rule, concentration, geometry.mixing.numpy())
     covariance = Covariance(
         hessian=terrain.hessian.cpu().numpy(),
         clients_hessian=terrain.clients_hessian.cpu().numpy(),
@@ -256,7 +259,7 @@ def with_moments(
         force=geometry.force.numpy() / temperature if typical.force > 0 else 0.0,
         friction=typical.friction,
         noise=None if typical.uplink == "dense" else uplink.compressor.noise,
-        concentration=terrain.concentration().cpu().numpy() if typical.uplink == "diana" else 1.0,
+        concentration=concentration,
     )
     if typical.uplink == "dense" or covariance.isotropic:
         probed, squares = covariance.identity, geometry.mixing

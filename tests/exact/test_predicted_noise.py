@@ -219,3 +219,14 @@ def test_the_step_under_client_sampling_knows_whose_noise_it_is(
     monkeypatch.setattr(Terrain, "concentration", lambda self: torch.ones(8, dtype=torch.float64))
     blind = fedsample.run(config, out=tmp_path / "blind", progress="quiet").summary["step_size"]
     assert told < 0.95 * blind
+
+
+@pytest.mark.parametrize("sampler", ["langevin", "baoab"])
+def test_the_largest_stable_step_of_unequal_clients(sampler: Any) -> None:
+    """Whoever has most curvature sets it: without that it is said a quarter too large and more."""
+    lam = np.array([0.02, 0.05, 0.13, 0.8])
+    exact = coordinate(lam, np.zeros(4), sampler, "diana", 0.01, keep=0.25, friction=1.0).limit()
+    plain = Coordinate(sampler, "diana", 1.0, float((lam**2).sum()), 0.25, 4, 1.0, 0.25)
+    told = replace(plain, concentration=4 * float((lam**3).sum() / (lam**2).sum()))
+    assert told.limit() == pytest.approx(exact, rel=0.03)
+    assert plain.limit() > 1.25 * exact
