@@ -19,7 +19,16 @@ from fedsample.links import links
 from fedsample.random import SERVER, key
 from fedsample.strategies.curvature import Geometry, explore, survey_geometry
 from fedsample.strategies.prepare import Survey, build_metric, find_mode, polish
-from fedsample.strategies.step import Forecast, StepRule, solvable, step_rule, with_moments
+from fedsample.strategies.step import (
+    MOST_MOMENTS,
+    Forecast,
+    StepRule,
+    concentrated,
+    shared_masks,
+    solvable,
+    step_rule,
+    with_moments,
+)
 from fedsample.targets import Clients
 from fedsample.targets.metric import Dense, Identity, Metric, restore
 
@@ -137,15 +146,18 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
             hessian = metric.scale(metric.scale(hessian).T)
         elif whole and _pays(experiment, uplink, clients):
             hessian = survey.ask(torch.zeros_like(metric.mean).unsqueeze(0), "hessian")["hessian"]
-        terrain = explore(survey, metric, experiment.seed, experiment.temperature, hessian)
+        shared = shared_masks(uplink, clients.d)
+        terrain = explore(survey, metric, experiment.seed, experiment.temperature, hessian, shared)
         geometry = survey_geometry(terrain)
     with progress.stage("choosing the step"):
         rule = step_rule(experiment, uplink, downlink, geometry, participation, fleet.n)
         given = experiment.step_size if isinstance(experiment.step_size, float | str) else experiment.step_size.initial
         step = _chosen(given, rule, experiment)
         if whole and hessian is not None:
-            rule = with_moments(rule, terrain, geometry, step, experiment.temperature)
-            step = _chosen(given, rule, experiment)
+            rule = with_moments(rule, uplink, terrain, geometry, step, experiment.temperature)
+        elif uplink.name == "diana" and experiment.temperature > 0 and clients.d <= MOST_MOMENTS:
+            rule = concentrated(rule, terrain.concentration().cpu().numpy(), geometry.mixing.numpy())
+        step = _chosen(given, rule, experiment)
         forecast = rule.forecast(step)
     geometry = replace(geometry, traffic=survey.traffic, exchanges=survey.exchanges)
     start = _start(experiment, metric, geometry, clients.dtype, clients.device)
