@@ -382,11 +382,6 @@ class Session:
                 signal.signal(number, handler)
 
     @property
-    def finished(self) -> bool:
-        """Whether the chain has reached its last round."""
-        return self._phase == "after"
-
-    @property
     def stopped(self) -> str | None:
         """The name of the signal that asked the run to end."""
         return self._stop

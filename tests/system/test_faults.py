@@ -20,6 +20,7 @@ from federation import free_port
 from laboratory import TROUBLES, Cut, Laboratory, Meddling, Passing, nothing, quick, troubles
 
 import fedsample
+from fedsample import session
 from fedsample.clients.resident import REWIND, SCALE, SNAPSHOT, SPREAD
 from fedsample.config import load
 from fedsample.errors import DataError, FedSampleError, Interrupted
@@ -27,7 +28,7 @@ from fedsample.fleets.grpc.address import Address
 from fedsample.fleets.grpc.attend import Refused
 from fedsample.fleets.grpc.host import Host, serve
 from fedsample.messages import METRIC, TRAIN
-from fedsample.monitor import load_draws
+from fedsample.monitor import load_draws, read_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -295,6 +296,26 @@ def test_a_server_is_stopped_while_a_device_is_away(tmp_path: Path) -> None:
         trial.serve(resume=True)
         laboratory.over()
     assert trial.same()
+
+
+def test_a_server_that_dies_after_the_last_round_still_knows_the_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    trial = Trial(tmp_path, settings())
+    with trial.laboratory as laboratory:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(session, "summarise", killed)
+            trial.serve()
+        trial.serve(resume=True)
+        laboratory.over()
+    assert trial.same()
+    logged = [row for row in read_jsonl(trial.folder / "run" / "metrics.jsonl") if row["round"] == 40]
+    summary = json.loads((trial.folder / "run" / "summary.json").read_text())
+    assert summary["accuracy"] == logged[0]["round/accuracy"]
+    assert {summary["nll"], summary["ece"]}.isdisjoint({None})
 
 
 # --- who may take part ------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class Host:
         hub = self._listen(session, progress)
 
         def leave(kind: object, error: BaseException | None, trace: object) -> None:
-            hub.stop(_farewell(error), finished=session.finished)
+            hub.stop(_farewell(error), finished=error is None)  # stopped while it is summed up, it needs them again
 
         stack.push(leave)
         if isinstance(progress, FleetProgress):
