@@ -382,6 +382,11 @@ class Session:
                 signal.signal(number, handler)
 
     @property
+    def over(self) -> bool:
+        """Whether the run has once ended, and has no further rounds to do."""
+        return self._resumed and self._summed_up(self.experiment.rounds)
+
+    @property
     def stopped(self) -> str | None:
         """The name of the signal that asked the run to end."""
         return self._stop
