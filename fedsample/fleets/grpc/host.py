@@ -26,8 +26,9 @@ from fedsample.fleets.grpc.address import Address, check_free, check_insecure
 from fedsample.fleets.grpc.credentials import server_credentials
 from fedsample.fleets.grpc.desk import Desk
 from fedsample.fleets.grpc.fleet import GrpcFleet, fleet_on, gather, sums_of
-from fedsample.fleets.grpc.hub import Hub, Identified, Invitation
+from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.identity import ClientIdentity, identity_of
+from fedsample.fleets.grpc.streams import Identified, Invitation
 from fedsample.fleets.grpc.version import run_id
 from fedsample.monitor.fleet import FleetProgress
 from fedsample.remote_problem import remote_problem
