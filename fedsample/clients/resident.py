@@ -18,7 +18,7 @@ from fedsample.errors import DataError, RunDirectoryError
 from fedsample.fleets.grpc.frames import Message
 from fedsample.fleets.grpc.heads import Name
 from fedsample.monitor.atomic import disk_error, write_atomic
-from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
+from fedsample.monitor.checkpoint import KEPT, Checkpoint, CheckpointStore
 from fedsample.wire import Header, Parcel, header, pack_tensors
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class Resident:
         self.run, self.experiment, self.index, self.n, self.holding = run, experiment, index, n, holding
         self.trace = Trace(index)
         self.round = 0
-        self._store = CheckpointStore(folder, digest=run.hex())
+        # One more than the server, which writes last: if either end finds one damaged, both still have one in common.
+        self._store = CheckpointStore(folder, digest=run.hex(), kept=KEPT + 1)
         self._data = folder / "data"
         self._device: Device | None = None
         self._term = 0

@@ -209,11 +209,17 @@ def test_a_damaged_snapshot_is_not_offered_and_the_one_before_it_is(server: Serv
     file.write_bytes(b"")
     again = Server(tmp_path / "disk", data, experiment(), term=2)
     again.prepare()
-    assert again.resident.standing.snapshots == [1]
+    assert again.resident.standing.snapshots == [1, 0]
     assert again.rewind(1)
     assert again.upload(2) == want
     again.snapshot(2)
-    assert again.resident.standing.snapshots == [2, 1]
+    assert again.resident.standing.snapshots == [2, 1, 0]
+
+
+def test_three_snapshots_are_kept_as_the_server_is_one_behind(server: Server) -> None:
+    for round in range(5):
+        server.snapshot(round)
+    assert server.resident.standing.snapshots == [4, 3, 2]
 
 
 def test_a_snapshot_of_a_path_that_the_run_has_left_is_none(server: Server, tmp_path: Path, data: Path) -> None:
