@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,12 @@ class Prepared:
         """The first step."""
         return self.forecast.step_size
 
-    def save(self, path: Path) -> None:
-        """Store it beside the run's configuration."""
+    def save(self, path: Path, configurations: Sequence[str] = ()) -> None:
+        """Store it beside the run's configuration.
+
+        Args:
+            path: of the run. configurations: digests of those that it was made from, see `prepared_for`.
+        """
         from safetensors.torch import save
 
         from fedsample.monitor.atomic import write_atomic
@@ -78,6 +83,7 @@ class Prepared:
             **metric.tensors(),
         }
         data = save({name: each.cpu().contiguous() for name, each in tensors.items()})
+        (path / _NUMBERS).unlink(missing_ok=True)  # of an earlier attempt: the two files belong together
         write_atomic(path / _TENSORS, data)
         numbers: dict[str, Any] = {
             "metric": metric.name,
@@ -85,6 +91,7 @@ class Prepared:
             **asdict(self.forecast),
             **{name: getattr(self.geometry, name) for name in _MEASURED},
             "traffic": list(self.geometry.traffic),
+            "configurations": list(configurations),
         }
         numbers["sha256"] = _checksum(numbers, data)
         write_atomic(path / _NUMBERS, json.dumps(numbers, indent=1).encode())
@@ -92,6 +99,14 @@ class Prepared:
 
 def _checksum(numbers: dict[str, Any], tensors: bytes) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode() + tensors).hexdigest()
+
+
+def prepared_for(path: Path, configuration: str) -> bool:
+    """Whether a run directory holds what was prepared from a configuration (its digest), whole or damaged."""
+    try:
+        return configuration in json.loads((path / _NUMBERS).read_bytes())["configurations"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
