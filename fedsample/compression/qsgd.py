@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsample.compression import bits
@@ -37,6 +38,7 @@ from fedsample.compression.pieces import PIECE, empty, pieces, times, two_norm
 from fedsample.errors import ConfigError, DataError
 
 _MOST = (1 << 15) - 1
+_SMALL, _TERMS = 0.02, 64  # exp(-2 pi^2 0.02^2 64^2) is 1e-14
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,19 @@ class QSGD(Compressor):
         """The bound of the paper; for one level the exact worst case."""
         s = self.levels
         return math.sqrt(d) - 1.0 if s == 1 else min(d / s**2, math.sqrt(d) / s)
+
+    def typical(self, d: int) -> float:
+        """Of d normal entries of one variance; of many levels a sixth of the bound."""
+        mean = d / self.levels**2 * float(_rounding(np.array(self.levels / math.sqrt(d))))
+        return 1 / (1 + min(mean, self.omega(d)))
+
+    def noise(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """|v|^2 / s^2 times the mean of f (1 - f), f the fraction of an entry in units of |v| / s."""
+        total = float(squares.sum())
+        if total == 0:
+            return np.zeros_like(squares)
+        result: NDArray[np.float64] = total / self.levels**2 * _rounding(self.levels * np.sqrt(squares / total))
+        return result
 
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """Levels in -s..s, and the norm."""
@@ -146,6 +161,16 @@ class QSGD(Compressor):
 
     def _dtype(self) -> torch.dtype:
         return torch.int8 if self.levels < 128 else torch.int16
+
+
+def _rounding(scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """E f (1 - f), f the fraction of scale * z, z standard normal: a sixth where the scale is large.
+
+    By its Fourier series, or where hardly any entry reaches a whole level as E|x| - E x^2.
+    """
+    k = np.arange(1, _TERMS + 1)
+    series = 1 / 6 - (np.exp(-2 * np.square(np.pi * np.multiply.outer(scale, k))) / np.square(np.pi * k)).sum(-1)
+    return np.where(scale < _SMALL, math.sqrt(2 / math.pi) * scale - np.square(scale), series)
 
 
 def _fixed_point(dtype: torch.dtype, levels: int) -> tuple[torch.dtype, int]:

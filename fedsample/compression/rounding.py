@@ -148,6 +148,10 @@ class Natural(_Rounding):
         """One eighth."""
         return 0.125
 
+    def typical(self, d: int) -> float:
+        """1 / q - 1 = 3 / (4 ln 2) - 1, about 0.082: the mean over magnitudes of a uniform logarithm."""
+        return 4 * math.log(2.0) / 3
+
     def _width(self, dtype: torch.dtype) -> int:
         return 9 if dtype == torch.float32 else 12
 
@@ -177,6 +181,10 @@ class Bfloat16(_Rounding):
     def omega(self, d: int) -> float:
         """(b - a)^2 / (4 a b) at b = a (1 + 2^-7)."""
         return 2.0**-16 / (1 + 2.0**-7)
+
+    def typical(self, d: int) -> float:
+        """1 / q - 1 = 2^-14 / (16 ln 2): a sixth of a squared spacing, over magnitudes of a uniform logarithm."""
+        return 1 / (1 + 2.0**-18 / math.log(2.0))
 
     def _width(self, dtype: torch.dtype) -> int:
         return 16

@@ -323,6 +323,7 @@ def test_a_rival_is_refused_while_the_older_answers(
     refusal = rival.read("refusal")
     assert refusal.retry
     assert "is connected already, from another process that answers" in refusal.reason
+    assert "another process that says it is this device was turned away" in server.hub.seats[0].error
     asked = server.do(server.desk.broadcast, "train", HELD, 1)
     one.obey("train")
     get(asked)

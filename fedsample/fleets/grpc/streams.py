@@ -182,6 +182,7 @@ class Streams:
         seat = self.seats[who.client]
         if not await self._vacant(seat, hello.instance):
             rival = f"client {seat.client} is connected already, from another process that answers"
+            seat.error = "another process that says it is this device was turned away, as this one answers"
             await context.write(_refusal(rival, retry=True))
             return
         await self._serve(seat, Stream(hello.instance), context)
