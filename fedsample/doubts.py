@@ -143,7 +143,7 @@ def _of_bias(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
         ]
     if bias is not None and bias > experiment.bias_tolerance * _OVER:
         return [
-            f"the step predicts a variance bias of {bias:+.0%}, expected at most bias_tolerance = "
-            f"{experiment.bias_tolerance:.0%}: lower step_size, or take an uplink with a memory, such as diana"
+            f"the step predicts a variance bias of {bias:+.2%}, expected at most bias_tolerance = "
+            f"{experiment.bias_tolerance:.2%}: lower step_size, or take an uplink with a memory, such as diana"
         ]
     return []

@@ -490,6 +490,12 @@ def test_parquet_types(tmp_path: Path) -> None:
         ("a,b\n", {"target": "b"}, "no rows"),
         ("b\n1\n", {"target": "b"}, "no column left"),
         ("a,b\n1,2\n1,2,3\n", {"target": "b"}, "cannot read some.csv as csv"),
+        ("a;b\n1,5;2\n", {"target": "b"}, "cannot read some.csv as csv"),
+        (
+            "a;b\n1;2\n",
+            {"target": "b"},
+            "not separated by commas. Save it with commas, and numbers with decimal points",
+        ),
         ("", {"target": "b"}, "cannot read some.csv as csv"),
         ("a,b,c\n1,2,0.5\n", {"target": "b", "client_column": "c"}, "holds fractions"),
         ("a,b\n" + "".join(f"{i},{i % 2}\n" for i in range(300)) + "3o,1\n", {"target": "b"}, "row 300.*'3o'"),

@@ -10,7 +10,8 @@ import pytest
 
 import fedsample
 from fedsample.doubts import doubts
-from fedsample.errors import ConfigError, DivergenceError
+from fedsample.errors import ConfigError, DeviceMemoryError, DivergenceError
+from fedsample.experiment import plan
 from fedsample.monitor import summary_table
 
 SHORT = {"rounds": 60, "warmup": 10, "monitor": {"tensorboard": False}}
@@ -99,7 +100,7 @@ def test_chains_that_have_not_mixed_are_said_not_to_have(folder: Path, tmp_path:
         ({"chains": 1, "rhat_max": None, "ess_bulk_min": 9.0}, "of the one chain is 9, expected at least 50"),
         ({"step_size": 0.6, "predicted_variance_bias": None}, "no stationary variance is predicted (the largest"),
         ({"predicted_variance_bias": None}, "at step 0.1 no stationary variance is predicted"),
-        ({"predicted_variance_bias": 0.3}, "variance bias of +30%, expected at most bias_tolerance = 10%"),
+        ({"predicted_variance_bias": 0.3}, "variance bias of +30.00%, expected at most bias_tolerance = 10.00%"),
     ],
 )
 def test_each_doubt(change: dict[str, Any], says: str | None) -> None:
@@ -110,3 +111,13 @@ def test_each_doubt(change: dict[str, Any], says: str | None) -> None:
 
 def test_nothing_is_doubted_where_nothing_is_drawn() -> None:
     assert doubts(fedsample.Experiment(temperature=0), SUMMARY | {"rhat_max": 9.0}) == []
+
+
+def test_what_the_memory_does_not_hold_is_no_defect(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeviceMemoryError, match=r"out of memory on cpu: take fewer chains.*tried to allocate"):
+        sample(folder, tmp_path, "mixed.npz", chains=10**13)
+    given = settings(folder, "mixed.npz", "mlp", metric={"name": "identity"})
+    given["model"]["hidden"] = [10**13]
+    for ask in (fedsample.build_target, plan):
+        with pytest.raises(DeviceMemoryError, match="out of memory on cpu"):
+            ask(given)
