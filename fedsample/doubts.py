@@ -23,6 +23,7 @@ MIXED = 1.1  # R-hat beyond which chains tell their starting points apart
 _FEW = 50  # effective draws, below which a single chain tells little
 _FINE = 4  # spacings of the dtype that a posterior standard deviation must span: rounding then adds half a percent
 _AWAY = 100.0  # standard deviations that a warm-up can still bridge
+_HESSIAN = 5000  # parameters up to which the metric may be the Hessian's
 _SIGNS = 32  # probes for standard deviations: to an eighth, relatively
 _OVER = 1.05  # times the tolerance: what an automatic step may predict by rounding
 
@@ -116,7 +117,8 @@ def _of_mixing(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
     kept = experiment.rounds - experiment.warmup
     slow = "; the slowest direction forgets where it was only in "
     slow = f"{slow}{relaxation:,.0f} rounds, and {kept:,} were kept" if relaxation and relaxation > kept else ""
-    metric = "" if experiment.metric.name == "hessian" else ", set metric.name = 'hessian'"
+    denser = experiment.metric.name != "hessian" and summary.get("params", 0) <= _HESSIAN
+    metric = ", set metric.name = 'hessian'" if denser else ""
     advice = "raise rounds and warmup" + (f"{metric}, or scale the data" if slow else "")
     if rhat is not None and math.isfinite(rhat) and rhat > MIXED:
         return [f"the chains have not mixed: worst R-hat {rhat:.2f}, expected at most {MIXED}{slow}: {advice}"]
