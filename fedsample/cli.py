@@ -248,6 +248,7 @@ def main() -> None:
     """Run the command line; the process exits with the documented code, and a traceback only with --debug."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else gRPC kills what an app forks, as a DataLoader does
     try:
         with _termination():
             app()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,16 @@ from fedsample.links import links
 from fedsample.random import SERVER, key
 from fedsample.strategies.curvature import Geometry, explore, survey_geometry
 from fedsample.strategies.prepare import Survey, build_metric, find_mode, polish
-from fedsample.strategies.step import Forecast, StepRule, solvable, step_rule, with_moments
+from fedsample.strategies.step import (
+    MOST_MOMENTS,
+    Forecast,
+    StepRule,
+    concentrated,
+    shared_masks,
+    solvable,
+    step_rule,
+    with_moments,
+)
 from fedsample.targets import Clients
 from fedsample.targets.metric import Dense, Identity, Metric, restore
 
@@ -53,8 +63,12 @@ class Prepared:
         """The first step."""
         return self.forecast.step_size
 
-    def save(self, path: Path) -> None:
-        """Store it beside the run's configuration."""
+    def save(self, path: Path, configurations: Sequence[str] = ()) -> None:
+        """Store it beside the run's configuration.
+
+        Args:
+            path: of the run. configurations: digests of those that it was made from, see `prepared_for`.
+        """
         from safetensors.torch import save
 
         from fedsample.monitor.atomic import write_atomic
@@ -70,6 +84,7 @@ class Prepared:
             **metric.tensors(),
         }
         data = save({name: each.cpu().contiguous() for name, each in tensors.items()})
+        (path / _NUMBERS).unlink(missing_ok=True)  # of an earlier attempt: the two files belong together
         write_atomic(path / _TENSORS, data)
         numbers: dict[str, Any] = {
             "metric": metric.name,
@@ -77,6 +92,7 @@ class Prepared:
             **asdict(self.forecast),
             **{name: getattr(self.geometry, name) for name in _MEASURED},
             "traffic": list(self.geometry.traffic),
+            "configurations": list(configurations),
         }
         numbers["sha256"] = _checksum(numbers, data)
         write_atomic(path / _NUMBERS, json.dumps(numbers, indent=1).encode())
@@ -84,6 +100,14 @@ class Prepared:
 
 def _checksum(numbers: dict[str, Any], tensors: bytes) -> str:
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode() + tensors).hexdigest()
+
+
+def prepared_for(path: Path, configuration: str) -> bool:
+    """Whether a run directory holds what was prepared from a configuration (its digest), whole or damaged."""
+    try:
+        return configuration in json.loads((path / _NUMBERS).read_bytes())["configurations"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
@@ -138,7 +162,8 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
             hessian = metric.scale(metric.scale(hessian).T)
         elif whole and _pays(experiment, uplink, clients):
             hessian = survey.ask(torch.zeros_like(metric.mean).unsqueeze(0), "hessian")["hessian"]
-        terrain = explore(survey, metric, experiment.seed, experiment.temperature, hessian)
+        shared = shared_masks(uplink, clients.d)
+        terrain = explore(survey, metric, experiment.seed, experiment.temperature, hessian, shared)
         geometry = survey_geometry(terrain)
         check_mode(experiment, problem, geometry)
         check_spacing(experiment, problem, metric, geometry.curvature)
@@ -147,8 +172,10 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
         given = experiment.step_size if isinstance(experiment.step_size, float | str) else experiment.step_size.initial
         step = _chosen(given, rule, experiment)
         if whole and hessian is not None:
-            rule = with_moments(rule, terrain, geometry, step, experiment.temperature)
-            step = _chosen(given, rule, experiment)
+            rule = with_moments(rule, uplink, terrain, geometry, step, experiment.temperature)
+        elif uplink.name == "diana" and experiment.temperature > 0 and clients.d <= MOST_MOMENTS:
+            rule = concentrated(rule, terrain.concentration().cpu().numpy(), geometry.mixing.numpy())
+        step = _chosen(given, rule, experiment)
         forecast = rule.forecast(step)
     geometry = replace(geometry, traffic=survey.traffic, exchanges=survey.exchanges)
     start = _start(experiment, metric, geometry, clients.dtype, clients.device)

@@ -37,7 +37,7 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _FOLD = 0xD1B54A32D192ED03  # an odd constant that keeps fold(value) apart from word(i)
 _MASK = (1 << 64) - 1
 _CPU = torch.device("cpu")
-_PIECE = 1 << 15  # words made at once on a CPU: they and their scratch stay in its cache
+_PIECE = 1 << 14  # words made at once on a CPU: they and their scratch stay in its cache
 _ALONE = 1 << 16  # from this many positions on, subsets are drawn one key after the other: each fills the cache
 _local = threading.local()
 _27, _30, _31, _FACTOR_1, _FACTOR_2 = (np.uint64(each) for each in (27, 30, 31, _MIX_1, _MIX_2))
@@ -135,25 +135,32 @@ def _counters(n: int, device: torch.device) -> Tensor:
     return torch.arange(1, n + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
 
 
+@lru_cache(maxsize=64)
+def _increments(n: int) -> NDArray[np.uint64]:
+    """The same of a CPU as numpy's, without a detour over torch at every piece."""
+    return _counters(n, _CPU).numpy().view(np.uint64)
+
+
 def _stream(keys: NDArray[np.uint64], start: int, out: NDArray[np.uint64]) -> None:
     """Fill (..., n) with words start, start + 1, ... of the streams of `keys` (...), piece by piece in the cache."""
     n = out.shape[-1]
     if out.size <= _PIECE:
         first = keys if start == 0 else keys + np.uint64((start * _GAMMA) & _MASK)
-        np.add(first[..., None], _counters(n, _CPU).numpy().view(np.uint64), out=out)
+        np.add(first[..., None], _increments(n), out=out)
         _mix_(out, _scratch(out.size).reshape(out.shape))
         return
     length = min(n, max(1, _PIECE // max(1, keys.size)))
-    increments = _counters(length, _CPU).numpy().view(np.uint64)
+    increments = _increments(length)
     scratch = _scratch(keys.size * length).reshape(*keys.shape, length)
-    work = out if length == n else np.empty_like(scratch)
+    direct = keys.size == 1 or length == n  # of one key a block is contiguous where it is to lie
+    work = out if direct else np.empty_like(scratch)
     for at in range(0, n, max(1, length)):
         size = min(length, n - at)
         origin = keys + np.uint64(((start + at) * _GAMMA) & _MASK)
-        block = work[..., :size]
+        block = out[..., at : at + size] if direct else work[..., :size]
         np.add(origin[..., None], increments[:size], out=block)
         _mix_(block, scratch[..., :size])
-        if work is not out:
+        if not direct:
             out[..., at : at + size] = block
 
 

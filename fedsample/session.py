@@ -33,7 +33,7 @@ from fedsample.monitor.jsonl import read_jsonl
 from fedsample.monitor.progress import Progress
 from fedsample.monitor.tensorboard import LAZY_QUEUE, Recorder
 from fedsample.paths import choose_paths
-from fedsample.preparation import Prepared, prepare, restore_prepared
+from fedsample.preparation import Prepared, prepare, prepared_for, restore_prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.strategies import Sampler, State
 from fedsample.watch import Watch, summarise
@@ -280,9 +280,16 @@ class Session:
             prepared = restore_prepared(self.path, self.experiment)
             fleet.set_metric(prepared.geometry.metric)
             return prepared
-        prepared = prepare(self.experiment, problem, fleet, progress)
-        prepared.save(self.path)
-        self.experiment = _with(self.experiment, step_size=_resolved(self.experiment.step_size, prepared.step_size))
+        asked = digest(self.experiment)
+        if self._resumed and prepared_for(self.path, asked):  # killed since: with its exact step it would prepare less
+            prepared = restore_prepared(self.path, self.experiment)
+            fleet.set_metric(prepared.geometry.metric)
+            self.experiment = _with(self.experiment, step_size=_resolved(self.experiment.step_size, prepared.step_size))
+        else:
+            prepared = prepare(self.experiment, problem, fleet, progress)
+            step = _resolved(self.experiment.step_size, prepared.step_size)
+            self.experiment = _with(self.experiment, step_size=step)
+            prepared.save(self.path, [asked, digest(self.experiment)])
         self.directory.write_config(dump_toml(self.experiment))
         self.directory.write_env()
         self.directory.write_json(
@@ -296,6 +303,7 @@ class Session:
         if checkpoint is None:
             return sampler.begin(prepared.start), Traffic(), Clock()
         state = State.of_tensors(_below(checkpoint.tensors, "state."), prepared.start.device)
+        self.scores = dict(checkpoint.meta.get("scores", {}))
         fleet.restore(_below(checkpoint.tensors, "fleet."))
         if isinstance(fleet, Recovers):
             lost = fleet.rewind(state.round)
@@ -346,6 +354,7 @@ class Session:
         tensors = {f"state.{name}": tensor for name, tensor in state.tensors().items()}
         tensors |= {f"fleet.{name}": tensor for name, tensor in kept.items()}
         meta = {"traffic": list(traffic), "seconds": clock.total, "data": self._data, "rows": list(rows)}
+        meta["scores"] = self.scores  # a run that has reached its last round does not ask for them again
         store.save(state.round, tensors, meta)
 
     @contextmanager
@@ -373,9 +382,9 @@ class Session:
                 signal.signal(number, handler)
 
     @property
-    def finished(self) -> bool:
-        """Whether the chain has reached its last round."""
-        return self._phase == "after"
+    def over(self) -> bool:
+        """Whether the run has once ended, and has no further rounds to do."""
+        return self._resumed and self._summed_up(self.experiment.rounds)
 
     @property
     def stopped(self) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsample.diagnostics import calibration
-from fedsample.diagnostics.convergence import ess_bulk, rhat
+from fedsample.diagnostics.convergence import rhat_and_ess
 from fedsample.diagnostics.counts import Evaluator, scores
 from fedsample.doubts import doubts
 from fedsample.exchange import Aggregate, Traffic
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedsample.problem import Problem
     from fedsample.strategies import Sampler, State
 
-_GROWTH = 1.5  # R-hat and ESS are renewed when there are so many times more draws
+_GROWTH = 2.0  # R-hat and ESS are renewed when there are so many times more draws
 _PENDING = 4096  # draws that may wait for the thread that looks at them
 _BLOCK = 1 << 25  # entries of draws looked at together in the summary
 
@@ -109,7 +109,7 @@ class Watch:
 
 def _convergence(functionals: Tensor, rhat_name: str, ess_name: str) -> dict[str, float]:
     """Worst R-hat and smallest bulk ESS over functionals (C, n, F), constant ones left out."""
-    worst, smallest = torch.from_numpy(rhat(functionals)), torch.from_numpy(ess_bulk(functionals))
+    worst, smallest = (torch.from_numpy(each) for each in rhat_and_ess(functionals))
     worst, smallest = worst[worst.isfinite()], smallest[smallest.isfinite()]
     return {
         rhat_name: float(worst.max()) if len(worst) else math.nan,

@@ -102,7 +102,7 @@ def bits(mask: Tensor) -> Array:
 
 
 def read(array: Array, form: Form, what: str) -> Tensor:
-    """The tensor of an array that has arrived, on the CPU; its memory is its own.
+    """The tensor of an array that has arrived, on the CPU; its memory is its own, or what the message was read into.
 
     Raises:
         DataError: if its serialisation, shape, dtype or length is not that of the form.
@@ -114,8 +114,10 @@ def read(array: Array, form: Form, what: str) -> Tensor:
     if form.stype == BITS:
         octets = np.frombuffer(array.data, dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(octets, count=form.entries).astype(bool)).view(form.shape)
-    little = _NUMPY[form.dtype]
-    found = torch.from_numpy(np.frombuffer(array.data, dtype=little).astype(little.newbyteorder("="), copy=True))
+    values = np.frombuffer(array.data, dtype=_NUMPY[form.dtype])
+    if not (values.flags.writeable and values.flags.aligned and values.dtype.isnative):  # bytes may be others' too
+        values = values.astype(values.dtype.newbyteorder("="))
+    found = torch.from_numpy(values)
     if form.stype != TRIANGLE:
         return found.view(form.shape)
     matrix = found.new_empty(form.shape)

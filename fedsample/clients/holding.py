@@ -58,10 +58,10 @@ class Held:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the data; it never leaves the device."""
+        """Names the data, and what their columns and labels are called; it never leaves the device."""
         holding = self._holding
         arrays = [holding.lam, holding.a] if isinstance(holding, Potential) else list(holding.arrays)
-        found = hashlib.sha256()
+        found = hashlib.sha256(self.schema.encode())
         for array in arrays:
             found.update(f"{array.dtype.str}{array.shape}".encode())
             found.update(np.ascontiguousarray(array).data)

@@ -17,7 +17,8 @@ from fedsample.clients.device import Device, Trace
 from fedsample.errors import DataError, RunDirectoryError
 from fedsample.fleets.grpc.frames import Message
 from fedsample.fleets.grpc.heads import Name
-from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
+from fedsample.monitor.atomic import disk_error, write_atomic
+from fedsample.monitor.checkpoint import KEPT, Checkpoint, CheckpointStore
 from fedsample.wire import Header, Parcel, header, pack_tensors
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Resident:
             many there are. holding: its data.
 
     Raises:
-        DataError: if the data are not those that the snapshots in the folder were made with.
+        DataError: if the data are not those with which this device has taken part before. RunDirectoryError: if the
+            folder cannot be read.
     """
 
     def __init__(self, folder: Path, run: bytes, experiment: Experiment, index: int, n: int, holding: Holding) -> None:
@@ -100,17 +102,20 @@ class Resident:
         self.run, self.experiment, self.index, self.n, self.holding = run, experiment, index, n, holding
         self.trace = Trace(index)
         self.round = 0
-        self._store = CheckpointStore(folder, digest=run.hex())
+        # One more than the server, which writes last: if either end finds one damaged, both still have one in common.
+        self._store = CheckpointStore(folder, digest=run.hex(), kept=KEPT + 1)
+        self._data = folder / "data"
         self._device: Device | None = None
         self._term = 0
         self._sequence = 0
         self._answer: Message | None = None
-        self._check_data()
+        self._whole = self._check_data()
 
     @property
     def standing(self) -> Standing:
         """What the server must know to go on with this device."""
-        return Standing(self._term, self._device is not None, self._store.rounds(), self.holding.schema)
+        snapshots = [round for round in self._store.rounds() if round in self._whole]
+        return Standing(self._term, self._device is not None, snapshots, self.holding.schema)
 
     def answer(self, message: Message) -> Message | None:
         """The answer to a request; None to one that is older than what this device has heard since.
@@ -163,6 +168,7 @@ class Resident:
         self.trace.stage = "data"
         head = Header(parcel, "a schema")
         self.holding.fit(head.text("schema"))
+        self._pin()
         sums = {"sums": self.holding.first_sums()} if head.value("sums") is True else {}
         return Parcel(header(), pack_tensors(sums))
 
@@ -173,6 +179,7 @@ class Resident:
         tensors = {f"device.{name}": tensor for name, tensor in device.state().items()}
         tensors |= {f"score.{name}": tensor for name, tensor in self.holding.state().items()}
         self._store.save(round, tensors, {"data": self.holding.fingerprint, "mark": mark})
+        self._whole.add(round)
         return Parcel(header())
 
     def _rewind(self, round: int, head: Header, device: Device) -> Parcel:
@@ -196,13 +203,36 @@ class Resident:
         except RunDirectoryError:
             return None
 
-    def _check_data(self) -> None:
-        for kept in filter(None, map(self._kept, self._store.rounds())):
-            if kept.meta.get("data") != self.holding.fingerprint:
+    def _check_data(self) -> set[int]:
+        """The rounds of snapshots that are whole: a damaged one is none, and an earlier one will do."""
+        whole = {
+            kept.round: kept.meta.get("data") for kept in map(self._kept, self._store.rounds()) if kept is not None
+        }
+        for made_with in [*whole.values(), *self._pinned()]:
+            if made_with != self.holding.fingerprint:
                 raise DataError(
                     f"the data of client {self.index} are not those that the run began with: restore them, or start a "
                     "new run on the server"
                 )
+        return set(whole)
+
+    def _pin(self) -> None:
+        """Note which data this device takes part with: they count from here on, before there is any snapshot."""
+        if not self._data.exists():
+            try:
+                self._data.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise disk_error(self._data, 0, error) from error
+            write_atomic(self._data, self.holding.fingerprint.encode())
+
+    def _pinned(self) -> list[str]:
+        """What names the data with which this device has begun, if it has."""
+        try:
+            return [self._data.read_text()]
+        except FileNotFoundError:
+            return []
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunDirectoryError(f"{self._data} cannot be read ({error}): check the disk") from error
 
 
 def _sums(parcel: Parcel, name: str) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsample.errors import ConfigError, DataError
@@ -157,6 +158,22 @@ class Compressor(ABC):
     def inclusion(self, d: int) -> float:
         """The probability q that a given coordinate travels or, of quantisers, the q with their constant: 1/q - 1."""
         return self.alpha(d)
+
+    def typical(self, d: int) -> float:
+        """The q that predictions go by: `inclusion`, or where that is a worst case, its mean over normal entries.
+
+        Of a contractive compressor (1 - q) / q are the rounds by which a memory lags behind a walk of normal steps.
+        """
+        return self.inclusion(d)
+
+    def lags(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(d,) rounds by which a memory lags behind a walk whose steps have these mean squares (d,)."""
+        return np.full(len(squares), 1 / self.typical(len(squares)) - 1)
+
+    def noise(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(d,) mean variance that it adds to normal entries of these mean squares (d,)."""
+        result: NDArray[np.float64] = (1 / self.typical(len(squares)) - 1) * squares
+        return result
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
         """The packets of zero vectors (..., d), with the shapes and dtypes of all others: what a memory begins with."""

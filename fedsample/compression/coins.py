@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,4 +34,8 @@ class Coins:
         buffer = None if self._buffer is None else self._buffer[..., :count]
         words = self._key.integers64(count, start // self._pair, out=buffer)
         coins = words.view(self._dtype)[..., : end - start]
-        return coins.bitwise_and_(self._mask)
+        if buffer is None:
+            return coins.bitwise_and_(self._mask)
+        plain = coins.numpy()
+        np.bitwise_and(plain, self._mask, out=plain)
+        return coins

@@ -14,7 +14,9 @@ with alpha = 1 / (1 + omega), since E|C|^2 <= (1 + omega)|v|^2; Richtarik, Sokol
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsample.compression.base import Compressor, Packet, PacketKeys, contractive_only
@@ -81,6 +83,20 @@ class Composed(Compressor):
                 f"the pair need not contract; use more levels, or {self.outer.name}+scaled-{self.inner.name}"
             )
         return self.outer.alpha(d) * (1 - loss)
+
+    def typical(self, d: int) -> float:
+        """The product of both, where both are unbiased; of topk the inner one's loss makes it lag longer."""
+        if self.kind == "contractive":
+            return 1 / (1 + (1 / self.outer.typical(d) - 1) * self.outer.alpha(d) / self.alpha(d))
+        return self.outer.inclusion(d) * self.inner.typical(self.outer.count(d))
+
+    def lags(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Those of outer, lengthened by inner's loss."""
+        if self.kind == "unbiased":
+            return super().lags(squares)
+        d = len(squares)
+        result: NDArray[np.float64] = self.outer.lags(squares) * (self.outer.alpha(d) / self.alpha(d))
+        return result
 
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """Inner's packet of the kept values, with outer's coordinates."""

@@ -45,10 +45,13 @@ def times(codes: Tensor, unit: Tensor) -> Tensor:
     return out
 
 
-def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
+def total(
+    vector: Tensor, term: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor], object] | None = None
+) -> Tensor:
     """Float64 sum of term(vector) (..., d) over its last axis -> (...), in an order that d and the device type fix.
 
-    `term` gets entries in float64, to be overwritten. Pieces are added onto the first one, which is then folded in
+    `term` gets entries in float64, to be overwritten; `add` adds the term of its second argument to its first, in one
+    pass where the rounding allows it. Pieces are added onto the first one, which is then folded in
     halves: additions of whole slices, so that one vector alone and the same one within a batch give the same bits.
     """
     d = vector.shape[-1]
@@ -59,7 +62,11 @@ def total(vector: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
     wide = torch.empty_like(sums)
     for start in range(length, d, length):
         piece = wide[..., : min(d - start, length)]
-        sums[..., : piece.shape[-1]] += term(piece.copy_(vector[..., start : start + length]))
+        piece.copy_(vector[..., start : start + length])
+        if add is None:
+            sums[..., : piece.shape[-1]] += term(piece)
+        else:
+            add(sums[..., : piece.shape[-1]], piece)
     width = length
     while width > 1:
         half = (width + 1) // 2
@@ -79,4 +86,5 @@ def two_norm(vector: Tensor) -> Tensor:
         size = vector.abs().amax(-1, keepdim=True)
         safe = torch.where(size > 0, size, 1.0)
         return total(vector, lambda piece: piece.div_(safe).square_()).sqrt() * size.squeeze(-1)
-    return total(vector, Tensor.square_).sqrt().to(vector.dtype)
+    # Squares of float32 are exact in float64: added in one step or two, with or without a fused one, they are the same.
+    return total(vector, Tensor.square_, lambda sums, piece: sums.addcmul_(piece, piece)).sqrt().to(vector.dtype)

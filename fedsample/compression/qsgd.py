@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsample.compression import bits
@@ -33,10 +34,11 @@ from fedsample.compression.base import (
     values_to_bytes,
 )
 from fedsample.compression.coins import Coins
-from fedsample.compression.pieces import empty, pieces, times, two_norm
+from fedsample.compression.pieces import PIECE, empty, pieces, times, two_norm
 from fedsample.errors import ConfigError, DataError
 
 _MOST = (1 << 15) - 1
+_SMALL, _TERMS = 0.02, 64  # exp(-2 pi^2 0.02^2 64^2) is 1e-14
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class QSGD(Compressor):
         s = self.levels
         return math.sqrt(d) - 1.0 if s == 1 else min(d / s**2, math.sqrt(d) / s)
 
+    def typical(self, d: int) -> float:
+        """Of d normal entries of one variance; of many levels a sixth of the bound."""
+        mean = d / self.levels**2 * float(_rounding(np.array(self.levels / math.sqrt(d))))
+        return 1 / (1 + min(mean, self.omega(d)))
+
+    def noise(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """|v|^2 / s^2 times the mean of f (1 - f), f the fraction of an entry in units of |v| / s."""
+        total = float(squares.sum())
+        if total == 0:
+            return np.zeros_like(squares)
+        result: NDArray[np.float64] = total / self.levels**2 * _rounding(self.levels * np.sqrt(squares / total))
+        return result
+
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """Levels in -s..s, and the norm."""
         norm = two_norm(vector)
@@ -86,9 +101,14 @@ class QSGD(Compressor):
         levels = empty(tuple(vector.shape), self._dtype(), vector.device)
         coins = Coins(keys.own, vector.shape[-1], fraction, whole)
         top = self.levels * unit
-        draw = _draw_on_cpu if vector.dtype == torch.float32 and vector.device.type == "cpu" else _draw
+        on_cpu = vector.dtype == torch.float32 and vector.device.type == "cpu"
+        work = torch.empty_like(vector[..., :PIECE], memory_format=torch.contiguous_format) if on_cpu else None
         for start, end in pieces(vector.shape[-1], vector.device):
-            draw(vector[..., start:end], safe, top, fraction, coins.take(start, end), levels[..., start:end])
+            values, random, out = vector[..., start:end], coins.take(start, end), levels[..., start:end]
+            if work is not None:
+                _draw_on_cpu(values, safe, top, fraction, random, out, work[..., : end - start])
+            else:
+                _draw(values, safe, top, fraction, random, out)
         return Packet(levels, None, norm.unsqueeze(-1))
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
@@ -128,14 +148,29 @@ class QSGD(Compressor):
         size = float_bits(dtype) // 8
         norm = values_from_bytes(data[:size], 1, dtype)
         form = self._dtype().itemsize
-        codes = bits.unpack(data[size:], d, self.width, np.dtype(f"u{form}"))
-        if (d and int(codes.max()) > 2 * self.levels) or float(norm) < 0:
-            raise DataError(f"a qsgd packet with a level outside -{self.levels}..{self.levels} or a negative norm")
-        levels = (codes - codes.dtype.type(self.levels)).view(f"i{form}")
-        return Packet(torch.from_numpy(levels), None, norm)
+        wrong = DataError(f"a qsgd packet with a level outside -{self.levels}..{self.levels} or a negative norm")
+        if float(norm) < 0:
+            raise wrong
+
+        def check(codes: bits.Codes) -> None:
+            if int(codes.max()) > 2 * self.levels:
+                raise wrong
+
+        levels = bits.unpack(memoryview(data)[size:], d, self.width, np.dtype(f"u{form}"), check, self.levels)
+        return Packet(torch.from_numpy(levels.view(f"i{form}")), None, norm)
 
     def _dtype(self) -> torch.dtype:
         return torch.int8 if self.levels < 128 else torch.int16
+
+
+def _rounding(scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """E f (1 - f), f the fraction of scale * z, z standard normal: a sixth where the scale is large.
+
+    By its Fourier series, or where hardly any entry reaches a whole level as E|x| - E x^2.
+    """
+    k = np.arange(1, _TERMS + 1)
+    series = 1 / 6 - (np.exp(-2 * np.square(np.pi * np.multiply.outer(scale, k))) / np.square(np.pi * k)).sum(-1)
+    return np.where(scale < _SMALL, math.sqrt(2 / math.pi) * scale - np.square(scale), series)
 
 
 def _fixed_point(dtype: torch.dtype, levels: int) -> tuple[torch.dtype, int]:
@@ -151,14 +186,16 @@ def _draw(values: Tensor, safe: Tensor, top: int, fraction: int, random: Tensor,
     out.copy_(random.add_(scaled.to(random.dtype).clamp_(-top, top)).bitwise_right_shift_(fraction))
 
 
-def _draw_on_cpu(values: Tensor, safe: Tensor, top: int, fraction: int, random: Tensor, out: Tensor) -> None:
+def _draw_on_cpu(
+    values: Tensor, safe: Tensor, top: int, fraction: int, random: Tensor, out: Tensor, work: Tensor | None = None
+) -> None:
     """The same of float32 by numpy, whose shifts use the CPU's vectors, within two arrays that stay in the cache.
 
     No clamp: a norm summed in float64 and rounded once is never below the magnitude of an entry, so that no quotient
     exceeds 1. Where an entry is not finite the norm is not either, whatever the levels.
     """
     with np.errstate(all="ignore"):
-        scaled = np.divide(values.numpy(), safe.numpy())
+        scaled = np.divide(values.numpy(), safe.numpy(), out=None if work is None else work.numpy())
         np.multiply(scaled, np.float32(top), out=scaled)
         np.rint(scaled, out=scaled)
         fixed = scaled.view(np.int32)

@@ -35,6 +35,7 @@ from fedsample.errors import DataError
 from fedsample.random import Key
 
 _CODES = {torch.float32: torch.int16, torch.float64: torch.int32}  # so that a code's dtype tells the vector's
+_LOW = 0xFF  # an exponent that is the whole lowest byte of a code
 _FLOATS = {code: dtype for dtype, code in _CODES.items()}
 
 
@@ -103,7 +104,12 @@ class _Rounding(Compressor):
         """
         dtype = _FLOATS[packet.values.dtype]
         check = self._refuse(dtype, "the gradient that made it is not finite, or is too large for its format")
-        return bits.pack(packet.values.detach().cpu().contiguous().numpy(), self._width(dtype), check=check)
+        return bits.pack(
+            packet.values.detach().cpu().contiguous().numpy(),
+            self._width(dtype),
+            check=check,
+            low=self._exponent(dtype) == _LOW,
+        )
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
         """The codes.
@@ -114,15 +120,16 @@ class _Rounding(Compressor):
         require_length(data, self.bits(d, dtype) // 8, f"{d} codes of {self._width(dtype)} bits")
         check = self._refuse(dtype, "it is refused")
         form = _CODES[dtype].itemsize
-        codes = bits.unpack(data, d, self._width(dtype), np.dtype(f"u{form}"), check)
+        codes = bits.unpack(data, d, self._width(dtype), np.dtype(f"u{form}"), check, low=self._exponent(dtype) == _LOW)
         return Packet(torch.from_numpy(codes.view(f"i{form}")), None)
 
     def _refuse(self, dtype: torch.dtype, why: str) -> Callable[[Codes], None]:
-        """What raises where codes are not finite."""
+        """What raises where codes, or their lowest bytes if the exponent is all of those, are not finite."""
         exponent = self._exponent(dtype)
 
         def check(codes: Codes) -> None:
-            if len(codes) and int((codes & codes.dtype.type(exponent)).max()) == exponent:
+            kept = codes if exponent == _LOW else codes & codes.dtype.type(exponent)
+            if len(codes) and int(kept.max()) == exponent:
                 raise DataError(f"a {self.name} packet holds NaN or infinite values; {why}")
 
         return check
@@ -141,6 +148,10 @@ class Natural(_Rounding):
         """One eighth."""
         return 0.125
 
+    def typical(self, d: int) -> float:
+        """1 / q - 1 = 3 / (4 ln 2) - 1, about 0.082: the mean over magnitudes of a uniform logarithm."""
+        return 4 * math.log(2.0) / 3
+
     def _width(self, dtype: torch.dtype) -> int:
         return 9 if dtype == torch.float32 else 12
 
@@ -154,10 +165,8 @@ class Natural(_Rounding):
         _cut(values, random, 23 if values.dtype == torch.float32 else 52, out)
 
     def _decode(self, codes: Tensor, out: Tensor) -> None:
-        if out.dtype == torch.float32:
-            out.copy_(_up(codes, 7).view(torch.bfloat16))  # sign and exponent where bfloat16 has them
-        else:
-            torch.bitwise_left_shift(codes.to(torch.int64), 52, out=out.view(torch.int64))
+        double = out.dtype == torch.float64
+        _shift_up(codes, 52 if double else 23, out.view(torch.int64 if double else torch.int32))
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,10 @@ class Bfloat16(_Rounding):
     def omega(self, d: int) -> float:
         """(b - a)^2 / (4 a b) at b = a (1 + 2^-7)."""
         return 2.0**-16 / (1 + 2.0**-7)
+
+    def typical(self, d: int) -> float:
+        """1 / q - 1 = 2^-14 / (16 ln 2): a sixth of a squared spacing, over magnitudes of a uniform logarithm."""
+        return 1 / (1 + 2.0**-18 / math.log(2.0))
 
     def _width(self, dtype: torch.dtype) -> int:
         return 16
@@ -195,24 +208,30 @@ class Bfloat16(_Rounding):
             out.copy_((codes << 16).view(torch.float32))
 
 
-def _up(codes: Tensor, by: int) -> Tensor:
-    """Left shift of a piece, by numpy on a CPU, whose shifts use its vectors."""
-    return torch.from_numpy(codes.numpy() << by) if codes.device.type == "cpu" else codes << by
+def _shift_up(codes: Tensor, by: int, out: Tensor) -> None:
+    """Codes shifted left where they are to lie; by numpy on a CPU, whose shifts use its vectors."""
+    out.copy_(codes)
+    if codes.device.type == "cpu":
+        np.left_shift(out.numpy(), by, out=out.numpy())
+    else:
+        out.bitwise_left_shift_(by)
 
 
 def _cut(values: Tensor, random: Tensor, low: int, out: Tensor) -> None:
     """Floats as integers whose `low` last bits are rounded away at random; NaN and infinity stay what they are."""
     whole = torch.int32 if values.dtype == torch.float32 else torch.int64
-    patterns = values.view(whole)
     infinite = 0x7F800000 if whole == torch.int32 else 0x7FF0000000000000
-    if values.device.type != "cpu" or not math.isfinite(float(values.sum())):  # an infinite sum may be of finite values
-        random.masked_fill_((patterns & infinite) == infinite, 0)
-    random.add_(patterns)
-    if values.device.type == "cpu":  # torch's shifts do not use the CPU's vectors, and keep the sign
-        bits = random.numpy().view(f"u{whole.itemsize}")
+    on_cpu = values.device.type == "cpu"
+    if not on_cpu or not math.isfinite(values.sum().item()):  # an infinite sum may be of finite values
+        random.masked_fill_((values.view(whole) & infinite) == infinite, 0)
+    if on_cpu:  # numpy's shifts use the CPU's vectors and, unsigned, drag no sign along
+        unsigned = np.uint32 if whole == torch.int32 else np.uint64
+        bits = random.numpy().view(unsigned)
+        np.add(bits, values.numpy().view(unsigned), out=bits)
         np.right_shift(bits, low, out=bits)
         np.copyto(out.numpy(), bits, casting="unsafe")
     else:
+        random.add_(values.view(whole))
         out.copy_((random >> low) & ((1 << (8 * whole.itemsize - low)) - 1))
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsample.compression import bits
@@ -22,6 +23,7 @@ from fedsample.compression.base import Independence, Packet, PacketKeys, contrac
 from fedsample.compression.select import Selector, required_indices
 from fedsample.errors import DataError
 
+_ENOUGH = 1 << 16  # entries that tell the threshold of all
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -57,6 +59,19 @@ class TopK(Selector):
     def alpha(self, d: int) -> float:
         """The contraction K / d."""
         return self.count(d) / d
+
+    def typical(self, d: int) -> float:
+        """An error goes when it exceeds a threshold: a memory lags at most a sixth as much as where chance decides."""
+        share = self.count(d) / d
+        return 1 / (1 + (1 - share) ** 2 / (6 * share))
+
+    def lags(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """One threshold for all: an entry of small steps waits long, and one that never moves lags behind nothing."""
+        scales = np.sqrt(squares)
+        if self.count(len(squares)) >= np.count_nonzero(scales):
+            return np.zeros(len(squares))
+        share = _shares(scales, self.count(len(squares)))
+        return np.where(share > 0, np.square(1 - share) / (6 * np.where(share > 0, share, 1.0)), 0.0)
 
     def scale(self, d: int) -> float:
         """Kept values are not scaled."""
@@ -135,6 +150,27 @@ class TopK(Selector):
 
     def _bitmap(self, d: int) -> bool:
         return d < self._width(d) * self.count(d)
+
+
+def _shares(scales: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """(d,) how often entries with steps of these scales exceed the threshold that k of them exceed a round.
+
+    A walk of steps s leaves (-t, t) after about 1 + 1.166 t / s + (t / s)^2 of them: 1.166 is twice the mean overshoot
+    of a normal walk, 0.583.
+    """
+    inverse = np.where(scales > 0, 1 / np.where(scales > 0, scales, 1.0), np.inf)
+
+    def leaving(threshold: float, inverse: NDArray[np.float64]) -> NDArray[np.float64]:
+        far = threshold * inverse
+        result: NDArray[np.float64] = 1 / (1 + 1.166 * far + np.square(far))
+        return result
+
+    some = inverse[:: max(1, len(scales) // _ENOUGH)]
+    low, high = 0.0, float(scales.max()) * len(scales)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if leaving(middle, some).mean() > k / len(scales) else (low, middle)
+    return leaving(high, inverse)
 
 
 def _positions(keep: Tensor, k: int) -> Tensor:

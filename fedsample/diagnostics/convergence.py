@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 BLOCK = 64  # functionals a pass: bounds memory, and keeps a block of a usual run inside the cache
+_CACHED = 1 << 16  # numbers of a block that stays in the cache through all its passes
 MIN_DRAWS = 4
 
 
@@ -61,6 +62,22 @@ def ess_bulk(x: torch.Tensor | NDArray[Any]) -> Array:
     return _over_functionals(x, lambda block: _ess(_normal_scores(_split(block))), min_chains=1)
 
 
+def rhat_and_ess(x: torch.Tensor | NDArray[Any]) -> tuple[Array, Array]:
+    """`rhat` and `ess_bulk` of the same draws, whose ranks are found once for both.
+
+    Args:
+        x: (chains, draws, *functionals) scalar functions of the draws.
+
+    Returns:
+        What the two return, (*functionals,) float64 each.
+    """
+    shape = x.shape[2:]
+    if x.shape[0] < 2:
+        return rhat(x), ess_bulk(x)
+    both = _over_functionals(x, _rhat_and_ess, min_chains=2, results=2)
+    return both[..., 0].reshape(shape), both[..., 1].reshape(shape)
+
+
 def ess_tail(x: torch.Tensor | NDArray[Any], low: float = 0.05, high: float = 0.95) -> Array:
     """Effective sample size for the tails: the smaller of those of I(x <= q_low) and I(x <= q_high).
 
@@ -76,21 +93,24 @@ def ess_tail(x: torch.Tensor | NDArray[Any], low: float = 0.05, high: float = 0.
     return _over_functionals(x, lambda block: _tail(block, low, high), min_chains=1)
 
 
-def _over_functionals(x: torch.Tensor | NDArray[Any], statistic: Callable[[Array], Array], *, min_chains: int) -> Array:
+def _over_functionals(
+    x: torch.Tensor | NDArray[Any], statistic: Callable[[Array], Array], *, min_chains: int, results: int = 1
+) -> Array:
     values = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
     if values.ndim < 2:
         raise ValueError(f"expected (chains, draws, *functionals), got shape {values.shape}; add the missing axes")
     chains, draws = values.shape[:2]
     flat = values.reshape(chains, draws, math.prod(values.shape[2:]))
-    result = np.full(flat.shape[-1], np.nan)
+    result = np.full((flat.shape[-1], results), np.nan)
     if chains >= min_chains and draws >= MIN_DRAWS:
-        for begin in range(0, flat.shape[-1], BLOCK):
-            block = np.ascontiguousarray(flat[..., begin : begin + BLOCK].transpose(2, 0, 1), dtype=np.float64)
+        width = min(BLOCK, max(1, _CACHED // (chains * draws)))
+        for begin in range(0, flat.shape[-1], width):
+            block = np.ascontiguousarray(flat[..., begin : begin + width].transpose(2, 0, 1), dtype=np.float64)
             finite = np.flatnonzero(np.isfinite(block).all(axis=(1, 2)))
             usable = finite[np.ptp(_split(block[finite]), axis=(1, 2)) > 0]
             if usable.size:
-                result[begin + usable] = statistic(block[usable])
-    return result.reshape(values.shape[2:])
+                result[begin + usable] = statistic(block[usable]).reshape(usable.size, results)
+    return result.reshape((*values.shape[2:], results) if results > 1 else values.shape[2:])
 
 
 def _split(block: Array) -> Array:
@@ -130,13 +150,22 @@ def _tied_ranks(rises: NDArray[np.bool_], size: int) -> NDArray[np.int64]:
 
 def _rhat(block: Array) -> Array:
     halves = _split(block)
-    centre = np.median(halves, axis=(1, 2), keepdims=True)
-    return np.fmax(_variance_ratio(halves), _variance_ratio(np.abs(halves - centre)))
+    return _rhat_of(halves, _normal_scores(halves))
 
 
-def _variance_ratio(halves: Array) -> Array:
-    draws = halves.shape[-1]
+def _rhat_and_ess(block: Array) -> Array:
+    halves = _split(block)
     scores = _normal_scores(halves)
+    return np.stack([_rhat_of(halves, scores), _ess(scores)], axis=1)
+
+
+def _rhat_of(halves: Array, scores: Array) -> Array:
+    centre = np.median(halves, axis=(1, 2), keepdims=True)
+    return np.fmax(_variance_ratio(scores), _variance_ratio(_normal_scores(np.abs(halves - centre))))
+
+
+def _variance_ratio(scores: Array) -> Array:
+    draws = scores.shape[-1]
     within = scores.var(axis=2, ddof=1).mean(axis=1)
     between = scores.mean(axis=2).var(axis=1, ddof=1)
     still = np.ptp(scores, axis=2).max(axis=1) == 0  # rounding leaves such chains a variance of 1e-33

@@ -47,7 +47,8 @@ class Covariance:
         hessian: (d, d) of U. clients_hessian: (d, d), the clients' part of it. clients: n >= 1. sampler: "langevin" or
             "baoab". uplink: one of `UPLINKS`. inclusion: s = K / d of the compressor, in (0, 1]. sync: p of marina.
             force: (d,) zeta. friction: of baoab. concentration: (d,) curvature of the clients whose noise a coordinate
-            has, over the mean client's.
+            has, over the mean client's. noise: (d,) what the compressor adds to mean squares (d,); None: 1 / s - 1
+            times those, as masks do.
     """
 
     hessian: Array
@@ -60,6 +61,7 @@ class Covariance:
     force: Array | float = 0.0
     friction: float = 1.0
     concentration: Array | float = 1.0
+    noise: Callable[[Array], Array] | None = None
 
     @cached_property
     def _spectrum(self) -> tuple[Array, Array | None]:
@@ -157,15 +159,15 @@ class Covariance:
         if self.uplink == "dense" or self.inclusion >= 1.0:
             return np.zeros(d), np.zeros(d)
         moved, lagged = self._responses(modes)
-        base, heat = self._matrix(self._lag(modes)), 1 / self.inclusion - 1
+        base, noisy = self._matrix(self._lag(modes)), self._noisy
         own = 1.0 + 2 * (1 - self.inclusion) * self._renewed(modes) if self.uplink == "diana" else 1.0
         if np.min(own) <= 0:  # a memory renewed by its own error, faster than it forgets
             return infinite, infinite
         force = self.force if self.uplink == "direct" else 0.0
-        noise = heat * (spread(base) + force) / own
+        noise = noisy(spread(base) + force) / own
         for _ in range(_SWEEPS):
             with np.errstate(over="ignore"):
-                renewed = heat * (spread(base + self._respond(lagged, noise)) + force) / own
+                renewed = noisy(spread(base + self._respond(lagged, noise)) + force) / own
             change = float(np.abs(renewed - noise).sum())
             if not change < 1e6 * float(np.abs(noise).sum() + 1e-300):
                 return infinite, infinite
@@ -177,6 +179,9 @@ class Covariance:
                     return np.diag(added).copy(), np.full(d, float(np.trace(added)) / d)
                 return np.diag(added).copy(), np.einsum("jk,jk->k", vectors, added @ vectors)
         return infinite, infinite
+
+    def _noisy(self, squares: Array) -> Array:
+        return (1 / self.inclusion - 1) * squares if self.noise is None else self.noise(squares)
 
     def _renewed(self, modes: _Modes) -> Array:
         """(d,) (H_i R)_jj of the clients whose noise coordinate j has."""

@@ -42,7 +42,8 @@ class Coordinate:
         curvature: lambda > 0 of U, prior included. mixing: r >= 0. share: lambda_c / n, a client's part of lambda.
         clients: n >= 1. friction: of baoab. inclusion: of the uplink's compressor, in (0, 1].
         participation: pi in (0, 1]. sync: p of marina. force: zeta >= 0.
-        downlink: inclusion of the downlink's compressor; 1 where the iterate is sent as it is.
+        downlink: inclusion of the downlink's compressor; 1 where the iterate is sent as it is. concentration: curvature
+            of the clients whose noise it is, over a client's mean share (diana).
     """
 
     sampler: Literal["langevin", "baoab"]
@@ -57,6 +58,7 @@ class Coordinate:
     sync: float = 0.0
     force: float = 0.0
     downlink: float = 1.0
+    concentration: float = 1.0
 
     def bias(self, step_size: float) -> float:
         """Relative excess of the stationary variance over 1 / lambda at temperature 1; infinite where unstable."""
@@ -113,7 +115,7 @@ class Coordinate:
         elif self.uplink == "diana":
             lag = m[_W, _W] - 2 * m[_W, _A] + m[_A, _A]
             fresh = heat * self.mixing * lag
-            cross[_A] = self.share * (1 - s) * lag
+            cross[_A] = self.concentration * self.share * (1 - s) * lag
             _refresh(m, _A, _W, s)
         elif self.uplink == "ef21":
             m[_A, _B] = m[_B, _A] = (1 - s) ** 2 * m[_A, _B] + s * (1 - s) * (m[_W, _A] + m[_W, _B]) + s * s * m[_W, _W]

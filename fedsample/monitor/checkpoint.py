@@ -43,15 +43,17 @@ class CheckpointStore:
     Args:
         folder: where they lie; made if need be.
         digest: names the configuration, such as a hash of it; a checkpoint of another one is refused.
+        kept: how many there are at most; later ones push out the oldest.
     """
 
-    def __init__(self, folder: Path, digest: str = "") -> None:
+    def __init__(self, folder: Path, digest: str = "", kept: int = KEPT) -> None:
         """Touch nothing yet."""
         self.folder = folder
         self.digest = digest
+        self.kept = kept
 
     def save(self, round: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Store a checkpoint durably and delete all but the last two.
+        """Store a checkpoint durably and delete all but the last ones.
 
         The state after a round is a function of the configuration: a whole checkpoint of the same round stays.
 
@@ -175,9 +177,9 @@ class CheckpointStore:
             return False
 
     def _prune(self, round: int) -> None:
-        """Keep the last two up to `round`; a later one is damaged, or the run would have gone on from it."""
+        """Keep the last ones up to `round`; a later one is damaged, or the run would have gone on from it."""
         stored = self._stored()
-        kept = [path for path in stored if _round(path) <= round][:KEPT]
+        kept = [path for path in stored if _round(path) <= round][: self.kept]
         with contextlib.suppress(OSError):  # what stays behind is tried again next time
             for path in stored:
                 if path not in kept:

@@ -52,7 +52,8 @@ class Geometry:
         metric: m and S. curvature: largest eigenvalue of the Hessian of U seen. flattest: its smallest at the mode, or
             an upper estimate. stiffest: (d,) unit vector of the largest at the mode; zeros where none stands out.
         mean_curvature: mean of the Hessian's diagonal. mixing: (d,) r_j = sum_i (H_i^2)_jj. share: mean
-            curvature that one client contributes to a coordinate. force: (d,) sum_i (grad U_i)^2 at the mode.
+            curvature that one client contributes to a coordinate. force: (d,) sum_i (grad U_i)^2 at the mode. Of both,
+            where masks are shared, what those leave (see `Terrain`).
         gradient: (d,) summed over clients at the mode, prior not included.
         traffic: bits that it cost, all clients together. exchanges: round trips.
     """
@@ -78,7 +79,9 @@ class Terrain:
         survey: asks the clients, who hold the metric. temperature: of the posterior. points: (P, d) in the metric's
             coordinates, like the posterior's. tops: largest eigenvalues of the Hessian of U seen on the way.
         flattest: its smallest at the mode. stiffest: see `Geometry`. hessian, clients_hessian: (d, d) float64 at the
-            mode, of U and of the clients' part; None: not known.
+            mode, of U and of the clients' part; None: not known. shared: c where all clients' masks together noise a
+            coordinate by (1 + c) sum_i a_i^2 - c (sum_i a_i)^2 in place of sum_i a_i^2, times omega; 0: they are
+            independent.
     """
 
     survey: Survey
@@ -91,9 +94,13 @@ class Terrain:
     stiffest: Tensor
     hessian: Tensor | None = None
     clients_hessian: Tensor | None = None
+    shared: float = 0.0
 
     def spread(self, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Measure sum_i diag(H_i D H_i), with D = root root^T; None: the identity, by random signs.
+
+        Where masks are `shared`, it is (1 + c) times that less c diag(H_c D H_c), H_c = sum_i H_i, by the same probes:
+        with c = 1 / (n - 1) zero for equal clients, whatever the probes.
 
         Returns:
             Its estimate (d,), and (d,) the diagonal of sum_i H_i (zeros, and not asked for, with a root), in float64.
@@ -104,13 +111,19 @@ class Terrain:
             draws = self.keys.fold("signs" if root is None else "lags").fold(i).fold(count)
             signs = draws.rademacher(d, point.dtype)
             probes = signs if root is None else signs @ root.T
-            names = ("squared_hvp",) if root is not None or self.hessian is not None else ("squared_hvp", "hvp")
+            wanted = root is None and self.hessian is None
+            names = ("squared_hvp", "hvp") if wanted or self.shared else ("squared_hvp",)
             sums = self.survey.ask(point.expand(len(probes), d), *names, vector=probes)
-            squares.append(sums["squared_hvp"].to(torch.float64))
-            if "hvp" in sums:
+            whole = sums["hvp"].to(torch.float64).square().mean(0) if self.shared else 0.0
+            squares.append(self._common(sums["squared_hvp"].to(torch.float64), whole))
+            if wanted:
                 diagonals.append((sums["hvp"] * probes).to(torch.float64).mean(0))
         diagonal = torch.stack(diagonals).mean(0) if diagonals else torch.zeros_like(squares[0])
         return torch.stack(squares).mean(0), diagonal
+
+    def _common(self, squares: Tensor, whole: Tensor | float) -> Tensor:
+        """From sums over clients of squares the square of their noise, `whole` being the square of their sum."""
+        return squares if not self.shared else ((1 + self.shared) * squares - self.shared * whole).clamp(min=0)
 
     def concentration(self) -> Tensor:
         """Whose curvature the noise of a coordinate has: sum_i r_ij h_ij / sum_i r_ij over the mean of the h_ij.
@@ -140,24 +153,34 @@ class Terrain:
         """
         if len(self.points) < 2:
             return 1.0
-        measured = self.survey.ask(self.points, "gradient_variance")["gradient_variance"].to(torch.float64)
+        names = ("gradient_variance", "gradient") if self.shared else ("gradient_variance",)
+        sums = self.survey.ask(self.points, *names)
+        whole = sums["gradient"].to(torch.float64).var(0) if self.shared else 0.0
+        measured = self._common(sums["gradient_variance"].to(torch.float64), whole)
         expected = self.spread(root)[0] if expected is None else expected.to(measured.device)
         ratio = float(measured.sum() / (self.temperature * expected.sum()))
         return min(ratio, 1.0) if math.isfinite(ratio) else 1.0
 
 
 def explore(
-    survey: Survey, metric: Metric, seed: int, temperature: float, clients_hessian: Tensor | None = None
+    survey: Survey,
+    metric: Metric,
+    seed: int,
+    temperature: float,
+    clients_hessian: Tensor | None = None,
+    shared: float = 0.0,
 ) -> Terrain:
     """Find points like the posterior's, at which to measure; at temperature 0, the mode.
 
     Args:
         survey: asks the clients, who hold the metric. seed: the experiment's. temperature: T >= 0 of the posterior.
-        clients_hessian: (d, d) sum over clients of their Hessians at the mode, where it is known.
+        clients_hessian: (d, d) sum over clients of their Hessians at the mode, where it is known. shared: see
+            `Terrain`.
     """
     keys = key(seed, client=SERVER, purpose="geometry", device=survey.device)
     origin = torch.zeros(1, len(metric.mean), dtype=survey.dtype, device=survey.device)
     terrain = Terrain(survey, metric, keys, temperature, origin, [], math.inf, torch.zeros_like(origin[0]))
+    terrain.shared = shared
     normal = _normal(terrain, "draw", _POINTS if len(metric.mean) <= _MANY else _POINTS_OF_MANY)
     if clients_hessian is not None:
         white = _know(terrain, clients_hessian)
@@ -187,6 +210,7 @@ def survey_geometry(terrain: Terrain) -> Geometry:
         signs = terrain.keys.fold("prior").fold(torch.arange(_SIGNS, device=survey.device))
         probes = signs.rademacher(len(mixing), survey.dtype)
         whole = clients + (_prior(terrain, probes) * probes).to(torch.float64).mean(0)
+    forces = (at_mode["squared_gradient"][0].to(torch.float64), at_mode["gradient"][0].to(torch.float64).square())
     return Geometry(
         metric=metric,
         curvature=max(terrain.tops),
@@ -195,7 +219,7 @@ def survey_geometry(terrain: Terrain) -> Geometry:
         mean_curvature=float(whole.mean()),
         mixing=mixing.cpu(),
         share=float(clients.mean()) / survey.fleet.n,
-        force=at_mode["squared_gradient"][0].to(torch.float64).cpu(),
+        force=terrain._common(*forces).cpu(),
         gradient=at_mode["gradient"][0],
         traffic=survey.traffic,
         exchanges=survey.exchanges,

@@ -305,10 +305,15 @@ class MetricClients(Clients):
         self.n, self.d, self.rows = clients.n, clients.d, clients.rows
         self.dtype, self.device = clients.dtype, clients.device
         self._portions = Portions(clients)
+        self._same = isinstance(metric, Identity) and not bool(metric.mean.any())
+
+    def _theta(self, z: Tensor) -> Tensor:
+        """The parameters at z; where they are z itself, no sum copies what may be a large model."""
+        return z if self._same else self.metric.push(z)
 
     def potential(self, theta: Tensor) -> Tensor:
         """(C, d) -> (n, C) float64."""
-        return self.base.potential(self.metric.push(theta))
+        return self.base.potential(self._theta(theta))
 
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
@@ -318,22 +323,22 @@ class MetricClients(Clients):
         Raises:
             DeviceMemoryError: if the device's memory does not hold it, in whatever portions.
         """
-        point = self.metric.push(theta)
+        point = self._theta(theta)
         return self.metric.pull(self._portions.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """S^T H S v."""
-        return self.metric.pull(self.base.hvp(self.metric.push(theta), self.metric.scale(vector)))
+        return self.metric.pull(self.base.hvp(self._theta(theta), self.metric.scale(vector)))
 
     def hessian(self, theta: Tensor) -> Tensor:
         """S^T H S -> (n, C, d, d)."""
-        half = self.metric.scale(self.base.hessian(self.metric.push(theta)))
+        half = self.metric.scale(self.base.hessian(self._theta(theta)))
         return self.metric.scale(half.transpose(-1, -2)).transpose(-1, -2)
 
     def diagonal(self, theta: Tensor) -> Tensor:
         """Diagonal of S^T H S."""
         if isinstance(self.metric, Identity):
-            return self.base.diagonal(self.metric.push(theta))
+            return self.base.diagonal(self._theta(theta))
         return self.hessian(theta).diagonal(dim1=-2, dim2=-1)
 
     def blocks(self) -> list[Tensor]:
@@ -345,7 +350,7 @@ class MetricClients(Clients):
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The model's own, or in other coordinates S^T H S and its trace."""
         if isinstance(self.metric, Identity):
-            return self.base.factors(self.metric.push(theta))
+            return self.base.factors(self._theta(theta))
         full = self.hessian(theta.unsqueeze(0))[:, 0]
         return [(full, full.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None])]
 

@@ -44,7 +44,11 @@ class Quadratic(Clients):
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
         """(C, d) -> (n, C, d); a quadratic client has one row, so every batch is the whole."""
-        return self._apply(self._offset(theta, clients), clients)
+        offset = self._offset(theta, clients)
+        if self._dense:
+            return self._apply(offset, clients)
+        curvature = self.curvature if clients is None else self.curvature[clients]
+        return offset.mul_(curvature.unsqueeze(1))  # in place: a large vector's memory costs more than its products
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """(C, d), (C, d) -> (n, C, d)."""

@@ -181,7 +181,8 @@ class Ours:
         from fedsample.fleets.grpc.desk import Desk
         from fedsample.fleets.grpc.fleet import fleet_on, gather
         from fedsample.fleets.grpc.host import _agree, _certified
-        from fedsample.fleets.grpc.hub import Hub, Invitation
+        from fedsample.fleets.grpc.hub import Hub
+        from fedsample.fleets.grpc.streams import Invitation
         from fedsample.fleets.grpc.version import run_id
         from fedsample.remote_problem import remote_problem
 

@@ -14,7 +14,7 @@ import pytest
 
 from fedsample.clients.device import Trace
 from fedsample.clients.resident import Standing
-from fedsample.errors import FedSampleError
+from fedsample.errors import ConfigError, DataError, FedSampleError, RunDirectoryError
 from fedsample.fleets.grpc import attend as attends
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.attend import Attendant, Refused, Watching
@@ -308,6 +308,23 @@ def test_it_ends_where_it_will_never_be_wanted(frame: dict[str, Any], words: str
     with pytest.raises(Refused, match=words):
         meet(script, farewell)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("error", [ConfigError, DataError, RunDirectoryError])
+def test_why_it_cannot_take_part_is_said_to_the_server(error: type[FedSampleError]) -> None:
+    told: list[pb.Failure] = []
+
+    def found(welcome: pb.Welcome) -> Any:
+        raise error("the disk is read-only")
+
+    async def script(line: Line) -> None:
+        await line.read("hello")
+        await line.write(welcome=WELCOME)
+        told.append(await line.read("failure"))
+
+    with pytest.raises(error, match="the disk is read-only"):
+        meet(script, farewell, found=found)
+    assert [(each.detail, each.digest) for each in told] == [("the disk is read-only", b"")]
 
 
 def test_data_that_cannot_be_used_end_it() -> None:

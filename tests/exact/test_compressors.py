@@ -682,3 +682,16 @@ def test_fixed_point_by_numpy_is_that_of_torch_and_never_passes_the_top(levels: 
                     draw(vector, norm, top, fraction, torch.full((5,), coin, dtype=whole), drawn[-1])
             assert torch.equal(torch.stack(drawn[:3]), torch.stack(drawn[3:]))
             assert int(torch.stack(drawn).abs().max()) <= levels
+
+
+@pytest.mark.parametrize("width", [3, 5, 8, 9, 12, 16])
+def test_what_is_taken_off_codes_and_what_checks_see(width: int) -> None:
+    """`minus` after the check, of the last codes too; `low` shows every lowest byte once."""
+    codes = np.random.default_rng(width).integers(0, 1 << width, 3 * 8 * 1000 + 5, dtype=np.uint16)
+    seen: list[np.ndarray] = []
+    data = bits.pack(codes, width, check=lambda piece: seen.append(piece.copy()), low=width >= 8)
+    read: list[np.ndarray] = []
+    again = bits.unpack(data, len(codes), width, np.uint16, lambda piece: read.append(piece.copy()), 3, width >= 8)
+    assert np.array_equal(again, codes - np.uint16(3))
+    for found in (np.concatenate(seen), np.concatenate(read)):
+        assert np.array_equal(found, codes.astype(np.uint8) if width >= 8 else codes)

@@ -123,7 +123,7 @@ def test_forecast_is_the_exact_chains(sampler: str, uplink: str) -> None:
     experiment = Experiment(sampler={"name": sampler}, uplink={"name": uplink, "k": 2}, **SETTINGS)
     assert solvable(experiment, DenseDownlink(), 1.0, D)
     rule = step_rule(experiment, link, DenseDownlink(), geometry, 1.0, N)
-    rule = with_moments(rule, seen, geometry, rule.choose(0.1, 1.0), 1.0)
+    rule = with_moments(rule, link, seen, geometry, rule.choose(0.1, 1.0), 1.0)
     step = rule.choose(0.1, 1.0)
     forecast = rule.forecast(step)
     assert 0.0999 < forecast.bias <= 0.1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedsample.clients.holding import Held, Source
 from fedsample.config import Experiment, load
 from fedsample.data import FederatedData
 from fedsample.data import load as load_data
@@ -138,6 +139,17 @@ def test_another_seed_and_another_client_hold_out_other_rows(tmp_path: Path) -> 
     assert held(0, 0) == held(0, 0)
     assert held(0, 0) != held(1, 0)
     assert held(0, 0) != held(0, 1)
+
+
+def test_the_same_numbers_under_other_names_are_other_data(tmp_path: Path) -> None:
+    settings = experiment(data={"kind": "csv", "clients": 1, "target": "y"}, fleet={"name": "grpc"})
+    rows = "".join(f"{i},{i * i},{'uv'[i % 2]},{i % 3 % 2}\n" for i in range(20))
+    found = []
+    for number, names in enumerate(("a,b,c,y", "b,a,c,y", "a,b,c,y")):
+        file = tmp_path / f"{number}.csv"
+        file.write_text(f"{names}\n{rows}")
+        found.append(Held(settings, 0, 1, Source(str(file))).fingerprint)
+    assert found[0] == found[2] != found[1]
 
 
 def test_npz_is_used_as_it_is(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fedsample.diagnostics.calibration import (
     rmse,
     total_variation,
 )
-from fedsample.diagnostics.convergence import ess_bulk, ess_tail, rhat
+from fedsample.diagnostics.convergence import ess_bulk, ess_tail, rhat, rhat_and_ess
 from fedsample.errors import DataError
 
 STATISTICS = [rhat, ess_bulk, ess_tail]
@@ -284,3 +284,17 @@ def test_pairs_and_targets_that_do_not_match_are_named() -> None:
     for means, noise in ((torch.zeros(3, 2), 1.0), (torch.zeros(2, 3), 0.0), (torch.zeros(2, 3), math.nan)):
         with pytest.raises(DataError, match="positive noise scale"):
             gaussian_nll(means, torch.zeros(3), noise)
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 100, 30), (4, 1001, 7, 5), (2, 9, 3), (1, 50, 4), (4, 3, 2), (4, 10), (3, 9000, 5)]
+)
+def test_rhat_and_ess_of_one_ranking_are_those_of_two(shape: tuple[int, ...]) -> None:
+    """Constant, tied and infinite functionals too; the last shape takes several blocks."""
+    draws = np.random.default_rng(0).standard_normal(shape)
+    if len(shape) > 2:
+        draws[..., 0], draws[..., 1] = 1.0, np.round(draws[..., 1])
+        draws[0, 0, ..., -1] = np.inf
+    for got, want in zip(rhat_and_ess(draws), (rhat(draws), ess_bulk(draws)), strict=True):
+        assert got.shape == want.shape == shape[2:]
+        assert np.array_equal(got, want, equal_nan=True)

@@ -141,6 +141,17 @@ def test_apps_with_the_same_names_do_not_mix(tmp_path: Path) -> None:
         assert sys.modules["part.task"].NAME == "changed since"
 
 
+def test_a_package_in_src_is_found_without_installing(command: Any, tmp_path: Path) -> None:
+    app, path = written(tmp_path / "app"), list(sys.path)
+    (app / "src").mkdir()
+    (app / "part").rename(app / "src" / "part")
+    assert command("--app", app, "--clients", "2")[:2] == (0, "first FIRST 2 none 0.5\n" * 2)
+    assert sys.path == path
+    assert not {name for name in sys.modules if name.partition(".")[0] == "part"}
+    with imported(read_app(written(tmp_path / "other", "other"))):  # no `src`, and none of the first one's modules
+        assert sys.modules["part.task"].NAME == "other"
+
+
 def test_a_folder_of_data_hides_no_package(tmp_path: Path) -> None:
     import numpy
 

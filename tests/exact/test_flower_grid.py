@@ -379,6 +379,41 @@ def test_apps_that_never_return_hold_up_no_other(workers: int) -> None:
         assert said(reply)["asked"] == 3  # in its turn: after the two that nobody waits for
 
 
+def stuck_at(*places: int) -> tuple[ClientApp, threading.Event]:
+    """A ClientApp that does not return on some nodes until the event is set."""
+    gate = threading.Event()
+
+    def hang(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] in places:
+            gate.wait(60)
+        return echo(message, context)
+
+    return client(hang), gate
+
+
+def test_one_that_never_returns_holds_up_no_other_where_only_the_messages_time_ends_it() -> None:
+    app, gate = stuck_at(0, 2)
+    with grid_of(app, 4) as grid:
+        messages = [Message(words(), node, "train", ttl=1.5) for node in grid.get_node_ids()]
+        replies = list(grid.send_and_receive(messages))  # as strategies from before flwr.serverapp do
+        assert sorted(said(reply)["who"] for reply in replies if reply.has_content()) == [1, 3]
+        assert [reply.error.code for reply in replies if reply.has_error()] == [MESSAGE_GONE] * 2
+        gate.set()
+
+
+def test_one_that_never_returns_holds_up_no_other_once_its_expired_message_was_pulled() -> None:
+    app, gate = stuck_at(0)
+    with grid_of(app, 2) as grid:
+        stuck, other = grid.get_node_ids()
+        ids = list(grid.push_messages([Message(words(), stuck, "train", ttl=0.2), Message(words(), other, "train")]))
+        replies, end = [], time.monotonic() + 10
+        while len(replies) < 2 and time.monotonic() < end:
+            replies += grid.pull_messages(set(ids) - answered(replies))
+        gate.set()
+    assert replies[0].error.code == MESSAGE_GONE
+    assert said(replies[1])["who"] == 1
+
+
 def test_a_late_reply_can_still_be_pulled() -> None:
     gate = threading.Event()
     with grid_of(client(lambda message, context: gate.wait(60) and echo(message, context)), 1) as grid:
@@ -422,6 +457,14 @@ def test_a_strategy_that_wants_more_nodes_than_there_are() -> None:
 
     with pytest.raises(QuorumError, match="waits for 5 nodes, and there are 3: simulate more clients, or lower"):
         run_flower(serve(main), client(), 3)
+
+
+def test_an_app_that_samples_with_a_function_of_its_own_gets_the_nodes_there_are() -> None:
+    def sample_nodes(grid: Grid, min_available_nodes: int) -> list[int]:
+        return list(grid.get_node_ids())[:min_available_nodes]
+
+    with grid_of(client(), 3) as grid:
+        assert len(sample_nodes(grid, 5)) == 3
 
 
 # --- isolation --------------------------------------------------------------------------------------------------------
@@ -640,7 +683,7 @@ def test_arguments_that_cannot_be_meant(arguments: Any, text: str) -> None:
 # --- apps from before flwr.serverapp ----------------------------------------------------------------------------------
 
 
-def legacy(clients: int, wanted: int) -> Any:
+def legacy(clients: int, wanted: int, **options: Any) -> Any:
     from flwr.client import NumPyClient
     from flwr.server import ServerAppComponents, ServerConfig
     from flwr.server.strategy import FedAvg as Old
@@ -658,7 +701,7 @@ def legacy(clients: int, wanted: int) -> Any:
         def evaluate(self, parameters: Any, config: Any) -> Any:
             return float(parameters[0].sum()), 1, {}
 
-    kept: dict[str, Any] = {}
+    kept: dict[str, Any] = {"fit": None}
 
     class Keeping(Old):
         def aggregate_fit(self, *arguments: Any) -> Any:
@@ -666,7 +709,7 @@ def legacy(clients: int, wanted: int) -> Any:
             return kept["fit"], metrics
 
     def parts(context: Context) -> ServerAppComponents:
-        strategy = Keeping(min_available_clients=wanted, min_fit_clients=wanted)
+        strategy = Keeping(**{"min_available_clients": wanted, "min_fit_clients": wanted} | options)
         return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=2))
 
     app = ClientApp(client_fn=lambda context: Numpy(int(context.node_config["partition-id"])).to_client())
@@ -684,6 +727,27 @@ def test_an_app_of_old_runs() -> None:
 def test_an_old_strategy_that_wants_more_nodes_than_there_are() -> None:
     with pytest.raises(QuorumError, match="waits for 5 nodes, and there are 3"):
         legacy(3, 5)
+
+
+def test_an_old_strategy_that_samples_by_position() -> None:
+    from flwr.server.client_manager import SimpleClientManager
+    from flwr.server.compat.app_utils import start_update_client_manager_thread
+
+    with grid_of(client()) as grid:
+        manager = SimpleClientManager()
+        thread, stop, ready = start_update_client_manager_thread(grid, manager)
+        ready.wait(10)
+        stop.set()
+        with pytest.raises(QuorumError, match="waits for 5 nodes, and there are 3"):
+            manager.sample(5)
+        with pytest.raises(QuorumError, match="waits for 4 nodes, and there are 3"):
+            manager.sample(2, 4)
+        assert (len(manager.sample(2, 3)), len(manager.sample(3))) == (2, 3)
+        thread.join(10)
+
+
+def test_an_old_strategy_that_waits_for_fewer_nodes_than_it_samples_goes_on_without() -> None:
+    assert legacy(3, 2, min_fit_clients=5) is None
 
 
 # --- another carrier --------------------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from fedsample.errors import ClientError
 from fedsample.exchange import Abandoned
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc import hub as hubs
+from fedsample.fleets.grpc import room, streams
 from fedsample.fleets.grpc.desk import Desk
 from fedsample.fleets.grpc.fleet import gather
 from fedsample.fleets.grpc.frames import PIECE, Assembler, Message, Name, pieces
-from fedsample.fleets.grpc.hub import Hub, Identified, Invitation
+from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.seat import Batch, Stream
+from fedsample.fleets.grpc.streams import Identified, Invitation
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 from fedsample.wire import Array, Parcel, header
 
@@ -267,7 +269,7 @@ def test_a_device_whose_call_is_cancelled_just_after_it_closed_its_end_has_left(
 
             async def write(self, frame: Any) -> None: ...
 
-        call = asyncio.create_task(hub._connect(None, Call()))  # type: ignore[arg-type]
+        call = asyncio.create_task(hub.streams.connect(None, Call()))  # type: ignore[arg-type]
         await closed.wait()
         for _ in range(steps):  # of the loop
             await asyncio.sleep(0)
@@ -312,7 +314,7 @@ def test_a_device_that_has_heard_of_a_higher_term_is_asked_in_a_higher_one(chain
 def test_a_rival_is_refused_while_the_older_answers(
     chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hubs, "_REPLACE", 0.5)
+    monkeypatch.setattr(streams, "_REPLACE", 0.5)
     server = chain(1)
     (one,) = server.gathered()
     rival = server.stub(0, instance=b"rival")
@@ -321,6 +323,7 @@ def test_a_rival_is_refused_while_the_older_answers(
     refusal = rival.read("refusal")
     assert refusal.retry
     assert "is connected already, from another process that answers" in refusal.reason
+    assert "another process that says it is this device was turned away" in server.hub.seats[0].error
     asked = server.do(server.desk.broadcast, "train", HELD, 1)
     one.obey("train")
     get(asked)
@@ -392,7 +395,7 @@ def test_nothing_that_a_device_sends_stops_the_server(chain: Callable[[int], Cha
     asked = server.do(server.desk.broadcast, "train", HELD, 2)
     one.obey("train")
     get(asked)
-    assert server.hub.duplicates == 5
+    assert server.hub.streams.duplicates == 5
 
 
 @pytest.mark.parametrize(
@@ -454,7 +457,7 @@ def test_who_has_lost_a_request_gets_it_again(chain: Callable[[int], Chain]) -> 
 
 def test_silence_is_counted_from_a_ping(chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not from the last word: a device that nobody has asked anything has nothing to say."""
-    monkeypatch.setattr(hubs, "_PONG", 1.2)
+    monkeypatch.setattr(streams, "_PONG", 1.2)
     server = chain(1)
     (one,) = server.gathered()
     time.sleep(1.3)  # idle for longer than a pong may take
@@ -536,8 +539,8 @@ def test_a_device_that_does_not_read_is_not_sent_more_and_more() -> None:
 def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for two: the last clients answer first, and the first, whom all wait for, has room all the same."""
     size = 3 * PIECE
-    monkeypatch.setattr(hubs, "STAGE", 2 * size)
-    monkeypatch.setattr(hubs, "_PONG", 1.0)
+    monkeypatch.setattr(room, "STAGE", 2 * size)
+    monkeypatch.setattr(streams, "_PONG", 1.0)
     server = chain(5)
     stubs = server.gathered()
     most = 0
@@ -546,7 +549,7 @@ def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch:
         nonlocal most
         found = []
         for client, _ in server.desk.ask("train", dict.fromkeys(range(5), HELD), 1, size):
-            most = max(most, server.hub._staged)
+            most = max(most, server.hub.streams.room.taken)
             found.append(client)
         return found
 
@@ -564,21 +567,45 @@ def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch:
     first.answer(first.request(), octets(size))
     assert get(asked) == list(range(5))
     assert size <= most <= 3 * size
-    until(lambda: server.hub._staged == 0)
+    until(lambda: server.hub.streams.room.taken == 0)
 
 
 def test_half_an_answer_gives_its_room_back(chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch) -> None:
     size = 3 * PIECE
-    monkeypatch.setattr(hubs, "STAGE", size)
+    monkeypatch.setattr(room, "STAGE", size)
     server = chain(1)
     (one,) = server.gathered()
     asked = server.do(lambda: list(server.desk.ask("train", {0: HELD}, 1, size)))
     for _ in range(3):
         question = one.request()
         one.send(piece=next(pieces(Message(question.name, "train", octets(size)))))
-        until(lambda: server.hub._staged == size)
+        until(lambda: server.hub.streams.room.taken == size)
         one.close()
         one = server.stub(0).ready(term=server.hub.term, live=True)
     one.answer(one.request(), octets(size))
     get(asked)
-    until(lambda: server.hub._staged == 0)
+    until(lambda: server.hub.streams.room.taken == 0)
+
+
+def test_what_a_newcomer_answers_has_room_whatever_waits(
+    chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3 * PIECE
+    monkeypatch.setattr(room, "STAGE", size)
+    server = chain(4)
+    stubs = server.gathered()
+    told = server.do(server.desk.tell, "fit", HELD)
+    for stub in stubs:
+        stub.obey("fit")
+    get(told)
+    stubs[3].close()
+    asked = server.do(lambda: list(server.desk.ask("train", dict.fromkeys(range(4), HELD), 1, size)))
+    for stub in stubs[1:3]:
+        stub.answer(stub.request(), octets(size))
+    until(lambda: server.hub.streams.room.taken == 2 * size)  # all that there is
+    new = server.stub(3, instance=b"new").ready()
+    new.answer(new.request(), octets(size))
+    for stub in (stubs[0], new):
+        stub.answer(stub.request(), octets(size))
+    assert [client for client, _ in get(asked)] == [0, 1, 2, 3]
+    until(lambda: server.hub.streams.room.taken == 0)

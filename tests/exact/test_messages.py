@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -449,3 +450,21 @@ def test_a_record_of_the_wrong_kind_is_no_parcel() -> None:
     for records in (RecordDict({HEADER: ArrayRecord(), ARRAYS: ConfigRecord()}), RecordDict()):
         with pytest.raises(DataError, match="not made by fedsample"):
             parcel_of(records, "it")
+
+
+@pytest.mark.parametrize(("offset", "own"), [(0, True), (1, False)], ids=["aligned", "unaligned"])
+def test_a_large_array_is_used_where_the_message_was_read_into_if_it_can_be(offset: int, own: bool) -> None:
+    values = torch.arange(5, dtype=torch.float64)
+    buffer = np.zeros(48, dtype=np.uint8)
+    buffer[offset : offset + 40] = np.frombuffer(dense(values).data, dtype=np.uint8)
+    form = Form(DENSE, (5,), torch.float64)
+    found = read(Array("float64", (5,), DENSE, memoryview(buffer)[offset : offset + 40]), form, "it")  # type: ignore[arg-type]
+    assert torch.equal(found, values)
+    assert (found.data_ptr() == buffer.ctypes.data) is own
+    assert found.data_ptr() % 8 == 0
+
+
+def test_bytes_that_others_may_hold_are_copied() -> None:
+    array = dense(torch.ones(3))
+    read(array, Form(DENSE, (3,), torch.float32), "it").zero_()
+    assert torch.equal(read(array, Form(DENSE, (3,), torch.float32), "it"), torch.ones(3))

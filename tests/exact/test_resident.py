@@ -199,6 +199,29 @@ def test_a_damaged_snapshot_is_none(server: Server, tmp_path: Path) -> None:
     assert not server.rewind(1)
 
 
+def test_a_damaged_snapshot_is_not_offered_and_the_one_before_it_is(server: Server, tmp_path: Path, data: Path) -> None:
+    server.snapshot(0)
+    server.upload(1)
+    server.snapshot(1)
+    want = server.upload(2)
+    server.snapshot(2)
+    file = tmp_path / "disk" / "round-00000002" / "tensors.safetensors"
+    file.write_bytes(b"")
+    again = Server(tmp_path / "disk", data, experiment(), term=2)
+    again.prepare()
+    assert again.resident.standing.snapshots == [1, 0]
+    assert again.rewind(1)
+    assert again.upload(2) == want
+    again.snapshot(2)
+    assert again.resident.standing.snapshots == [2, 1, 0]
+
+
+def test_three_snapshots_are_kept_as_the_server_is_one_behind(server: Server) -> None:
+    for round in range(5):
+        server.snapshot(round)
+    assert server.resident.standing.snapshots == [4, 3, 2]
+
+
 def test_a_snapshot_of_a_path_that_the_run_has_left_is_none(server: Server, tmp_path: Path, data: Path) -> None:
     server.upload(1)
     server.snapshot(1, mark=5)
@@ -225,14 +248,18 @@ def test_a_rewind_of_who_is_still_here_changes_nothing(server: Server) -> None:
     assert server.upload(2) == twin[1]
 
 
-def test_other_data_are_refused_where_there_are_snapshots(server: Server, tmp_path: Path, data: Path) -> None:
-    server.snapshot(0)
+@pytest.mark.parametrize("snapshots", [[], [0]])  # from where they were first counted, in the preparation
+def test_other_data_are_refused_once_the_device_has_taken_part(
+    snapshots: list[int], server: Server, tmp_path: Path, data: Path
+) -> None:
+    for round in snapshots:
+        server.snapshot(round)
     with np.load(data) as arrays:
         np.savez(tmp_path / "other.npz", **{**arrays, "y": 1 - arrays["y"] % 2})
     with pytest.raises(DataError, match="the data of client 0 are not those that the run began with"):
         Server(tmp_path / "disk", tmp_path / "other.npz", experiment())
     assert Server(tmp_path / "new disk", tmp_path / "other.npz", experiment()).resident.standing.snapshots == []
-    assert Server(tmp_path / "disk", data, experiment()).resident.standing.snapshots == [0]
+    assert Server(tmp_path / "disk", data, experiment()).resident.standing.snapshots == snapshots
 
 
 def test_told_again_a_device_is_as_at_the_start(server: Server) -> None:

@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from device_pool import attendant
 
-from fedsample.fleets.grpc import attend, hub
+from fedsample.fleets.grpc import attend, hub, streams
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.attend import Attendant
 from fedsample.fleets.grpc.version import SERVICE
@@ -257,7 +257,8 @@ def quick(monkeypatch: Any) -> None:
     """Waits in proportion: a run of a second need not wait for half a second."""
     constants: Mapping[Any, dict[str, float]] = {
         attend: {"FIRST": 0.02, "LONGEST": 0.2},
-        hub: {"COMPLAIN": 0.5, "_REPLACE": 1.0},
+        hub: {"COMPLAIN": 0.5},
+        streams: {"_REPLACE": 1.0},
     }
     for module, values in constants.items():
         for name, value in values.items():

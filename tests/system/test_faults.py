@@ -20,14 +20,16 @@ from federation import free_port
 from laboratory import TROUBLES, Cut, Laboratory, Meddling, Passing, nothing, quick, troubles
 
 import fedsample
+from fedsample import session
 from fedsample.clients.resident import REWIND, SCALE, SNAPSHOT, SPREAD
 from fedsample.config import load
-from fedsample.errors import DataError, FedSampleError, Interrupted
+from fedsample.errors import DataError, FedSampleError, Interrupted, RunDirectoryError
 from fedsample.fleets.grpc.address import Address
 from fedsample.fleets.grpc.attend import Refused
 from fedsample.fleets.grpc.host import Host, serve
+from fedsample.fleets.grpc.hub import Hub
 from fedsample.messages import METRIC, TRAIN
-from fedsample.monitor import load_draws
+from fedsample.monitor import load_draws, read_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -295,6 +297,46 @@ def test_a_server_is_stopped_while_a_device_is_away(tmp_path: Path) -> None:
         trial.serve(resume=True)
         laboratory.over()
     assert trial.same()
+
+
+def test_a_server_that_dies_after_the_last_round_still_knows_the_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    trial = Trial(tmp_path, settings())
+    with trial.laboratory as laboratory:
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "summarise", killed)
+            with pytest.raises(Interrupted):
+                trial.serve()
+        trial.serve(resume=True)
+        laboratory.over()
+    assert trial.same()
+    logged = [row for row in read_jsonl(trial.folder / "run" / "metrics.jsonl") if row["round"] == 40]
+    summary = json.loads((trial.folder / "run" / "summary.json").read_text())
+    assert summary["accuracy"] == logged[0]["round/accuracy"]
+    assert {summary["nll"], summary["ece"]}.isdisjoint({None})
+
+
+def test_a_configuration_that_was_changed_before_the_first_snapshot_is_refused(tmp_path: Path) -> None:
+    """Devices go by the one that the run began with."""
+
+    def killed(hub: Hub) -> None:
+        raise KeyboardInterrupt
+
+    experiment = load(settings(), ["fleet.name=grpc"], {})
+    run, host = tmp_path / "run", Host(Address("127.0.0.1", free_port()), None, killed)
+    with pytest.raises(Interrupted):
+        serve(experiment, run, host, "quiet")
+    began = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(began.replace("seed = 0", "seed = 1"))
+    with pytest.raises(RunDirectoryError, match="was changed after the run began, and its devices go by"):
+        serve(None, run, host, "quiet")
+    (run / "config.toml").write_text(began.replace("rounds = 40", "rounds = 60"))
+    with pytest.raises(Interrupted):
+        serve(None, run, host, "quiet")
 
 
 # --- who may take part ------------------------------------------------------------------------------------------------

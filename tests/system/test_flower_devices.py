@@ -60,6 +60,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
+from averages.forks import forked
 
 app = ServerApp()
 
@@ -80,7 +81,25 @@ def main(grid, context):
         "before": [dict(each.content["said"]) for each in before],
         "after": [dict(each.content["said"]) for each in after],
         "errors": [[each.code, each.reason] for each in failed],
+        "forked": forked() + [code for each in after for code in each.content["said"]["forked"]],
     }))
+""",
+    "averages/forks.py": """
+import multiprocessing
+import time
+import warnings
+
+warnings.filterwarnings("ignore", "This process", DeprecationWarning)  # is multi-threaded: Python 3.12 and later
+
+def forked():
+    \"\"\"Exit codes of some processes, begun as torch's DataLoader begins its workers.\"\"\"
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=time.sleep, args=(0.02,)) for _ in range(12)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
 """,
     "averages/client.py": """
 import os
@@ -88,6 +107,7 @@ import time
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from averages.forks import forked
 
 app = ClientApp()
 
@@ -116,6 +136,7 @@ def query(message, context):
         open("working", "w").close()
         time.sleep(60)  # until this process is killed
     said = ConfigRecord({"pid": os.getpid(), "seen": context.state["seen"]["messages"], "partition": partition})
+    said["forked"] = forked()
     return Message(RecordDict({"said": said}), reply_to=message)
 """,
 }
@@ -190,6 +211,10 @@ def test_devices_give_what_one_process_gives(
     assert got["metrics"] == want["metrics"]
     assert list(got["metrics"]) == ["1", "2", "3"]
     assert got["errors"] == want["errors"]
+
+
+def test_what_an_app_forks_lives(devices: tuple[dict[str, Any], Path]) -> None:
+    assert devices[0]["forked"] == [0] * 36
 
 
 def test_a_client_that_raises_is_flowers_error(devices: tuple[dict[str, Any], Path]) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import fedsample
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.monitor import load_draws, load_rounds, read_jsonl
+from fedsample.monitor.directory import RunDirectory
 
 # Written in threads whenever they come round to it, or measured with a clock.
 TIMED = ("time/", "mcmc/rhat/", "mcmc/ess/")
@@ -429,6 +430,39 @@ def test_resume_in_process(data: Path, tmp_path: Path) -> None:
         fedsample.run(resume=True)
     with pytest.raises(RunDirectoryError, match="nothing to resume"):
         fedsample.run(out=tmp_path / "none", resume=True)
+
+
+@pytest.mark.parametrize("moment", ["write_config", "write_env"])
+def test_killed_once_the_step_is_chosen_it_is_prepared_as_before(
+    moment: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A given step needs no mode where chains start elsewhere; one that was chosen there is of another survey."""
+    configuration = {
+        "preset": "langevin-diana",
+        "rounds": 20,
+        "warmup": 0,
+        "data": {"kind": "npz", "file": str(data / "classes.npz")},
+        "start": {"at": "zeros"},
+        "monitor": {"every": 20, "tensorboard": False},
+    }
+    whole = fedsample.run(configuration, out=tmp_path / "whole", progress="quiet")
+    calls = iter([False, True] if moment == "write_config" else [True])  # the configuration is written before, too
+    written = getattr(RunDirectory, moment)
+
+    def killed(*arguments: Any) -> None:
+        if next(calls):
+            raise KeyboardInterrupt
+        written(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, moment, killed)
+        with pytest.raises(Interrupted):
+            fedsample.run(configuration, out=tmp_path / "cut", progress="quiet")
+    run = fedsample.run(out=tmp_path / "cut", resume=True, progress="quiet")
+    assert torch.equal(run.draws, whole.draws)
+    assert run.experiment == whole.experiment
+    for name in ("largest_stable_step", "predicted_variance_bias", "preparation_uplink_bytes_per_client"):
+        assert run.summary[name] == whole.summary[name]
 
 
 def test_an_interrupt_in_process_is_an_exception_and_handlers_are_as_before(data: Path, tmp_path: Path) -> None:

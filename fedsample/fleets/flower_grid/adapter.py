@@ -294,6 +294,11 @@ def unavailable(what: str, run_id: int, message_id: str, sent: Metadata | None =
     return make_message(metadata=metadata, error=Error(code, reason))
 
 
+def is_expired(reply: Message) -> bool:
+    """Whether it is the SuperLink's for a message that nobody has answered in its time."""
+    return reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE
+
+
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # as in Flower's own parser, which drops what is no pair
@@ -349,12 +354,17 @@ def awaited_nodes() -> int:
     """
     frame = sys._getframe(2)
     for _ in range(3):
-        if frame.f_code.co_name == "sample_nodes":  # flwr.serverapp.strategy
+        of_flower = str(frame.f_globals.get("__name__")).startswith("flwr.")  # an app may have functions of these names
+        if of_flower and frame.f_code.co_name == "sample_nodes":  # flwr.serverapp.strategy
             return int(frame.f_locals.get("min_available_nodes", 0))
-        if frame.f_code.co_name == "wrapped_method":  # the client manager of strategies from before flwr.serverapp
-            kwargs = frame.f_locals.get("kwargs", {})
-            return max(int(kwargs.get(name) or 0) for name in ("num_clients", "min_num_clients"))
+        if of_flower and frame.f_code.co_name == "wrapped_method":  # the client manager of older strategies
+            return _awaited_clients(*frame.f_locals.get("args", ()), **frame.f_locals.get("kwargs", {}))
         if frame.f_back is None:
             break
         frame = frame.f_back
     return 0
+
+
+def _awaited_clients(num_clients: int = 0, min_num_clients: int | None = None, *_: object, **__: object) -> int:
+    """What `ClientManager.sample` waits for; more than that to be sampled is no sample, and the round goes on."""
+    return int(num_clients if min_num_clients is None else min_num_clients)

@@ -114,7 +114,7 @@ def _importable(app: AppFolder) -> Iterator[None]:
     }
     for name in hidden:
         del sys.modules[name]
-    sys.path.insert(0, str(app.path))
+    sys.path[:0] = map(str, _roots(app))
     importlib.invalidate_caches()
     try:
         yield
@@ -143,11 +143,27 @@ def _component(app: AppFolder, reference: str, kind: type[_App]) -> _App:
     return found
 
 
+def _roots(app: AppFolder) -> list[Path]:
+    """Where the app's modules are looked for: its folder, and `src` in it where a component lies only there."""
+    src = app.path / "src"
+    only_there = any(_holds(src, name) and not _holds(app.path, name) for name in _tops(app))
+    return [app.path, src] if only_there else [app.path]
+
+
+def _holds(root: Path, name: str) -> bool:
+    return bool(name) and ((root / name).is_dir() or (root / f"{name}.py").is_file())
+
+
+def _tops(app: AppFolder) -> set[str]:
+    """Names of the modules or packages that the components' references begin with."""
+    return {reference.partition(":")[0].partition(".")[0] for reference in (app.server, app.client)}
+
+
 def _names(app: AppFolder) -> set[str]:
     """Names of the modules and packages that lie in an app's folder."""
-    named = {reference.partition(":")[0].partition(".")[0] for reference in (app.server, app.client)}
-    modules = {file.stem for file in app.path.glob("*.py")}
-    return named | modules | {file.parent.name for file in app.path.glob("*/__init__.py")}
+    roots = _roots(app)
+    modules = {file.stem for root in roots for file in root.glob("*.py")}
+    return _tops(app) | modules | {file.parent.name for root in roots for file in root.glob("*/__init__.py")}
 
 
 def _lies_in(module: ModuleType, folder: Path) -> bool:

@@ -181,6 +181,8 @@ class CarrierGrid(Grid):
                     found.append(((0, 0) if sent is None else sent.place, reply))
         replies = [reply for _, reply in sorted(found, key=lambda each: each[0])]
         for reply in replies:
+            if adapter.is_expired(reply):
+                self.carrier.give_up(reply.metadata.reply_to_message_id)
             adapter.mark_delivered(reply, now)
             self.answered, self.failed = self.answered + reply.has_content(), self.failed + reply.has_error()
         return replies
@@ -191,29 +193,25 @@ class CarrierGrid(Grid):
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         with self._lock:
+            places = {each: self._sent[each].place for each in pending}
             wait = _Wait(pending - self._replies.keys())
             self._waits.append(wait)
         try:
             while pending and not self._wait(wait, deadline):
-                arrived = self._gone(pending)
-                lost = {reply.metadata.reply_to_message_id for reply in arrived}
-                replies, pending = replies + arrived, pending - lost
+                replies += self._pulled(pending)  # while their time lasts, whoever else is waited for
                 with self._lock:
-                    wait.ids -= lost
-                if deadline is not None:
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        break
-                    self.carrier.hurry(left)
+                    wait.ids &= pending
+                if deadline is not None and deadline <= time.monotonic():
+                    break
+                self.carrier.hurry(self._left(wait, deadline))
         finally:
             with self._lock:
                 self._waits.remove(wait)
-        arrived = list(self.pull_messages(pending)) if pending else []
-        pending -= {reply.metadata.reply_to_message_id for reply in arrived}
+        replies += self._pulled(pending)
         for message_id in pending:
             _log.warning("No reply to message %s within %g s", message_id, timeout)
             self.carrier.give_up(message_id)
-        return replies + arrived
+        return sorted(replies, key=lambda reply: places[reply.metadata.reply_to_message_id])
 
     # --- replies -------------------------------------------------------------------------------------------------
 
@@ -247,16 +245,20 @@ class CarrierGrid(Grid):
 
     def _wait(self, wait: _Wait, deadline: float | None) -> bool:
         """Whether all replies are there, after a while."""
-        left = math.inf if deadline is None else max(0.0, deadline - time.monotonic())
-        return not wait.ids or wait.done.wait(min(_LOOK, max(left / 4, 0.01)))
+        return not wait.ids or wait.done.wait(min(_LOOK, max(self._left(wait, deadline) / 4, 0.01)))
 
-    def _gone(self, pending: set[str]) -> list[Message]:
-        """Errors for messages that will not be answered: their time is over, or their node is gone."""
-        now, nodes = time.time(), set(self.carrier.nodes())
+    def _left(self, wait: _Wait, deadline: float | None) -> float:
+        """Seconds until the deadline, or until the first message expires: old apps have no other timeout."""
         with self._lock:
-            out = {each: self._sent[each].metadata for each in pending & self._sent.keys() - self._replies.keys()}
-        lost = [each for each, of in out.items() if of.created_at + of.ttl < now or of.dst_node_id not in nodes]
-        return list(self.pull_messages(lost)) if lost else []
+            out = [self._sent[each].metadata for each in wait.ids & self._sent.keys()]
+        expiry = min((of.created_at + of.ttl for of in out), default=math.inf) - time.time()
+        return expiry if deadline is None else min(expiry, deadline - time.monotonic())
+
+    def _pulled(self, pending: set[str]) -> list[Message]:
+        """The replies that are there and the errors for what will not come, which are no longer pending."""
+        replies = list(self.pull_messages(pending)) if pending else []
+        pending -= {reply.metadata.reply_to_message_id for reply in replies}
+        return replies
 
     def _check_open(self) -> None:
         if self._closed:

@@ -20,6 +20,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsample.fleets.computing import Stopped
+from fedsample.fleets.flower_grid import generators
 from fedsample.fleets.flower_grid.adapter import Value
 from fedsample.fleets.flower_grid.answer import answer
 
@@ -73,7 +74,7 @@ class InProcess:
         self._line: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # nodes with something to do; None: end
         self._threads = 0
         self._working: dict[str, tuple[int, float]] = {}  # messages that hold a thread: their nodes, and since when
-        self._busy: dict[threading.Thread, int] = {}  # threads that run a ClientApp, and their nodes
+        self._busy: dict[threading.Thread, tuple[int, str]] = {}  # threads that run a ClientApp: node and message
         self._closed = False
 
     def nodes(self) -> Sequence[int]:
@@ -91,6 +92,7 @@ class InProcess:
         """Put a message in its node's line."""
         place = message.metadata.dst_node_id
         node = self._nodes[place]
+        generators.enter(message.metadata.message_id)  # not where it begins: once a round is enough
         with self._lock:
             node.jobs.append(_Job(message, deliver))
             if node.busy:
@@ -110,6 +112,7 @@ class InProcess:
 
     def give_up(self, message_id: str) -> None:
         """Another thread for the one that is busy with this message, if one is."""
+        generators.leave(message_id)
         self._replace(message_id, "has not returned; going on without it")
 
     def _replace(self, message_id: str, why: str) -> None:
@@ -127,15 +130,18 @@ class InProcess:
         """
         with self._lock:
             self._closed = True
+            dropped = [job.message.metadata.message_id for node in self._nodes.values() for job in node.jobs]
             for node in self._nodes.values():
                 node.jobs.clear()
             for _ in range(self._threads):
                 self._line.put(None)
             busy = dict(self._busy)
+        for message_id in [*dropped, *(each for _, each in busy.values())]:
+            generators.leave(message_id)
         for thread in busy:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
         deadline = time.monotonic() + _GRACE
-        for thread, place in busy.items():
+        for thread, (place, _) in busy.items():
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 partition = self._nodes[place].config["partition-id"]
@@ -165,8 +171,12 @@ class InProcess:
                 return True
             job = node.jobs.popleft()
             message_id, run_id = job.message.metadata.message_id, job.message.metadata.run_id
-            self._busy[thread], self._working[message_id] = place, (place, time.monotonic())
-        reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
+            self._busy[thread], self._working[message_id] = (place, message_id), (place, time.monotonic())
+        generators.enter(message_id)  # again, where nobody waits for it any longer
+        try:
+            reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
+        finally:
+            generators.leave(message_id)
         job.deliver(reply)
         with self._lock:
             del self._busy[thread]

@@ -22,7 +22,7 @@ import grpc
 import grpc.aio
 import torch
 
-from fedsample.errors import ConfigError, DataError, FedSampleError
+from fedsample.errors import ConfigError, DataError, FedSampleError, RunDirectoryError
 from fedsample.fleets.computing import ComputingThread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.frames import Assembler, Message, frames
@@ -159,8 +159,8 @@ class Attendant:
         """Serve until the run has ended -> the server's farewell.
 
         Raises:
-            Refused: if the server does not want this device. ConfigError, DataError: if the run's configuration or this
-                device's data cannot be used. FedSampleError: after too many attempts.
+            Refused: if the server does not want this device. ConfigError, DataError, RunDirectoryError: if the run's
+                configuration, this device's data or its folder cannot be used. FedSampleError: after too many attempts.
         """
         failures = 0
         while True:
@@ -283,7 +283,7 @@ class Attendant:
         watching.to("reading the data")
         try:  # it is read once, whatever happens to the stream meanwhile
             resident = await asyncio.shield(self._resident[1])
-        except (ConfigError, DataError) as error:
+        except (ConfigError, DataError, RunDirectoryError) as error:
             await self._send(call, pb.DeviceFrame(failure=pb.Failure(stage="data", detail=str(error), round=-1)))
             await call.done_writing()
             raise
@@ -312,10 +312,12 @@ class Attendant:
                 answer = await self._answered(resident, message)
             except Exception as error:
                 trace = resident.trace
-                failure = pb.Failure(
-                    digest=message.name.digest, stage=trace.stage, detail=traceback.format_exc(), round=trace.round
-                )
                 reason = f"{type(error).__name__}: {error}"
+                plain = isinstance(error, RunDirectoryError)  # a full disk is nobody's defect: words suffice
+                failure = pb.Failure(
+                    digest=message.name.digest, stage=trace.stage, round=trace.round,
+                    detail=reason if plain else traceback.format_exc(),
+                )  # fmt: skip
                 watching.fail(reason)
                 watching.say(f"failed in round {trace.round} ({trace.stage}): {reason}")  # a log has no table
                 await self._send(call, pb.DeviceFrame(failure=failure))

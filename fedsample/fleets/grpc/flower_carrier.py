@@ -19,7 +19,8 @@ from fedsample.errors import ClientError, DataError
 from fedsample.fleets.flower_grid import adapter, node_id
 from fedsample.fleets.grpc import frames
 from fedsample.fleets.grpc.attend import LIMIT
-from fedsample.fleets.grpc.hub import Hub, last_line
+from fedsample.fleets.grpc.hub import Hub
+from fedsample.fleets.grpc.streams import last_line
 from fedsample.wire import DENSE, Array, Header, Parcel, header
 
 FLOWER = "flower.message"

@@ -14,7 +14,7 @@ from fedsample.fleets.flower_grid.adapter import Value
 from fedsample.fleets.grpc.fleet import gather
 from fedsample.fleets.grpc.flower_carrier import Devices
 from fedsample.fleets.grpc.host import Host, listening
-from fedsample.fleets.grpc.hub import Invitation
+from fedsample.fleets.grpc.streams import Invitation
 from fedsample.fleets.grpc.version import run_id
 
 PATIENCE = 60.0  # seconds

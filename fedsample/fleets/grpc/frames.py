@@ -8,12 +8,12 @@ stream is given up and the request asked again.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.heads import Damaged as Damaged
@@ -66,7 +66,7 @@ class Sealed:
         """16 bytes that stand for the content."""
         found = hashlib.blake2b(self._head, digest_size=16)
         for array in self.parcel.arrays.values():
-            checksum = zlib.crc32(array.data) if self._digests is None else self._digests.checksum(array)
+            checksum = crc32(array.data) if self._digests is None else self._digests.checksum(array)
             found.update(checksum.to_bytes(4, "little"))
         return found.digest()
 
@@ -115,7 +115,7 @@ class Digests:
         """CRC-32 of an array's bytes."""
         kept = self._known.get(id(array.data))
         if kept is None:
-            kept = self._known[id(array.data)] = array, zlib.crc32(array.data)
+            kept = self._known[id(array.data)] = array, crc32(array.data)
         return kept[1]
 
 
@@ -192,7 +192,7 @@ class Assembler:
         return _whole(head, whole)
 
     def _check(self, piece: Piece | pb.Piece) -> None:
-        if zlib.crc32(piece.data, zlib.crc32(piece.head)) != piece.crc:
+        if crc32(piece.data, crc32(piece.head)) != piece.crc:
             raise Damaged("the checksum of a piece does not match")
 
 

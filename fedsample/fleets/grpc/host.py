@@ -21,12 +21,14 @@ from fedsample.data.device import agreed_schema
 from fedsample.data.schema import Schema
 from fedsample.diagnostics.counts import scores
 from fedsample.errors import CertificateError, ConfigError, DataError, Interrupted, RunDirectoryError
+from fedsample.experiment import digest, reread
 from fedsample.fleets.grpc.address import Address, check_free, check_insecure
 from fedsample.fleets.grpc.credentials import server_credentials
 from fedsample.fleets.grpc.desk import Desk
 from fedsample.fleets.grpc.fleet import GrpcFleet, fleet_on, gather, sums_of
-from fedsample.fleets.grpc.hub import Hub, Identified, Invitation
+from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.identity import ClientIdentity, identity_of
+from fedsample.fleets.grpc.streams import Identified, Invitation
 from fedsample.fleets.grpc.version import run_id
 from fedsample.monitor.fleet import FleetProgress
 from fedsample.remote_problem import remote_problem
@@ -66,13 +68,18 @@ class Host:
         hub = self._listen(session, progress)
 
         def leave(kind: object, error: BaseException | None, trace: object) -> None:
-            hub.stop(_farewell(error), finished=session.finished)
+            hub.stop(_farewell(error), finished=error is None)  # stopped while it is summed up, it needs them again
 
         stack.push(leave)
         if isinstance(progress, FleetProgress):
             progress.watch(hub.seats)
         self.opened(hub)
         desk = Desk(hub)
+        if session.over:
+            progress.note(
+                f"this run has ended with its round {experiment.rounds}; its devices are needed to sum it up again. To "
+                "extend it, raise rounds in its config.toml"
+            )
         with progress.stage(f"waiting for {experiment.data.clients} devices at {self.address.host}:{hub.port}"):
             schemas = gather(hub)
         kept = _read(session.path / _SETUP)
@@ -115,12 +122,22 @@ def listening(invitation: Invitation, host: Host) -> Hub:
 
 
 def _invitation(session: Session) -> Invitation:
-    """The run's identity: made when it begins, and kept beside it."""
+    """The run's identity: made when it begins, and kept beside it.
+
+    Raises:
+        RunDirectoryError: if the configuration is no longer that which devices are told; they would go by the old one.
+    """
     path = session.path / _RUN
     kept = _read(path)
     if kept is None:
         kept = {"nonce": secrets.token_hex(16), "config": dump_toml(session.experiment)}
         session.directory.write_json(_RUN, kept)
+    began = reread(str(kept["config"])).model_copy(update={"step_size": session.experiment.step_size})
+    if digest(began) != digest(session.experiment):  # but for the step, which is chosen here, and how long it runs
+        raise RunDirectoryError(
+            f"{session.path / 'config.toml'} was changed after the run began, and its devices go by what it said then: "
+            "restore that file, or start a new run in another directory with --out"
+        )
     nonce, config = bytes.fromhex(kept["nonce"]), str(kept["config"])
     return Invitation(run_id(nonce, config), nonce, config, session.experiment.data.clients)
 

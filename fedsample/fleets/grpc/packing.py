@@ -6,9 +6,10 @@ the fields than a small request takes on the wire. What is not written as here i
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
+
+from zlib_ng.zlib_ng import crc32
 
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 
@@ -51,9 +52,9 @@ def varint(value: int) -> bytes:
 
 def checksum(head: bytes, parts: Sequence[Data]) -> int:
     """CRC-32 of a head and of data, one after the other."""
-    crc = zlib.crc32(head)
+    crc = crc32(head)
     for part in parts:
-        crc = zlib.crc32(part, crc)
+        crc = crc32(part, crc)
     return crc
 
 

@@ -39,7 +39,6 @@ class Batch:
         self.left = set(clients)
         self.answers: dict[int, Message | pb.Failure] = {}
         self.wake = threading.Event()
-        self.next = -1  # the client whose answer is wanted first
 
     def put(self, client: int, answer: Message | pb.Failure, *, soon: bool) -> None:
         """One answer; wakes the chain's thread when it is the last, or when it should make room `soon`."""
