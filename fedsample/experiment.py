@@ -6,7 +6,8 @@ import hashlib
 import os
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedsample import step_check
 from fedsample.config import Experiment, dump_toml, load
-from fedsample.errors import ConfigError, Interrupted, RunDirectoryError, UnsoundError
+from fedsample.errors import ConfigError, DeviceMemoryError, Interrupted, RunDirectoryError, UnsoundError
 from fedsample.links import build_downlink, build_uplink, links
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def run(
     if resume:
         if out is None or source is not None or overrides:
             raise ConfigError("resume takes everything from the run directory: give `out`, and no configuration")
-        with Session.reopen(Path(out), progress) as session:
+        with _within_memory(), Session.reopen(Path(out), progress) as session:
             if check_step:
                 step_check.half(session.experiment)  # refuses before the chain goes on
             done = Run(session.path, session.sample(), session.experiment)
@@ -108,7 +109,10 @@ def run(
     if check_step:
         step_check.half(experiment)
     path = Path(out) if out is not None else default_path(experiment)
-    with Session.create(experiment, path, progress, replay=None if replay is None else Path(replay)) as session:
+    with (
+        _within_memory(),
+        Session.create(experiment, path, progress, replay=None if replay is None else Path(replay)) as session,
+    ):
         done = Run(session.path, session.sample(), session.experiment)
     return _check_step(done, progress) if check_step else done
 
@@ -203,7 +207,27 @@ def build_target(source: Source = None, overrides: Sequence[str] = ()) -> Poster
     """The posterior of a configuration, without any sampling."""
     from fedsample.problem import build_problem
 
-    return build_problem(load(source, overrides)).posterior
+    with _within_memory():
+        return build_problem(load(source, overrides)).posterior
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Say of what the processor's memory does not hold that it does not, and not that it is a defect.
+
+    Raises:
+        DeviceMemoryError: PyTorch, or Python, could not allocate what was asked for.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        said = next(iter(str(error).splitlines()), "no memory").removesuffix(" (Cannot allocate memory)")
+        raise DeviceMemoryError(
+            "out of memory on cpu: take fewer chains, clients or draws, a smaller model, or metric.name = 'diagonal'; "
+            f"PyTorch says: {said}"
+        ) from None
 
 
 def plan(source: Source = None, overrides: Sequence[str] = ()) -> dict[str, str]:
@@ -214,7 +238,8 @@ def plan(source: Source = None, overrides: Sequence[str] = ()) -> dict[str, str]
 
     experiment = load(source, overrides)
     check(experiment)
-    problem = build_problem(experiment)
+    with _within_memory():
+        problem = build_problem(experiment)
     uplink, downlink = links(experiment, problem)
     dtype, d, chains = DTYPES[experiment.dtype], problem.d, experiment.chains
     p = uplink.sync_probability(2, d)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedsample.doubts import check_mode, check_separable, check_spacing
 from fedsample.errors import ConfigError, RunDirectoryError
 from fedsample.estimators import Uplink
 from fedsample.exchange import Fleet, Traffic
@@ -164,6 +165,8 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
         shared = shared_masks(uplink, clients.d)
         terrain = explore(survey, metric, experiment.seed, experiment.temperature, hessian, shared)
         geometry = survey_geometry(terrain)
+        check_mode(experiment, problem, geometry)
+        check_spacing(experiment, problem, metric, geometry.curvature)
     with progress.stage("choosing the step"):
         rule = step_rule(experiment, uplink, downlink, geometry, participation, fleet.n)
         given = experiment.step_size if isinstance(experiment.step_size, float | str) else experiment.step_size.initial
@@ -223,10 +226,12 @@ def _metric(
     )
     with progress.stage("finding the mode"):
         mode = find_mode(survey, begin.to(clients.dtype).to(clients.device))
+        if experiment.temperature > 0:
+            check_separable(survey, problem, mode)
     with progress.stage(f"fixing the metric ({experiment.metric.name})"):
         metric, hessian = build_metric(survey, experiment.metric.name, mode)
         polished = metric if isinstance(metric, Identity) else polish(survey, metric)
-    if isinstance(metric, Dense) and metric.unmeasured and experiment.temperature > 0:
+    if isinstance(metric, Dense) and (metric.unmeasured or metric.narrowed) and experiment.temperature > 0:
         _doubt(metric, experiment, progress)
     return polished, hessian
 
@@ -237,14 +242,14 @@ def _doubt(metric: Dense, experiment: Experiment, progress: Progress) -> None:
     Raises:
         ConfigError: if nothing else says where the posterior ends in them.
     """
-    flat = f"{metric.unmeasured} of {len(metric.mean)} directions of the parameters are flat"
-    if experiment.model.prior_scale is None:
+    flat = f"{metric.unmeasured or metric.narrowed} of {len(metric.mean)} directions of the parameters are flat"
+    if experiment.model.prior_scale is None and metric.unmeasured:
         raise ConfigError(
             f"{flat} as far as {experiment.dtype} tells, and so is the prior: the posterior is improper, or too narrow "
             "in others to be seen. Set model.prior_scale, drop columns that others determine"
             + (", or try dtype = 'float64'" if experiment.dtype == "float32" else "")
         )
-    advice = "; set dtype = 'float64'" if experiment.dtype == "float32" else ""
+    advice = "; set dtype = 'float64'" if experiment.dtype == "float32" and metric.unmeasured else ""
     progress.note(f"note: {flat} beside the others, and chains mix slowly there: scale and centre the columns{advice}")
 
 

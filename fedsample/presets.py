@@ -240,8 +240,9 @@ def preset(name: str) -> Preset:
         ConfigError: there is none; names the nearest and all that there are.
     """
     if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
-        raise ConfigError(f'preset: got "{name}"; the nearest is "{nearest}"; there are {", ".join(PRESETS)}')
+        close = difflib.get_close_matches(name.lower().replace("_", "-"), PRESETS, n=1, cutoff=0.5)
+        nearest = f'the nearest is "{close[0]}"; ' if close else ""
+        raise ConfigError(f'preset: got "{name}"; {nearest}there are {", ".join(PRESETS)}')
     return PRESETS[name]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedsample.config import ScheduleConfig
+from fedsample.doubts import MIXED
 from fedsample.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ DIRECTORY = "check-step"
 MARGIN = 4 / 3  # a bias is as tolerated where it is at most a third over the tolerance: predictions are no better
 _BATCHES = 8
 _SIGMAS = 2.0
-_MIXED = 1.1  # R-hat beyond which batch means do not tell the error
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def verdict(comparisons: list[Comparison], tolerance: float, rhat: float | None)
             f"against half the step variances grow: {said}. That is a bias of {worst.bias:+.1%}, "
             f"more than bias_tolerance = {tolerance:g} allows: take a smaller step"
         )
-    if rhat is not None and rhat > _MIXED:
+    if rhat is not None and rhat > MIXED:
         return (
             "undecided",
             f"the chains have not mixed (R-hat {rhat:.2f}): their errors are unknown; run longer",

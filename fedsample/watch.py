@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsample.diagnostics import calibration
 from fedsample.diagnostics.convergence import rhat_and_ess
 from fedsample.diagnostics.counts import Evaluator, scores
+from fedsample.doubts import doubts
 from fedsample.exchange import Aggregate, Traffic
 from fedsample.monitor.tensorboard import quantiles
 
@@ -126,7 +127,7 @@ def summarise(
     total = traffic.plus(prepared.geometry.traffic)
     done = max(1, experiment.rounds)
     functionals = _functionals(problem, draws)
-    return {
+    result = {
         "preset": experiment.preset,
         "rounds": experiment.rounds,
         "draws": count,
@@ -151,6 +152,7 @@ def summarise(
         "preparation_uplink_bytes_per_client": prepared.geometry.traffic.up / 8 / n,
         "uplink_ratio": total.up_dense / max(1, total.up),
     }
+    return result | {"warnings": doubts(experiment, result)}
 
 
 def _prediction(experiment: Experiment, value: float) -> float | None:

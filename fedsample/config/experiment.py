@@ -14,9 +14,11 @@ from pydantic import ValidationError, model_validator
 
 from fedsample.config.problems import Problem, SettingsError, problems_of
 from fedsample.config.sections import Settings
-from fedsample.config.values import merge, plain
+from fedsample.config.values import flatten, merge, plain
 from fedsample.presets import DEFAULT, preset
 
+_LARGEST = 2**63 - 1  # of a tensor's whole numbers
+_SCALES = (1e-18, 1e18)  # standard deviations whose precision a float32 holds
 # What other settings decide where nothing is said; of a complete experiment it is said, even where it is a default.
 IMPLIED = {"data.name", "data.partition", "model.name", "model.prior_scale"}
 
@@ -86,6 +88,16 @@ def _imply(values: dict[str, Any]) -> dict[str, Any]:
 def _contradictions(e: Experiment) -> Iterator[Problem]:
     """What no field can see alone."""
     data, model, fleet = e.data, e.model, e.fleet
+    for path, value in flatten(e.model_dump()):
+        if isinstance(value, int) and value > _LARGEST:
+            yield Problem(path, f"got {value}; expected at most {_LARGEST}")
+    for path, scale in (("model.prior_scale", model.prior_scale), ("model.noise_scale", model.noise_scale)):
+        if scale is not None and not _SCALES[0] <= scale <= _SCALES[1]:
+            yield Problem(
+                path,
+                f"got {scale}; expected from {_SCALES[0]} to {_SCALES[1]}, because its square is divided by"
+                + ('; "flat" is a prior that says nothing' if path == "model.prior_scale" and scale > 1 else ""),
+            )
     if e.warmup >= e.rounds:
         yield Problem(
             "warmup", f"{e.warmup} rounds of warm-up leave none of {e.rounds}; lower it, to {e.rounds // 5} say"

@@ -85,7 +85,7 @@ def _from_source(source: Source) -> tuple[str, dict[str, Any]]:
 def _from_file(path: Path) -> dict[str, Any]:
     """The tables of a TOML file."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte order mark
     except FileNotFoundError:
         advice = "`fedsample config init` writes one"
         if str(path) in PRESETS:
@@ -93,7 +93,9 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: there is no such configuration file; {advice}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a directory; name the TOML file in it, such as {path / 'config.toml'}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not TOML: {error}; save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

@@ -44,6 +44,7 @@ def read_columns(path: Path, kind: str, target: str | None, client_column: str |
         if name is not None and name not in names:
             raise DataError(
                 f"{path.name} has no column {name!r} (data.{option}).{nearest(name, names)} It has {_listed(names)}"
+                + _separated(names)
             )
     if target == client_column:
         raise DataError(f"data.target and data.client_column are both {target!r}: expected two columns")
@@ -168,3 +169,10 @@ def _listed(names: list[str]) -> str:
     """The columns, shortened where there are very many."""
     shown = ", ".join(map(repr, names[:40]))
     return shown if len(names) <= 40 else f"{shown} and {len(names) - 40} more"
+
+
+def _separated(names: list[str]) -> str:
+    """What to do where other separators than commas made one column of all."""
+    if len(names) > 1 or not any(mark in names[0] for mark in ";\t|"):
+        return ""
+    return ": its columns are not separated by commas. Save it with commas, and numbers with decimal points"

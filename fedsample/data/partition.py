@@ -142,10 +142,18 @@ def _owners(partitioner: Any, order: Array, targets: Array, clients: int) -> Arr
         # that `datasets` calls pyarrow's sort with an argument that pyarrow 25 renamed.
         warnings.filterwarnings("ignore", message="The specified min_partition_size", category=UserWarning)
         warnings.filterwarnings("ignore", message="Specifying null_placement in SortOptions", category=FutureWarning)
-        frame = datasets.Dataset.from_dict({"row": order, "target": targets}).with_format("numpy")
+
+        class Whole(datasets.Dataset):  # type: ignore[misc]
+            """Gives a column as one array: since `datasets` 4 it is lazy, and partitioners fetch it row by row."""
+
+            def __getitem__(self, key: Any) -> Any:
+                found = super().__getitem__(key)
+                return found[:] if isinstance(key, str) else found
+
+        frame = Whole.from_dict({"row": order, "target": targets}).with_format("numpy")
         partitioner.dataset = frame
         for client in range(clients):
-            share = np.asarray(partitioner.load_partition(client)["row"], dtype=np.int64)
+            share = np.asarray(partitioner.load_partition(client)["row"][:], dtype=np.int64)
             if (owners[share] >= 0).any():
                 raise DataError(f"{type(partitioner).__name__} gave rows to two clients: report this with your data")
             owners[share] = client

@@ -37,7 +37,7 @@ _COST = [
     ("seconds", "time", "{:.1f} s"),
     ("seconds_per_round", "time a round", "{:.3f} ms"),
 ]
-_SIZE = [("rounds", "rounds"), ("clients", "clients"), ("params", "parameters")]
+_SIZE = [("rounds", "round"), ("clients", "client"), ("params", "parameter")]
 _UNITS = {"uplink_bytes_per_client": 1e-6, "downlink_bytes_per_client": 1e-6, "seconds_per_round": 1e3}
 
 
@@ -55,8 +55,8 @@ def summary_table(summary: Mapping[str, Any], path: str | Path, reasons: Mapping
     from rich.table import Table
     from rich.text import Text
 
-    chains = f"{_count(summary, 'chains')} chains of {_count(summary, 'draws')} draws"
-    size = ", ".join(f"{_count(summary, key)} {name}" for key, name in _SIZE)
+    chains = f"{_count(summary, 'chains', 'chain')} of {_count(summary, 'draws', 'draw')}"
+    size = ", ".join(_count(summary, key, name) for key, name in _SIZE)
     table = Table(title=f"{chains}: {size}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -69,6 +69,9 @@ def summary_table(summary: Mapping[str, Any], path: str | Path, reasons: Mapping
     checked = summary.get("step_check")
     if isinstance(checked, Mapping):
         table.add_row("half the step", Text(f"{checked['verdict']}: {checked['why']}"))
+        table.add_section()
+    for warning in summary.get("warnings") or []:
+        table.add_row(Text("warning", style="bold"), Text(str(warning)))
         table.add_section()
     table.add_row("run directory", Text(str(path)))
     table.add_row("curves", Text(f"fedsample monitor {shlex.quote(str(path))}"))
@@ -90,11 +93,15 @@ def _reason(key: str, summary: Mapping[str, Any]) -> str:
         return "needs two chains"
     if key in ("rhat_max", "ess_bulk_min") and isinstance(draws, int) and draws < 4:
         return "needs four draws a chain"
+    if key in ("rhat_max", "ess_bulk_min"):
+        return "nothing moved"
+    if key == "predicted_variance_bias":
+        return "not predicted for minibatches, drop-outs, temperature 0 or an unstable step"
     if key in ("accuracy", "ece", "rmse", "nll"):
         return "no draws" if draws == 0 else "no held-out data"
     return ""
 
 
-def _count(summary: Mapping[str, Any], key: str) -> str:
+def _count(summary: Mapping[str, Any], key: str, name: str) -> str:
     value = summary.get(key)
-    return f"{value:,}" if isinstance(value, int) else "?"
+    return f"{value:,} {name}{'' if value == 1 else 's'}" if isinstance(value, int) else f"? {name}s"

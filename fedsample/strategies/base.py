@@ -264,11 +264,21 @@ class Sampler(FlowerStrategy):
         bad = ~(size < self.stability.radius)
         if bool(bad.any()):
             chain = int(bad.nonzero()[0])
-            raise DivergenceError(
-                f"chain {chain} diverged in round {round}: the step {self.step_at(round):.4g} is too large for the "
-                f"curvature {self.stability.curvature:.4g} (the largest seen, in the metric's coordinates), where the "
-                f"largest stable step is {self.stability.limit:.4g}. Set step_size well below it, or to 'auto'"
-            )
+            raise DivergenceError(f"chain {chain} diverged in round {round}: {self._why(self.step_at(round))}")
+
+    def _why(self, step: float) -> str:
+        """What makes a chain diverge at a step, and what to do."""
+        seen = f"the curvature {self.stability.curvature:.4g} (the largest seen, in the metric's coordinates)"
+        limit = f"the largest stable step is {self.stability.limit:.4g}"
+        if not step < self.stability.limit:
+            advice = "Set step_size well below it, or to 'auto'"
+            return f"the step {step:.4g} is too large for {seen}, where {limit}. {advice}"
+        return (
+            f"the step {step:.4g} suits {seen}, where {limit}, so it met more than that: curvature that grows away "
+            "from the mode, or clients' gradients so large beside their sum that what a compressor leaves out throws "
+            "the chain. Scale the data (and a Gaussian's target, or model.noise_scale, to its residuals), or lower "
+            "step_size"
+        )
 
     def _sync(self, round: int, chains: int, d: int, device: torch.device) -> Tensor | None:
         probability = self.uplink.sync_probability(round, d)

@@ -132,11 +132,12 @@ class Dense(Metric):
 
     Attributes:
         unmeasured: how many directions of P were too flat, beside the others, for its precision: they got the floor's
-            scale in place of their own.
+            scale in place of their own. narrowed: how many were measured, but so flat beside the others that they got
+            the floor's scale all the same.
     """
 
     name: ClassVar[str] = "hessian"
-    unmeasured = 0
+    unmeasured = narrowed = 0
 
     def __init__(self, mean: Tensor, root: Tensor, inverse: Tensor | None) -> None:
         super().__init__(mean)
@@ -150,10 +151,12 @@ class Dense(Metric):
             DivergenceError: if the Hessian is not finite.
         """
         values, vectors, unmeasured = _eigen(precision)
+        floor = _floor(values, torch.float64)
+        narrowed, values = int((values < floor).sum()), values.clamp(min=floor)
         root = (vectors * values.rsqrt()) @ vectors.T
         inverse = (vectors * values.sqrt()) @ vectors.T
         metric = cls(mean, mirrored(root.to(mean.dtype)), inverse.to(mean.dtype))
-        metric.unmeasured = unmeasured
+        metric.unmeasured, metric.narrowed = unmeasured, max(0, narrowed - unmeasured)
         return metric
 
     def scale(self, z: Tensor) -> Tensor:
@@ -271,7 +274,7 @@ def _floor(curvature: Tensor, measured: torch.dtype) -> float:
 
 
 def _eigen(precision: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Eigenvalues (d,) above the floor, eigenvectors (d, d), in float64, and how many directions are below it.
+    """Eigenvalues (d,), eigenvectors (d, d), in float64, and how many directions are too flat to have been measured.
 
     Each entry was measured to a relative precision of sqrt(P_jj P_kk), however unlike the coordinates' scales are. So
     what is too small to have been measured is told in coordinates of unit curvature.
@@ -291,7 +294,7 @@ def _eigen(precision: Tensor) -> tuple[Tensor, Tensor, int]:
         known = (vectors * values.clamp(min=floor)) @ vectors.T
         precision = known * torch.outer(units, units)
     values, vectors = torch.linalg.eigh(precision)
-    return values.clamp(min=_floor(values, torch.float64)), vectors, unmeasured
+    return values, vectors, unmeasured
 
 
 class MetricClients(Clients):

@@ -320,9 +320,16 @@ def test_an_unknown_preset_names_the_nearest_and_all() -> None:
     text = refusal({"preset": "langevin-marna"})
     assert 'the nearest is "langevin-marina"' in text
     assert all(name in text for name in PRESETS)
+    assert 'the nearest is "qlsd"' in refusal({"preset": "QLSD"})
+    assert 'the nearest is "qlsd-plus-plus"' in refusal({"preset": "qlsd_plus_plus"})
+    assert 'got "zzzzz"; there are underdamped-diana' in refusal({"preset": "zzzzz"})
 
 
 WRONG = [
+    ("batch_size=100000000000000000000", "batch_size: got 100000000000000000000; expected at most 9223372036854775807"),
+    ("model.prior_scale=1e300", "model.prior_scale: got 1e+300; expected from 1e-18 to 1e+18, because its square is"),
+    ("model.prior_scale=1e-300", "model.prior_scale: got 1e-300; expected from 1e-18 to 1e+18"),
+    ("model.noise_scale=1e-200", "model.noise_scale: got 1e-200; expected from 1e-18 to 1e+18"),
     ("rounds=-5", "rounds: got -5; expected a whole number >= 1"),
     ("rounds=100.0", "rounds: got 100.0; expected a whole number >= 1"),
     ("chains=0", "chains: got 0;"),
@@ -448,9 +455,15 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     assert "is not TOML" in refusal(tmp_path / "bad.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     assert "is not TOML" in refusal(tmp_path / "binary.toml")
+    assert "save it as UTF-8" in refusal(tmp_path / "binary.toml")
     assert "expected a dict" in refusal(3)
     assert "data: got 3" in refusal({"data": 3})
     assert "1: unknown key" in refusal({1: 2})
+
+
+def test_a_file_that_begins_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "windows.toml").write_bytes(b"\xef\xbb\xbfseed = 3\r\n")
+    assert load(tmp_path / "windows.toml").seed == 3
 
 
 # --- the package ------------------------------------------------------------------------------------------------------

@@ -224,6 +224,23 @@ def test_partition_covers_every_row_once(
     np.testing.assert_array_equal(owners, assign(scheme, targets, clients, alpha, seed))
 
 
+@pytest.mark.parametrize("scheme", ["dirichlet", "iid", "shards"])
+def test_columns_are_fetched_whole_and_not_row_by_row(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million rows fetched one by one took minutes."""
+    import datasets
+
+    calls, fetch = [], datasets.Dataset._getitem
+
+    def counted(self: Any, *given: Any, **named: Any) -> Any:
+        calls.append(given)
+        return fetch(self, *given, **named)
+
+    monkeypatch.setattr(datasets.Dataset, "_getitem", counted)
+    owners = assign(scheme, np.arange(3000) % 3, 4, 5.0, 0)
+    assert len(np.unique(owners)) == 4
+    assert 0 < len(calls) < 40
+
+
 def test_small_alpha_skews_labels_and_large_alpha_does_not() -> None:
     y = np.repeat(np.arange(4), 500)
 
@@ -490,6 +507,12 @@ def test_parquet_types(tmp_path: Path) -> None:
         ("a,b\n", {"target": "b"}, "no rows"),
         ("b\n1\n", {"target": "b"}, "no column left"),
         ("a,b\n1,2\n1,2,3\n", {"target": "b"}, "cannot read some.csv as csv"),
+        ("a;b\n1,5;2\n", {"target": "b"}, "cannot read some.csv as csv"),
+        (
+            "a;b\n1;2\n",
+            {"target": "b"},
+            "not separated by commas. Save it with commas, and numbers with decimal points",
+        ),
         ("", {"target": "b"}, "cannot read some.csv as csv"),
         ("a,b,c\n1,2,0.5\n", {"target": "b", "client_column": "c"}, "holds fractions"),
         ("a,b\n" + "".join(f"{i},{i % 2}\n" for i in range(300)) + "3o,1\n", {"target": "b"}, "row 300.*'3o'"),

@@ -562,7 +562,8 @@ def test_what_is_missing_says_why() -> None:
     text = report(SUMMARY | {"chains": 1, "rhat_max": None, "accuracy": None, "predicted_variance_bias": math.nan})
     assert "worst R-hat             │ - (needs two chains)" in text
     assert "held-out accuracy       │ - (no held-out data)" in text
-    assert "predicted variance bias │ -  " in text
+    assert "predicted variance bias │ - (not predicted for minibatches, drop-outs, temperature 0" in text
+    assert "1 chain of 1,400 draws: 8,000 rounds" in text
     text = report(
         SUMMARY | {"predicted_variance_bias": None}, reasons={"predicted_variance_bias": "no step to predict"}
     )
