@@ -43,6 +43,14 @@ def write_durable(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def listed(folder: Path) -> list[Path]:
+    """What lies in a folder, in any order; nothing if there is none. One call: an interrupt leaves nothing open."""
+    try:
+        return [folder / name for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and deletions in a folder durable; where the system cannot (Windows) they are only atomic."""
     with contextlib.suppress(PermissionError, AttributeError):

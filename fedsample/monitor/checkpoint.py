@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.atomic import TEMPORARY, disk_error, sync_folder, write_durable
+from fedsample.monitor.atomic import TEMPORARY, disk_error, listed, sync_folder, write_durable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +167,7 @@ class CheckpointStore:
 
     def _stored(self) -> list[Path]:
         """Checkpoints on the disk, newest first."""
-        found = [path for path in self.folder.glob("round-*") if _NAME.fullmatch(path.name)]
+        found = [path for path in listed(self.folder) if _NAME.fullmatch(path.name)]
         return sorted(found, key=_round, reverse=True)
 
     def _is_same(self, target: Path) -> bool:
@@ -184,8 +184,9 @@ class CheckpointStore:
             for path in stored:
                 if path not in kept:
                     shutil.rmtree(path)
-            for path in self.folder.glob("*" + TEMPORARY):
-                shutil.rmtree(path)
+            for path in listed(self.folder):
+                if path.name.endswith(TEMPORARY):
+                    shutil.rmtree(path)
 
 
 def _round(path: Path) -> int:

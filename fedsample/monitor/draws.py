@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.atomic import TEMPORARY, disk_error, sync_folder, write_atomic
+from fedsample.monitor.atomic import TEMPORARY, disk_error, listed, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,8 +134,9 @@ class DrawStore:
                     self._draws = [draw.clone() for draw in file.get_slice("params")[:keep]]
                 self._dirty = keep < len(rounds)
                 self.flush()
-        for leftover in self.folder.glob("*" + TEMPORARY):
-            leftover.unlink()
+        for leftover in listed(self.folder):
+            if leftover.name.endswith(TEMPORARY):
+                leftover.unlink()
         if self.folder.is_dir():
             sync_folder(self.folder)
         self._unread = False
@@ -212,7 +213,8 @@ def _shards(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     folder = path / "draws" if (path / "draws").is_dir() else path
-    return sorted((file for file in folder.glob("*" + SUFFIX) if file.stem.isdigit()), key=lambda file: int(file.stem))
+    shards = (file for file in listed(folder) if file.suffix == SUFFIX and file.stem.isdigit())
+    return sorted(shards, key=lambda file: int(file.stem))
 
 
 @contextlib.contextmanager
