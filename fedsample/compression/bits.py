@@ -153,16 +153,22 @@ def unpack(
             check(piece)
         if minus:
             np.subtract(piece, less, out=piece)
-    tail = count - whole
-    if tail and width:
-        string = np.unpackbits(raw[used:], bitorder="little")
-        if string[tail * width :].any():
-            raise DataError("the padding of a packet's last byte is not zero; the bytes are damaged")
-        weights = np.left_shift(1, np.arange(width, dtype=np.int64))
-        codes[whole:] = string[: tail * width].reshape(tail, width).astype(np.int64) @ weights
+    if count > whole and width:
+        tail = codes[whole:]
+        tail[...] = _last(raw[used:], len(tail), width)
         if check:
-            check(codes[whole:].astype(np.uint8) if low else codes[whole:])
-        codes[whole:] -= less
+            check(tail.astype(np.uint8) if low else tail)
+        tail -= less
+    return codes
+
+
+def _last(octets: Codes, count: int, width: int) -> Codes:
+    """(count,) int64, fewer than eight codes, which lie bit by bit."""
+    string = np.unpackbits(octets, bitorder="little")
+    if string[count * width :].any():
+        raise DataError("the padding of a packet's last byte is not zero; the bytes are damaged")
+    weights = np.left_shift(1, np.arange(width, dtype=np.int64))
+    codes: Codes = string[: count * width].reshape(count, width).astype(np.int64) @ weights
     return codes
 
 

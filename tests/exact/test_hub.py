@@ -199,12 +199,19 @@ def test_a_device_that_is_not_yet_prepared_is_not_asked_when_its_stream_breaks(c
 
 def fitted(chain: Callable[[int], Chain]) -> tuple[Chain, Stub]:
     """A server with one device, which was told the first thing."""
-    server = chain(1)
-    (one,) = server.gathered()
-    told = server.do(server.desk.tell, "fit", HELD)
-    one.obey("fit")
-    get(told)
+    server, (one,) = all_fitted(chain, 1)
     return server, one
+
+
+def all_fitted(chain: Callable[[int], Chain], devices: int) -> tuple[Chain, list[Stub]]:
+    """A server with devices, which were told the first thing."""
+    server = chain(devices)
+    stubs = server.gathered()
+    told = server.do(server.desk.tell, "fit", HELD)
+    for stub in stubs:
+        stub.obey("fit")
+    get(told)
+    return server, stubs
 
 
 def test_what_is_asked_after_a_newcomer_was_told_has_a_higher_number(chain: Callable[[int], Chain]) -> None:
@@ -232,12 +239,7 @@ def test_the_same_process_may_come_back_while_it_is_being_prepared(chain: Callab
 
 
 def test_two_newcomers_are_prepared_one_after_the_other(chain: Callable[[int], Chain]) -> None:
-    server = chain(2)
-    stubs = server.gathered()
-    told = server.do(server.desk.tell, "fit", HELD)
-    for stub in stubs:
-        stub.obey("fit")
-    get(told)
+    server, stubs = all_fitted(chain, 2)
     for stub in stubs:
         stub.close()
     asked = server.do(server.desk.broadcast, "train", HELD, 1)
@@ -592,12 +594,7 @@ def test_what_a_newcomer_answers_has_room_whatever_waits(
 ) -> None:
     size = 3 * PIECE
     monkeypatch.setattr(room, "STAGE", size)
-    server = chain(4)
-    stubs = server.gathered()
-    told = server.do(server.desk.tell, "fit", HELD)
-    for stub in stubs:
-        stub.obey("fit")
-    get(told)
+    server, stubs = all_fitted(chain, 4)
     stubs[3].close()
     asked = server.do(lambda: list(server.desk.ask("train", dict.fromkeys(range(4), HELD), 1, size)))
     for stub in stubs[1:3]:

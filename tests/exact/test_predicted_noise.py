@@ -20,6 +20,13 @@ from fedsample.strategies.curvature import Terrain
 DRAWS = 4000
 
 
+def short(quadratics: Path) -> dict[str, Any]:
+    """A run on quadratics for the sake of what it predicts."""
+    data = {"kind": "quadratic", "file": str(quadratics)}
+    length = {"chains": 1, "rounds": 8, "warmup": 0, "thin": 1}
+    return {"data": data, "dtype": "float64", **length, "monitor": {"tensorboard": False}}
+
+
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 @pytest.mark.parametrize(
     ("name", "levels"),
@@ -102,17 +109,7 @@ def test_the_forecast_knows_the_noise(
     """The predicted heating over that of masks with the compressor's omega, on five equal clients."""
     root = np.random.default_rng(0).normal(size=(6, 8))
     np.savez(tmp_path / "q.npz", H=np.repeat((root @ root.T / 8)[None], 5, axis=0), a=np.zeros((5, 6)))
-    config = {
-        "data": {"kind": "quadratic", "file": str(tmp_path / "q.npz")},
-        "dtype": "float64",
-        "chains": 1,
-        "rounds": 8,
-        "warmup": 0,
-        "thin": 1,
-        "step_size": 0.02,
-        "uplink": uplink,
-        "monitor": {"tensorboard": False},
-    }
+    config = short(tmp_path / "q.npz") | {"step_size": 0.02, "uplink": uplink}
     mean = fedsample.run(config, out=tmp_path / "mean", progress="quiet").summary["predicted_mean_heating"]
     for each in (Natural, QSGD):
         monkeypatch.setattr(each, "typical", each.inclusion)
@@ -203,17 +200,10 @@ def test_the_step_under_client_sampling_knows_whose_noise_it_is(
     generator = np.random.default_rng(0)
     roots = generator.normal(size=(5, 8, 9)) * np.sqrt(np.geomspace(0.02, 2, 5))[:, None, None]
     np.savez(tmp_path / "q.npz", H=roots @ roots.swapaxes(1, 2), a=generator.normal(size=(5, 8)))
-    config = {
-        "data": {"kind": "quadratic", "file": str(tmp_path / "q.npz")},
-        "dtype": "float64",
-        "chains": 1,
-        "rounds": 8,
-        "warmup": 0,
-        "thin": 1,
+    config = short(tmp_path / "q.npz") | {
         "sampler": {"name": "langevin"},
         "uplink": {"name": "diana", "compressor": "randk", "k": 0.25},
         "fleet": {"participation": 2},
-        "monitor": {"tensorboard": False},
     }
     told = fedsample.run(config, out=tmp_path / "told", progress="quiet").summary["step_size"]
     monkeypatch.setattr(Terrain, "concentration", lambda self: torch.ones(8, dtype=torch.float64))
