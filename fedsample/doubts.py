@@ -136,16 +136,25 @@ def _finite(value: float | None) -> bool:
 
 
 def _of_bias(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
+    from fedsample.assembly import schedule_of
+    from fedsample.strategies.schedule import Constant
+
     bias, step, limit = (summary[name] for name in ("predicted_variance_bias", "step_size", "largest_stable_step"))
-    foreseen = experiment.batch_size is None and experiment.fleet.dropout == 0
+    schedule = schedule_of(experiment, step)
+    constant = isinstance(schedule, Constant)
+    if not constant:  # the prediction is of the first step: what counts is the largest while draws are kept
+        step, bias = schedule.largest(experiment.warmup + 1, experiment.rounds), None
+    foreseen = constant and experiment.batch_size is None and experiment.fleet.dropout == 0
     if step > limit or (foreseen and bias is None):
         return [
             f"at step {step:.4g} no stationary variance is predicted (the largest stable step is {limit:.4g}): lower "
             "step_size, or set it to 'auto'"
         ]
     if bias is not None and bias > experiment.bias_tolerance * _OVER:
+        memory = experiment.uplink.name in ("diana", "ef21", "dense")
+        advice = "lower step_size" + ("" if memory else ", or take an uplink with a memory, such as diana")
         return [
             f"the step predicts a variance bias of {bias:+.2%}, expected at most bias_tolerance = "
-            f"{experiment.bias_tolerance:.2%}: lower step_size, or take an uplink with a memory, such as diana"
+            f"{experiment.bias_tolerance:.2%}: {advice}"
         ]
     return []

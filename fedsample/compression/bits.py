@@ -140,6 +140,7 @@ def unpack(
                 turn = row // size * size
                 part = np.bitwise_and(part, ((1 << size) - 1) << turn, out=narrow[:n])
                 if turn:
+                    narrow[n:] = 0  # of a longer piece: a word's shift would carry it into this one
                     np.right_shift(eights, turn, out=eights)
             if number == 0:
                 piece[...] = part

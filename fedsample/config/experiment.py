@@ -85,9 +85,9 @@ def _imply(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _contradictions(e: Experiment) -> Iterator[Problem]:
-    """What no field can see alone."""
-    data, model, fleet = e.data, e.model, e.fleet
+def _out_of_range(e: Experiment) -> Iterator[Problem]:
+    """Numbers that no computation holds."""
+    model = e.model
     for path, value in flatten(e.model_dump()):
         if isinstance(value, int) and value > _LARGEST:
             yield Problem(path, f"got {value}; expected at most {_LARGEST}")
@@ -98,6 +98,12 @@ def _contradictions(e: Experiment) -> Iterator[Problem]:
                 f"got {scale}; expected from {_SCALES[0]} to {_SCALES[1]}, because its square is divided by"
                 + ('; "flat" is a prior that says nothing' if path == "model.prior_scale" and scale > 1 else ""),
             )
+
+
+def _contradictions(e: Experiment) -> Iterator[Problem]:
+    """What no field can see alone."""
+    data, model, fleet = e.data, e.model, e.fleet
+    yield from _out_of_range(e)
     if e.warmup >= e.rounds:
         yield Problem(
             "warmup", f"{e.warmup} rounds of warm-up leave none of {e.rounds}; lower it, to {e.rounds // 5} say"

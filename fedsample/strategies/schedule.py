@@ -27,6 +27,10 @@ class Schedule(ABC):
     def at(self, round: int) -> float:
         """The step of a round, 1, 2, ..."""
 
+    def largest(self, first: int, last: int) -> float:
+        """The largest step of the rounds from `first` to `last`; steps fall, unless a schedule says otherwise."""
+        return self.at(first)
+
 
 @dataclass(frozen=True)
 class Constant(Schedule):
@@ -66,3 +70,8 @@ class Cyclical(Schedule):
     def at(self, round: int) -> float:
         """The step of a round; the last of a cycle is small but not zero."""
         return 0.5 * self.initial * (1.0 + math.cos(math.pi * ((round - 1) % self.period) / self.period))
+
+    def largest(self, first: int, last: int) -> float:
+        """That of a cycle's first round, if one is among them."""
+        begins = first + (1 - first) % self.period
+        return self.initial if begins <= last else self.at(first)

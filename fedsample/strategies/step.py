@@ -194,9 +194,15 @@ def step_rule(
 
 
 def _weighted(compressor: Compressor, sampler: str, mixing: Array, weights: Array) -> float:
-    """What stands for K / d under ef21: that of the weighted mean lag over coordinates, whose steps differ."""
-    lag = float(np.average(compressor.lags(mixing), weights=weights if weights.any() else None))
-    return _followed(lag, compressor.inclusion(len(mixing)), sampler)
+    """What stands for K / d under ef21: that of the weighted mean lag over coordinates, whose steps differ.
+
+    One that hardly moves waits very long for a threshold that others set, and then has hardly moved: its lag counts as
+    chance's, or that of a constant column would count for all others.
+    """
+    inclusion = compressor.inclusion(len(mixing))
+    lags = np.minimum(compressor.lags(mixing), 1 / inclusion - 1)
+    lag = float(np.average(lags, weights=weights if weights.any() else None))
+    return _followed(lag, inclusion, sampler)
 
 
 def _followed(lag: float, inclusion: float, sampler: str) -> float:

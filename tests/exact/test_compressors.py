@@ -231,6 +231,17 @@ def test_packing_fills_exactly_the_bits_it_needs(count: int, width: int, seed: i
         bits.unpack(data + b"\0", count, width, np.uint32)
 
 
+@pytest.mark.parametrize("width", range(1, 18))
+def test_a_last_piece_that_is_no_multiple_of_eight_bytes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of 64 bits are shifted, and beyond the piece lie the bytes of a longer one."""
+    monkeypatch.setattr(bits, "_CHUNK", 64)
+    generator = np.random.default_rng(width)
+    for columns in (63, 64, 65, 68, 71, 127, 129, 200):
+        for count in (8 * columns, 8 * columns + 5):
+            codes = generator.integers(0, 2**width, count, dtype=np.uint32)
+            assert np.array_equal(bits.unpack(bits.pack(codes, width), count, width, np.uint32), codes)
+
+
 def test_bits_are_those_of_the_papers() -> None:
     d = 1000
     for compressor, single, double in (

@@ -100,13 +100,37 @@ def test_chains_that_have_not_mixed_are_said_not_to_have(folder: Path, tmp_path:
         ({"chains": 1, "rhat_max": None, "ess_bulk_min": 9.0}, "of the one chain is 9, expected at least 50"),
         ({"step_size": 0.6, "predicted_variance_bias": None}, "no stationary variance is predicted (the largest"),
         ({"predicted_variance_bias": None}, "at step 0.1 no stationary variance is predicted"),
-        ({"predicted_variance_bias": 0.3}, "variance bias of +30.00%, expected at most bias_tolerance = 10.00%"),
+        ({"predicted_variance_bias": 0.3}, "variance bias of +30.00%, expected at most bias_tolerance = 10.00%: lower"),
     ],
 )
 def test_each_doubt(change: dict[str, Any], says: str | None) -> None:
     found = doubts(fedsample.Experiment(), SUMMARY | change)
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
+
+
+@pytest.mark.parametrize(("uplink", "advised"), [("diana", False), ("ef21", False), ("direct", True), ("marina", True)])
+def test_an_uplink_with_a_memory_is_not_advised_to_who_has_one(uplink: str, advised: bool) -> None:
+    experiment = fedsample.Experiment.model_validate({"uplink": {"name": uplink, "compressor": "randk"}})
+    (found,) = doubts(experiment, SUMMARY | {"predicted_variance_bias": 0.3})
+    assert ("such as diana" in found) is advised
+
+
+@pytest.mark.parametrize(
+    ("schedule", "doubted"),
+    [
+        ({"schedule": "polynomial", "offset": 10.0}, False),  # 0.04 in the first round that is kept
+        ({"schedule": "polynomial", "offset": 1e6}, True),
+        ({"schedule": "cyclical", "period": 500}, True),  # begins again while draws are kept
+        ({"schedule": "cyclical", "period": 100_000}, True),
+        ({"schedule": "constant"}, True),
+    ],
+)
+def test_a_schedule_is_judged_by_its_steps_while_draws_are_kept(schedule: dict[str, Any], doubted: bool) -> None:
+    experiment = fedsample.Experiment.model_validate({"step_size": {"initial": 0.6, **schedule}})
+    found = doubts(experiment, SUMMARY | {"step_size": 0.6, "predicted_variance_bias": 2.0})
+    assert bool(found) is doubted
+    assert not doubted or "no stationary variance is predicted" in found[0]
 
 
 def test_nothing_is_doubted_where_nothing_is_drawn() -> None:

@@ -16,6 +16,7 @@ from fedsample.compression import QSGD, LinkKeys, Natural, PermK, build
 from fedsample.diagnostics.covariance import Covariance
 from fedsample.diagnostics.moments import Coordinate
 from fedsample.strategies.curvature import Terrain
+from fedsample.strategies.step import _weighted
 
 DRAWS = 4000
 
@@ -192,6 +193,14 @@ def test_a_coordinate_of_unequal_clients_that_are_sampled(sampler: Any, step: fl
     heat = exact.spread()[0] - 1 - calm
     assert described.bias(step) - calm == pytest.approx(heat, rel=0.08)
     assert plain.bias(step) - calm < 0.85 * heat
+
+
+def test_a_column_that_hardly_moves_does_not_count_for_all_others() -> None:
+    """Its own memory lags by t^2 / s^2 rounds, which have no bound as its steps s go to zero."""
+    mixing = np.array([0.0, 1e-31, 1e-6, 0.1, 0.2, 0.1, 0.3, 0.1])
+    compressor = build("topk", 2)
+    few = _weighted(compressor, "langevin", mixing[3:], np.sqrt(mixing[3:]))
+    assert compressor.inclusion(8) < _weighted(compressor, "langevin", mixing, np.sqrt(mixing)) < 2 * few
 
 
 def test_the_step_under_client_sampling_knows_whose_noise_it_is(

@@ -172,8 +172,8 @@ class InProcess:
             job = node.jobs.popleft()
             message_id, run_id = job.message.metadata.message_id, job.message.metadata.run_id
             self._busy[thread], self._working[message_id] = (place, message_id), (place, time.monotonic())
-        generators.enter(message_id)  # again, where nobody waits for it any longer
         try:
+            generators.enter(message_id)  # again, where nobody waits for it any longer
             reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
         finally:
             generators.leave(message_id)
