@@ -19,6 +19,7 @@ from fedsample.preparation import Prepared, prepare
 from fedsample.problem import DTYPES, Problem, build_problem
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
 from fedsample.strategies.schedule import Constant, Cyclical, Polynomial, Schedule
+from fedsample.targets.metric import MOST_DENSE
 
 
 def build_fleet(
@@ -87,10 +88,10 @@ def check_size(experiment: Experiment, problem: Problem) -> None:
         ConfigError: a dense metric for too many parameters, more coordinates on the wire than there are, or a cohort of
             more clients.
     """
-    if experiment.metric.name == "hessian" and problem.d > 5000:
+    if experiment.metric.name == "hessian" and problem.d > MOST_DENSE:
         raise ConfigError(
             f"metric.name = 'hessian' needs a matrix of {problem.d} x {problem.d} entries on every client; "
-            "choose kronecker or diagonal above 5,000 parameters"
+            f"choose kronecker or diagonal above {MOST_DENSE:,} parameters"
         )
     uplink, downlink = links(experiment, problem)
     dtype = DTYPES[experiment.dtype]

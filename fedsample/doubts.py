@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsample.errors import ConfigError
 from fedsample.random import SERVER, key
-from fedsample.targets.metric import Identity, Metric
+from fedsample.targets.metric import MOST_DENSE, Identity, Metric
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -23,7 +23,6 @@ MIXED = 1.1  # R-hat beyond which chains tell their starting points apart
 _FEW = 50  # effective draws, below which a single chain tells little
 _FINE = 4  # spacings of the dtype that a posterior standard deviation must span: rounding then adds half a percent
 _AWAY = 100.0  # standard deviations that a warm-up can still bridge
-_HESSIAN = 5000  # parameters up to which the metric may be the Hessian's
 _SIGNS = 32  # probes for standard deviations: to an eighth, relatively
 _OVER = 1.05  # times the tolerance: what an automatic step may predict by rounding
 
@@ -117,7 +116,7 @@ def _of_mixing(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
     kept = experiment.rounds - experiment.warmup
     slow = "; the slowest direction forgets where it was only in "
     slow = f"{slow}{relaxation:,.0f} rounds, and {kept:,} were kept" if relaxation and relaxation > kept else ""
-    denser = experiment.metric.name != "hessian" and summary.get("params", 0) <= _HESSIAN
+    denser = experiment.metric.name != "hessian" and summary.get("params", 0) <= MOST_DENSE
     metric = ", set metric.name = 'hessian'" if denser else ""
     advice = "raise rounds and warmup" + (f"{metric}, or scale the data" if slow else "")
     if rhat is not None and math.isfinite(rhat) and rhat > MIXED:
@@ -125,7 +124,8 @@ def _of_mixing(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
     if summary["draws"] < 4:
         return [f"{summary['draws']} draws a chain tell nothing of their mixing, expected at least 4: {advice}"]
     if ess is None or not math.isfinite(ess) or (summary["chains"] > 1 and not _finite(rhat)):
-        return [f"the chains did not move as far as {experiment.dtype} tells: the step is too small, or dtype"]
+        finer = ", or set dtype = 'float64'" if experiment.dtype == "float32" else ""
+        return [f"the chains did not move as far as {experiment.dtype} tells: raise step_size, or rounds{finer}"]
     if summary["chains"] == 1 and ess < _FEW:
         return [f"the smallest bulk ESS of the one chain is {ess:.0f}, expected at least {_FEW}{slow}: {advice}"]
     return []

@@ -127,6 +127,9 @@ class Diagonal(Metric):
         return _width(dtype) * len(self.scales)
 
 
+MOST_DENSE = 5000  # parameters up to which a run may have the metric of the whole Hessian
+
+
 class Dense(Metric):
     """S = P^{-1/2}, a full symmetric matrix.
 

@@ -23,11 +23,10 @@ from fedsample.fleets.grpc.heads import Damaged
 from fedsample.fleets.grpc.packing import device_frame, written
 from fedsample.fleets.grpc.probe import probe_handler
 from fedsample.fleets.grpc.seat import Asked, Batch, Stream
-from fedsample.fleets.grpc.streams import Identified, Invitation, Streams
+from fedsample.fleets.grpc.streams import LEAVE, Identified, Invitation, Streams
 from fedsample.fleets.grpc.version import SERVICE
 
 COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
-_LEAVE = 2.0  # seconds that a device has to read the last word and go
 _WINDOW = 1 << 20  # bytes that a device may send before they are read; gRPC's own guess takes several times that
 _OPTIONS = [
     ("grpc.http2.bdp_probe", 0),
@@ -129,9 +128,9 @@ class Hub:
                 seat.stream.send(pb.ServerFrame(farewell=pb.Farewell(reason=reason, finished=finished)))
                 seat.stream.close(reason)
         if self._server is not None:
-            await self._server.stop(_LEAVE)
+            await self._server.stop(LEAVE)
         if calls := asyncio.all_tasks() - {asyncio.current_task()}:  # gRPC's own too, which may have a step to go
-            _, late = await asyncio.wait(calls, timeout=_LEAVE)
+            _, late = await asyncio.wait(calls, timeout=LEAVE)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)

@@ -25,7 +25,7 @@ from fedsample.fleets.grpc.version import PROTOCOL
 
 _LINE = 500  # characters of a device's own words that are shown
 _HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong
-_LEAVE = 2.0  # seconds that a device has to read the last word and go
+LEAVE = 2.0  # seconds that a device has to read the last word and go
 _TERMS = 1 << 62  # no run goes back so often
 
 
@@ -216,7 +216,7 @@ class Streams:
             done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             if writer in done and not writer.cancelled() and writer.exception() is None:
                 # What the device still writes would fail if the call were over, and with it what it has not yet read.
-                await asyncio.wait({reader}, timeout=_LEAVE)
+                await asyncio.wait({reader}, timeout=LEAVE)
             for task in done:
                 if not task.cancelled() and (error := task.exception()) is not None and seat.stream is stream:
                     seat.error = str(error) or type(error).__name__
