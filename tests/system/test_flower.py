@@ -365,7 +365,8 @@ def test_a_silent_client_of_marina_is_told_the_points_it_missed() -> None:
     fleet.arrival = 0.9
     sampler = reference.strategy()
     sampler.uplink._p = 1e-9  # no coin falls
-    advance(sampler, sampler.begin(reference.prepared.start), fleet, 6)
+    _, state, _ = advance(sampler, sampler.begin(reference.prepared.start), fleet, 6)
+    assert state.applied.tolist() == [6, 6, 6, 6]
 
 
 def test_an_arrival_is_a_probability() -> None:
