@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import os
@@ -111,18 +110,19 @@ def _install(label: str, said: str, source: Path, folder: Path, alike: bool) -> 
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit code (-9: killed by signal 9), and what it wrote on standard error."""
+    """How a process ended: its exit code (-9: killed by signal 9), and what it wrote on both streams."""
 
     code: int
+    out: str
     err: str
 
 
 class Job:
     """A process that a worker has forked."""
 
-    def __init__(self, err: Path) -> None:
-        """Of a process that writes its errors into a file."""
-        self._err = err
+    def __init__(self, out: Path, err: Path) -> None:
+        """Of a process that writes into these files."""
+        self._out, self._err = out, err
         self.pid = 0
         self.started, self.over = threading.Event(), threading.Event()
         self.code = 0
@@ -142,13 +142,12 @@ class Job:
         """Until it has ended; one that takes longer is killed, and its code is -9."""
         if not self.over.wait(seconds):
             self.kill()
-            return Ended(-9, f"still running after {seconds:g} s. {self.err}")
-        return Ended(self.code, self.err)
+            return Ended(-9, _text(self._out), f"still running after {seconds:g} s. {_text(self._err)}")
+        return Ended(self.code, _text(self._out), _text(self._err))
 
-    @property
-    def err(self) -> str:
-        """What it has written on standard error."""
-        return self._err.read_text(encoding="utf-8", errors="replace") if self._err.exists() else ""
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
 
 class Worker:
@@ -165,6 +164,7 @@ class Worker:
         self.installed, self.folder = installed, folder
         folder.mkdir(parents=True)
         self.version = ""
+        self._modules, self._left_out = 0, list[str]()
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Lock()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDSAMPLE_")}
@@ -189,6 +189,11 @@ class Worker:
         if not self._ready.wait(_READY) or not self.version:
             raise UsageError(f"{self.installed.said} cannot be imported: {self._log.read_text()[-2000:]}")
 
+    def describe(self) -> str:
+        """What it imported, in words."""
+        left_out = f", without {', '.join(self._left_out)}" if self._left_out else ""
+        return f"fedsample {self.version}, {self._modules} modules{left_out}"
+
     def command(self, *arguments: str | Path, name: str, capture: Path | None = None, **environment: str) -> Job:
         """Start `python -m fedsample ARGUMENTS`."""
         words = [str(argument) for argument in arguments]
@@ -204,7 +209,7 @@ class Worker:
         with self._lock:
             number = len(self._jobs)
             out, err = (self.folder / f"{number:03d}-{name}.{kind}" for kind in ("out", "err"))
-            job = self._jobs[number] = Job(err)
+            job = self._jobs[number] = Job(out, err)
             work = {"id": number, "do": do, "folder": str(self.folder), "out": str(out), "err": str(err)}
             if self._process.stdin is None:
                 raise RuntimeError("the worker has no standard input")
@@ -216,7 +221,7 @@ class Worker:
         for line in self._process.stdout or ():
             said = json.loads(line)
             if said.get("ready"):
-                self.version = said["version"]
+                self.version, self._modules, self._left_out = said["version"], said["modules"], said["left_out"]
                 self._ready.set()
             elif "pid" in said:
                 self._jobs[said["id"]].pid = said["pid"]
@@ -247,9 +252,3 @@ class Worker:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
-
-
-def same_environment() -> str:
-    """What both copies run on, in words: the numbers hold here only."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "flwr"))
-    return f"Python {sys.version.split()[0]}, {versions}"

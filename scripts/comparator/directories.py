@@ -38,11 +38,11 @@ def compare_runs(old: Path, new: Path) -> list[Finding]:
         new: made by the new one, from the same configuration.
     """
     found = list(compare_draws(read_draws(old), read_draws(new)))
-    found += _compare_mapping("summary.json", _json(old / "summary.json"), _json(new / "summary.json"), ignored.SUMMARY)
+    found += compare_mapping("summary.json", _json(old / "summary.json"), _json(new / "summary.json"), ignored.SUMMARY)
     found += _compare_metrics(old / "metrics.jsonl", new / "metrics.jsonl")
-    found += _compare_mapping("config.toml", _toml(old / "config.toml"), _toml(new / "config.toml"), ())
+    found += compare_mapping("config.toml", _toml(old / "config.toml"), _toml(new / "config.toml"), ())
     geometry = _json(old / "geometry.json"), _json(new / "geometry.json")
-    found += _compare_mapping("geometry.json", *geometry, ignored.GEOMETRY, lax=True)
+    found += compare_mapping("geometry.json", *geometry, ignored.GEOMETRY, lax=True)
     found += _compare_tensors("geometry.safetensors", old, new)
     for name in ("params.json", "participation.jsonl", "forks.jsonl"):
         found += _compare_text(name, old / name, new / name)
@@ -119,7 +119,7 @@ def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
             yield f"{path}{name}", value
 
 
-def _compare_mapping(
+def compare_mapping(
     what: str, old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...], *, lax: bool = False
 ) -> Iterator[Finding]:
     """Values by key: one that changed or is gone is a difference (if `lax`, gone is a note), a new one is a note."""
@@ -154,7 +154,7 @@ def _compare_metrics(old: Path, new: Path) -> Iterator[Finding]:
     clocked = (*ignored.METRICS, *ignored.DEVICE_METRICS)
     for round in sorted(common):
         kept = [{tag: value for tag, value in row[round].items() if not tag.startswith(clocked)} for row in rows]
-        found = list(_compare_mapping(f"metrics.jsonl: round {round}", kept[0], kept[1], ()))
+        found = list(compare_mapping(f"metrics.jsonl: round {round}", kept[0], kept[1], ()))
         yield from found
         if found:
             return  # later rounds follow

@@ -24,6 +24,7 @@ FRAMES = {
     ("welcome", "nonce"): "random bytes of a run",
     ("ready", "run"): "made from the nonce",
     ("name", "run"): "made from the nonce",
+    ("name", "digest"): "made from the mark of a snapshot, and from what is compared anyhow",
     ("field", "fedsample"): "a version",
     ("field", "mark"): "random bits of a snapshot",
 }
