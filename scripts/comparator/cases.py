@@ -15,8 +15,8 @@ import pyarrow.parquet
 
 ROUNDS, HALF = 20, 10
 PRESETS = (
-    "underdamped-diana", "langevin-marina", "langevin-diana", "underdamped-marina", "whitened-diana", "qlsd", "qlsd-star",
-    "qlsd-plus-plus", "d-elf", "p-elf", "b-elf", "dsgld", "federated-gd",
+    "underdamped-diana", "langevin-marina", "langevin-diana", "underdamped-marina", "whitened-diana", "qlsd",
+    "qlsd-star", "qlsd-plus-plus", "d-elf", "p-elf", "b-elf", "dsgld", "federated-gd",
 )  # fmt: skip
 ENGINES = ("by-client", "batched", "compiled")
 DTYPES = ("float32", "float64")
@@ -100,7 +100,7 @@ def cases(data: Mapping[str, Path]) -> Iterator[Case]:
 
 
 def _presets(data: Mapping[str, Path]) -> Iterator[Case]:
-    """Every preset by every engine, with each number of threads and each precision; and resumed at half of its rounds."""
+    """Every preset by every engine, with each number of threads and each precision; and resumed half-way."""
     for number, preset in enumerate(PRESETS):
         for threads in (1, 2):
             for place, (engine, dtype) in enumerate((engine, dtype) for engine in ENGINES for dtype in DTYPES):

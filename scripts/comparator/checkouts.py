@@ -63,9 +63,12 @@ def install(old: str, new: str, folder: Path) -> tuple[Installed, Installed]:
     """
     sources = [_source(said, folder / f"{label}-source") for label, said in (("old", old), ("new", new))]
     alike = _demands(sources[0]) == _demands(sources[1])
-    jobs = [(label, said, source, folder / label, alike) for label, said, source in zip(("old", "new"), (old, new), sources, strict=True)]  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda job: _install(*job), jobs)
+        jobs = [
+            pool.submit(_install, label, said, source, folder / label, alike)
+            for label, said, source in zip(("old", "new"), (old, new), sources, strict=True)
+        ]
+        one, other = (job.result() for job in jobs)
     return one, other
 
 
@@ -96,13 +99,13 @@ def _demands(source: Path) -> tuple[object, ...]:
 def _install(label: str, said: str, source: Path, folder: Path, alike: bool) -> Installed:
     if alike:
         python, root = Path(sys.executable), folder
-        arguments = ["--no-deps", "--target", folder, source]
+        arguments = ["--no-deps", "--target", str(folder), str(source)]
     else:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         python = folder / "bin" / "python"
         root = next((folder / "lib").iterdir()) / "site-packages"
-        arguments = ["-c", source / "constraints.txt", f"{source}[ray]"]
-    command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
+        arguments = ["-c", str(source / "constraints.txt"), f"{source}[ray]"]
+    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(f"{said} cannot be installed: {done.stderr.strip()[-1000:]}")
@@ -173,8 +176,8 @@ class Worker:
         self._log = folder / "worker.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [installed.python, "-P", WORKER, installed.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                cwd=folder, env=environment, text=True,
+                [installed.python, "-P", WORKER, installed.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, cwd=folder, env=environment, text=True,
             )  # fmt: skip
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._ready = threading.Event()

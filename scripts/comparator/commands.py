@@ -124,12 +124,12 @@ def last_checkpoint(run: Path) -> int:
 
 
 def compare_app(old: Worker, new: Worker, preset: str) -> Result:
-    """Each checkout's own `simulations/flower_app`, its ServerApp and ClientApps in one process, and all their messages."""
+    """Each checkout's own `simulations/flower_app`, its two components in one process, and all their messages."""
     result = Result(f"flower-app/{preset}", "Flower app in one process")
     config = f'preset="{preset}" rounds=20 warmup=0 thin=1 chains=8 data.name="wine" data.clients=2'
 
     def simulate(worker: Worker) -> Ended:
-        out, app = f"app-{preset}", worker.installed.source / "simulations" / "flower_app"
+        out, app = f"app-{preset}", str(worker.installed.source / "simulations" / "flower_app")
         given = ["--app", app, "--clients", "2", "--run-config", f'{config} app.out="{out}"', "--quiet"]
         capture = worker.folder / f"{out}.messages"
         return worker.command("simulate", *given, name=out, capture=capture).wait(_LONGEST)

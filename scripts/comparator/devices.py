@@ -1,4 +1,4 @@
-"""Runs with two real devices over gRPC: what travels, and what one checkout makes of what the other has left on disks."""
+"""Runs with two real devices over gRPC: what travels, and what one checkout makes of what the other left on disks."""
 
 from __future__ import annotations
 
@@ -98,9 +98,10 @@ def serve(
     """A server and its devices to their end, over a relay.
 
     Args:
-        server, devices: the checkouts that they run in. place: where it all lies. config: of a new run; None: the one in
-            `place` goes on. name: of its files of output. replace_by: device 0 is killed before its round `_HELD_ROUND`,
-            and goes on in this checkout.
+        server, devices: the checkouts that they run in. place: where it all lies.
+        config: of a new run; None: the one in `place` goes on.
+        name: of its files of output.
+        replace_by: device 0 is killed before its round `_HELD_ROUND`, and goes on in this checkout.
     """
     port = _free_port()
     hold = None if replace_by is None else _Hold()
@@ -111,9 +112,8 @@ def serve(
             place.run.parent.mkdir(parents=True, exist_ok=True)
             (place.run.parent / "experiment.toml").write_text(tomli_w.dumps(dict(config)))
             words = [str(place.run.parent / "experiment.toml")]
-        started = [server.command(
-            "server", *words, "--listen", f"127.0.0.1:{port}", "--out", place.run, "--insecure", "--quiet", name=f"{name}-server"
-        )]  # fmt: skip
+        words += ["--listen", f"127.0.0.1:{port}", "--out", str(place.run), "--insecure", "--quiet"]
+        started = [server.command("server", *words, name=f"{name}-server")]
         for index, worker in enumerate(devices):
             started.append(_device(worker, relay.port, index, place, name))
         if replace_by is not None:
@@ -196,12 +196,8 @@ def compare_state(old: Worker, new: Worker, preset: str, who: str) -> Result:
     """
     result = Result(f"state/{preset}/{who}", "left by old, resumed by new")
     settings = configuration(preset)
-    full, half, place = (
-        Place.below(each) for each in (
-            old.folder / "states" / preset / "full", old.folder / "states" / preset / "half",
-            new.folder / "states" / preset / who,
-        )
-    )  # fmt: skip
+    mine = old.folder / "states" / preset
+    full, half, place = (Place.below(each) for each in (mine / "full", mine / "half", new.folder / f"{preset}-{who}"))
     if not full.run.exists():  # once, for all of `SIDES`
         for made, rounds in (full, ROUNDS), (half, HALF):
             first = serve(

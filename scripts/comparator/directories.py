@@ -183,12 +183,12 @@ def _compare_tensors(name: str, old: Path, new: Path) -> Iterator[Finding]:
 
 
 def _compare_text(name: str, old: Path, new: Path) -> Iterator[Finding]:
-    texts = [file.read_text(encoding="utf-8").splitlines() if file.exists() else None for file in (old, new)]
-    if texts[0] == texts[1]:
+    one, other = (file.read_text(encoding="utf-8").splitlines() if file.exists() else None for file in (old, new))
+    if one == other:
         return
-    if texts[0] is None or texts[1] is None:
-        yield difference(f"{name}: in the {'new' if texts[0] is None else 'old'} run only")
+    if one is None or other is None:
+        yield difference(f"{name}: in the {'new' if one is None else 'old'} run only")
         return
-    at = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-    lines = [text[at] if at < len(text) else "(ends)" for text in texts if text is not None]
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    lines = [text[at] if at < len(text) else "(ends)" for text in (one, other)]
     yield difference(f"{name}: line {at + 1}: {lines[0]} -> {lines[1]}")

@@ -1,8 +1,8 @@
 """Writes down Flower's messages on their way, inside a process that runs a checkout.
 
-It taps two places, both Flower's own, which no move of fedsample's modules touches: the grid of Flower's simulation runtime
-(messages to and from other processes) and `ClientApp.__call__` (clients of this process). What it finds nothing at, the
-comparison of the file reports: no message is an error there.
+It taps two places, both Flower's own, which no move of fedsample's modules touches: the grid of Flower's simulation
+runtime (messages to and from other processes) and `ClientApp.__call__` (clients of this process). What it finds nothing
+at, the comparison of the file reports: no message is an error there.
 """
 
 from __future__ import annotations

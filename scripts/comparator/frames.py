@@ -1,15 +1,15 @@
 """What a server and its devices say to each other, read from the bytes of their frames.
 
-Field numbers are those of docs/devices/protocol.md, which are frozen: no class of fedsample is needed to read them. A field
-that is not known here is kept under its number, so nothing that travels is left out of a comparison but what
+Field numbers are those of docs/devices/protocol.md, which are frozen: no class of fedsample is needed to read them. A
+field that is not known here is kept under its number, so nothing that travels is left out of a comparison but what
 `ignored.FRAMES` and `ignored.CLOCKED_FRAMES` list.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from comparator import ignored
@@ -21,26 +21,26 @@ class Known(NamedTuple):
     """What is known of a message: names of fields by number, and which of them are messages themselves."""
 
     fields: Mapping[int, str]
-    inner: Mapping[str, str]
+    inner: Mapping[str, str] = MappingProxyType({})
 
 
 _MESSAGES = {
-    "up": Known({1: "hello", 2: "ready", 3: "piece", 4: "failure", 5: "pong"}, {}),
-    "down": Known({1: "welcome", 2: "refusal", 3: "piece", 4: "ping", 5: "farewell"}, {}),
-    "hello": Known({1: "protocol", 2: "software", 3: "instance", 4: "client"}, {}),
-    "welcome": Known(
-        {1: "protocol", 2: "software", 3: "run", 4: "nonce", 5: "config", 6: "client", 7: "clients"}, {}
-    ),
-    "ready": Known({1: "run", 2: "term", 3: "live", 4: "snapshots", 5: "schema"}, {}),
-    "refusal": Known({1: "reason", 2: "retry"}, {}),
-    "farewell": Known({1: "reason", 2: "finished"}, {}),
-    "failure": Known({1: "digest", 2: "stage", 3: "detail", 4: "round"}, {}),
+    "up": Known({1: "hello", 2: "ready", 3: "piece", 4: "failure", 5: "pong"}),
+    "down": Known({1: "welcome", 2: "refusal", 3: "piece", 4: "ping", 5: "farewell"}),
+    "hello": Known({1: "protocol", 2: "software", 3: "instance", 4: "client"}),
+    "welcome": Known({1: "protocol", 2: "software", 3: "run", 4: "nonce", 5: "config", 6: "client", 7: "clients"}),
+    "ready": Known({1: "run", 2: "term", 3: "live", 4: "snapshots", 5: "schema"}),
+    "refusal": Known({1: "reason", 2: "retry"}),
+    "farewell": Known({1: "reason", 2: "finished"}),
+    "failure": Known({1: "digest", 2: "stage", 3: "detail", 4: "round"}),
     "piece": Known({1: "head", 2: "offset", 3: "data", 4: "crc"}, {"head": "head"}),
-    "head": Known({1: "name", 2: "kind", 3: "header", 4: "arrays"}, {"name": "name", "header": "field", "arrays": "array"}),
-    "name": Known({1: "run", 2: "term", 3: "round", 4: "client", 5: "digest", 6: "sequence"}, {}),
-    "array": Known({1: "name", 2: "dtype", 3: "shape", 4: "stype", 5: "size"}, {}),
-    "field": Known({1: "name"}, {}),
-}  # fmt: skip
+    "head": Known(
+        {1: "name", 2: "kind", 3: "header", 4: "arrays"}, {"name": "name", "header": "field", "arrays": "array"}
+    ),
+    "name": Known({1: "run", 2: "term", 3: "round", 4: "client", 5: "digest", 6: "sequence"}),
+    "array": Known({1: "name", 2: "dtype", 3: "shape", 4: "stype", 5: "size"}),
+    "field": Known({1: "name"}),
+}
 
 
 def read_frame(raw: bytes, *, up: bool) -> dict[str, Any] | None:
@@ -119,8 +119,3 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return value, at
-
-
-def line_of(frame: Mapping[str, Any]) -> str:
-    """A frame as a line of a file of messages."""
-    return json.dumps(frame)

@@ -1,7 +1,7 @@
 """A relay on loopback between devices and their server, which keeps every frame that passes, as bytes.
 
-It speaks gRPC without knowing a service: whatever method is called is called on, and messages stay bytes. So it sees the same
-of any checkout, wherever that keeps its classes.
+It speaks gRPC without knowing a service: whatever method is called is called on, and messages stay bytes. So it sees
+the same of any checkout, wherever that keeps its classes.
 """
 
 from __future__ import annotations

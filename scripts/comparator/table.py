@@ -16,7 +16,7 @@ def print_results(results: Sequence[Result], seconds: float) -> int:
         for finding in result.findings:
             print(f"{_TITLES[finding.kind]}: {result.name}: {finding.text}")
     header = ("", "cases", "same", "different", "not compared", "refused by both", "fell back", "messages", "seconds")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for group in dict.fromkeys(result.group for result in results):
         rows.append(_row(group, [result for result in results if result.group == group]))
     rows.append(_row("all", results))

@@ -1,8 +1,8 @@
 """Runs inside a checkout's copy of fedsample: imports it once, and forks a process for each piece of work.
 
-It is started as `python -P worker.py ROOT` and uses of fedsample only what stays: `fedsample.run`, `python -m fedsample`.
-A line of JSON on standard input is a piece of work; a line on standard output says its process, and one how it ended.
-Forks make a command start in milliseconds, keep one experiment's threads and generators from the next, and can be killed.
+It is started as `python -P worker.py ROOT` and uses of fedsample only what stays: `fedsample.run` and `python -m
+fedsample`. A line of JSON on standard input is a piece of work; a line on standard output says its process, and one how
+it ended. Forks make a command start in milliseconds, keep its threads and generators from the next, and can be killed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 _THIRD_PARTY = (
-    "sklearn.datasets", "scipy.optimize", "rich.progress", "rich.table", "rich.live", "flwr_datasets.partitioner", "datasets",
-    "pyarrow.csv", "pyarrow.parquet", "tensorboard.compat.proto.event_pb2", "safetensors.torch", "torch.func", "torch.fft",
-    "flwr.simulation", "grpc.aio",
+    "sklearn.datasets", "scipy.optimize", "rich.progress", "rich.table", "rich.live", "flwr_datasets.partitioner",
+    "datasets", "pyarrow.csv", "pyarrow.parquet", "tensorboard.compat.proto.event_pb2", "safetensors.torch",
+    "torch.func", "torch.fft", "flwr.simulation", "grpc.aio",
 )  # fmt: skip
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _POLL = 0.01  # seconds between two looks for children that have ended
