@@ -94,13 +94,12 @@ class Coordinate:
 
     def _recursion(self, step_size: float) -> tuple[Array, Array]:
         """(m, m) and (m,): the second moments of the next round, the one of u first; only those that move."""
-        size = len(_UPPER[0])
-        columns = [self._next(_symmetric(row), step_size, 0.0)[_UPPER] for row in np.eye(size)]
-        matrix, constant = np.stack(columns, axis=1), self._next(np.zeros((6, 6)), step_size, 1.0)[_UPPER]
         used = {_U, _V, _W, *((_A,) if self.uplink == "diana" else (_A, _B) if self.uplink == "ef21" else ())}
         used |= {_X} if self.uplink == "marina" else set()
         kept = [k for k, (i, j) in enumerate(zip(*_UPPER, strict=True)) if i in used and j in used]
-        return matrix[np.ix_(kept, kept)], constant[kept]
+        basis = np.eye(len(_UPPER[0]))[kept]
+        columns = [self._next(_symmetric(row), step_size, 0.0)[_UPPER][kept] for row in basis]
+        return np.stack(columns, axis=1), self._next(np.zeros((6, 6)), step_size, 1.0)[_UPPER][kept]
 
     def _next(self, m: Array, h: float, temperature: float) -> Array:
         """E[z z^T] after a round, z = (u, v, w, phi, phi', x), from the one before."""
