@@ -6,6 +6,7 @@ Most of it runs real ClientApps behind a grid in this process; the slow tests ru
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -13,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Reference:
         return build_sampler(self.experiment, self.problem, self.prepared, CLIENTS)
 
 
-@cache
+@functools.cache
 def reference_of(preset: str) -> Reference:
     """The chain that the tests of a preset share: they read it, and make what they change with its methods."""
     return Reference(experiment_of(preset=preset))
