@@ -1,15 +1,12 @@
 """Every sampler over Flower's messages: the draws of LocalFleet bit for bit, the bytes that were counted, clear errors.
 
-Most of it runs real ClientApps behind a grid in this process; the slow tests run Flower's own runtimes, once through
-`fedsample simulate` and once through `flwr run`.
+Real ClientApps behind a grid in this process; Flower's own runtimes are in tests/walk and tests/soak.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from flower_commands import end_superlink, ended, environment, free_port
+from flower_commands import environment
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from loopback import LoopbackGrid
@@ -43,7 +40,6 @@ from fedsample.fleets.flower_grid.adapter import identity
 from fedsample.fleets.local import LocalFleet
 from fedsample.fleets.remote import Federation
 from fedsample.links import links
-from fedsample.monitor.draws import load_draws
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import Prepared, prepare
 from fedsample.presets import PRESETS
@@ -51,7 +47,6 @@ from fedsample.problem import Problem, build_problem
 from fedsample.strategies import SAMPLERS, Sampler, State
 from fedsample.targets.metric import Identity
 
-APP = Path(__file__).parents[2] / "simulations" / "flower_app"
 ROUNDS, CLIENTS = 20, 4
 SMALL = ["data.name=diabetes", "model.name=linear", f"data.clients={CLIENTS}", f"rounds={ROUNDS}", "warmup=0", "thin=1"]
 SMALL += ["chains=3", "monitor.every=7"]
@@ -569,54 +564,3 @@ def test_a_metric_of_the_model_itself_travels_as_its_centre() -> None:
     assert traffic == Traffic(down=CLIENTS * 11 * 32)
     assert fleet.holds(Identity(torch.zeros(11)))
     assert not fleet.holds(Identity(torch.ones(11)))
-
-
-# --- Flower's own runtimes --------------------------------------------------------------------------------------------
-
-
-NEEDS_RAY = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None,
-    reason="Flower's simulation runtime needs Ray: pip install 'fedsample[ray]'",
-)
-
-
-@NEEDS_RAY
-@pytest.mark.slow
-def test_simulate_on_flowers_runtime(tmp_path: Path) -> None:
-    experiment = experiment_of("fleet.name=flower", "data.clients=3", "chains=2", "fleet.participation=0.7")
-    (tmp_path / "it.toml").write_text(dump_toml(experiment))
-    command = [sys.executable, "-m", "fedsample", "simulate", "it.toml", "--out", "run", "--quiet", "--json"]
-    output = ended(command, environment(), tmp_path, 120)
-    assert f'"rounds": {ROUNDS}' in output
-    assert "DEPRECATED" not in output
-    local = experiment.model_copy(update={"fleet": experiment.fleet.model_copy(update={"name": "local"})})
-    local = local.model_copy(update={"fleet": local.fleet.model_copy(update={"engine": "by-client"})})
-    run = fedsample.run(local, out=tmp_path / "local", progress="quiet")
-    assert torch.equal(load_draws(tmp_path / "run"), run.draws)
-    for name in ("uplink_bytes_per_client", "downlink_bytes_per_client", "step_size"):
-        assert f'"{name}": {run.summary[name]}' in output
-
-
-@NEEDS_RAY
-@pytest.mark.slow
-def test_the_app_under_flwr_run(tmp_path: Path) -> None:
-    """The README's own command, with fewer clients and rounds."""
-    home = tmp_path / "flwr-home"
-    readme = (APP / "README.md").read_text()
-    line, *_ = re.findall(r"^flwr run .*$", readme, flags=re.M)
-    exports = dict(re.findall(r"^export (\w+)=(\S+)", readme, flags=re.M))
-    assert exports.pop("FLWR_HOME")
-    ports = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(), "FLWR_LOCAL_CONTROL_API_PORT": free_port()}
-    env = environment(FLWR_HOME=str(home), **exports, **ports)
-    command = [str(APP) if part == "simulations/flower_app" else part for part in shlex.split(line)]
-    command = [part.replace("num-supernodes=10", "num-supernodes=3") for part in command]
-    settings = f'rounds={ROUNDS} warmup=0 thin=1 chains=2 data.name="diabetes" data.clients=3 model.name="linear"'
-    try:
-        output = ended([*command, "--run-config", f'{settings} app.out="{tmp_path / "out"}"'], env, tmp_path, 150)
-    finally:
-        end_superlink(home)
-    assert f"{ROUNDS} draws of 2 chains" in output
-    reference = Reference(
-        load({}, [*SMALL, "data.clients=3", "chains=2"], {}),
-    )
-    assert torch.equal(load_draws(tmp_path / "out"), reference.draws.transpose(0, 1))
