@@ -233,15 +233,17 @@ def _account(error: BaseException) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """SIGTERM counts as Ctrl-C, from the first import on."""
+    """SIGTERM counts as Ctrl-C, from the first import on, and so does SIGINT where a shell's `&` had it ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ours = [signal.SIGTERM, *([signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [])]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ours}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:

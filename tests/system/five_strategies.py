@@ -1,5 +1,6 @@
 """A Flower app that federates logistic regression with five of Flower's strategies, one after the other.
 
+`python five_strategies.py FILE` writes what Flower's simulation runtime gives, as in tests/data/flower_strategies.json.
 Clients use what an app may use: the run and the node configuration, the configuration in the message, a context that
 persists, and a mod. Data come from the partition's number alone.
 """

@@ -395,13 +395,19 @@ def test_monitor_takes_its_process_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_monitor_serves_tensorboard_on_this_machine_only(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fedsample", "monitor", str(tmp_path), "--port", "0"]
+    """Until SIGINT, which a shell's `&` has ignored by what it begins; tests/walk types it in front."""
+    command = ["bash", "-c", "trap '' INT; exec \"$@\"", "bash", *COMMAND[:1], "-m", "fedsample", "monitor"]
+    command += [str(tmp_path), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=clean_environment()) as server:
-        assert server.stderr is not None
-        found = next((m for line in server.stderr if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
-        assert found is not None
-        with urllib.request.urlopen(found.group() + "/data/environment", timeout=60) as answer:
-            assert json.load(answer)["data_location"] == str(tmp_path)
-        server.send_signal(signal.SIGINT)
-        server.stderr.read()
+        try:
+            assert server.stderr is not None
+            found = next((m for line in server.stderr if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
+            assert found is not None
+            with urllib.request.urlopen(found.group() + "/data/environment", timeout=60) as answer:
+                assert json.load(answer)["data_location"] == str(tmp_path)
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=60)
+        except BaseException:
+            server.terminate()  # it takes TensorBoard with it
+            raise
     assert server.returncode == 130

@@ -1,14 +1,12 @@
 """Every sampler over Flower's messages: the draws of LocalFleet bit for bit, the bytes that were counted, clear errors.
 
-Most of it runs real ClientApps behind a grid in this process; the slow tests run Flower's own runtimes, once through
-`fedsample simulate` and once through `flwr run`.
+Real ClientApps behind a grid in this process; Flower's own runtimes are in tests/walk and tests/soak.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from flower_commands import end_superlink, ended, environment, free_port
+from flower_commands import environment
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from loopback import LoopbackGrid
@@ -42,7 +40,6 @@ from fedsample.fleets.flower_grid.adapter import identity
 from fedsample.fleets.local import LocalFleet
 from fedsample.fleets.remote import Federation
 from fedsample.links import links
-from fedsample.monitor.draws import load_draws
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import Prepared, prepare
 from fedsample.presets import PRESETS
@@ -50,7 +47,6 @@ from fedsample.problem import Problem, build_problem
 from fedsample.strategies import SAMPLERS, Sampler, State
 from fedsample.targets.metric import Identity
 
-APP = Path(__file__).parents[2] / "simulations" / "flower_app"
 ROUNDS, CLIENTS = 20, 4
 SMALL = ["data.name=diabetes", "model.name=linear", f"data.clients={CLIENTS}", f"rounds={ROUNDS}", "warmup=0", "thin=1"]
 SMALL += ["chains=3", "monitor.every=7"]
@@ -84,16 +80,20 @@ def advance(sampler: Sampler, state: State, fleet: Fleet, rounds: int, every: in
 
 
 class Reference:
-    """A chain on LocalFleet, client by client."""
+    """A chain on LocalFleet, client by client; with what was prepared for another experiment, if that is given."""
 
-    def __init__(self, experiment: Experiment, rounds: int = ROUNDS) -> None:
-        self.experiment, self.problem = experiment, build_problem(experiment)
+    def __init__(self, experiment: Experiment, rounds: int = ROUNDS, prepared: Prepared | None = None) -> None:
+        self.experiment, self.problem, self.rounds = experiment, build_problem(experiment), rounds
         clients, size = self.problem.clients, experiment.batch_size
         uplink, downlink = links(experiment, self.problem)
         self.fleet = LocalFleet(
             clients, uplink, experiment.seed, experiment.chains, batch_size=size, engine="by-client", downlink=downlink
         )
-        self.sampler, self.prepared = prepared_on(experiment, self.problem, self.fleet)
+        if prepared is None:
+            self.sampler, self.prepared = prepared_on(experiment, self.problem, self.fleet)
+        else:
+            self.fleet.set_metric(prepared.geometry.metric)
+            self.prepared, self.sampler = prepared, build_sampler(experiment, self.problem, prepared, CLIENTS)
         self.draws, self.state, self.traffic = advance(
             self.sampler, self.sampler.begin(self.prepared.start), self.fleet, rounds
         )
@@ -104,6 +104,12 @@ class Reference:
     def strategy(self) -> Sampler:
         """Another sampler like this one, which has not met a grid."""
         return build_sampler(self.experiment, self.problem, self.prepared, CLIENTS)
+
+
+@functools.cache
+def reference_of(preset: str) -> Reference:
+    """The chain that the tests of a preset share: they read it, and make what they change with its methods."""
+    return Reference(experiment_of(preset=preset))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -123,27 +129,46 @@ SETTINGS = {
 
 @pytest.mark.parametrize(("preset", "participation"), CASES)
 def test_every_preset_draws_as_on_local_fleet_and_sends_the_bytes_it_counts(preset: str, participation: str) -> None:
-    check_equality(experiment_of(f"fleet.participation={participation}", preset=preset))
+    """The preparation asks all clients whatever share takes part in a round: it is proven once for a preset."""
+    whole = reference_of(preset)
+    if participation == "1.0":
+        check_equality(whole)
+    else:
+        experiment = experiment_of(f"fleet.participation={participation}", preset=preset)
+        check_rounds(reference := Reference(experiment, 12, whole.prepared), *held(reference))
 
 
 @pytest.mark.parametrize("preset", ["langevin-marina", "underdamped-diana"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_so_does_every_kind_of_experiment(settings: tuple[str, ...], preset: str) -> None:
-    check_equality(experiment_of(*settings, preset=preset))
+    check_equality(Reference(experiment_of(*settings, preset=preset)))
 
 
-def check_equality(experiment: Experiment) -> None:
-    reference = Reference(experiment)
+def check_equality(reference: Reference) -> None:
     grid = reference.grid()
-    fleet = fleet_on(grid, experiment, reference.problem)
-    sampler, prepared = prepared_on(experiment, reference.problem, fleet)
+    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    sampler, prepared = prepared_on(reference.experiment, reference.problem, fleet)
     setup = prepared.geometry.traffic
     assert prepared.step_size == reference.prepared.step_size
     assert setup == reference.prepared.geometry.traffic
     assert sum(down for _, down, _ in grid.log) == setup.down
     assert sum(up for _, _, up in grid.log) == setup.up
     grid.log.clear()
-    draws, state, traffic = advance(sampler, sampler.begin(prepared.start), fleet, ROUNDS)
+    assert torch.equal(prepared.start, reference.prepared.start)
+    check_rounds(reference, grid, fleet, sampler)
+
+
+def held(reference: Reference) -> tuple[LoopbackGrid, FlowerFleet, Sampler]:
+    """A grid whose clients hold the metric."""
+    grid = reference.grid()
+    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    fleet.set_metric(reference.prepared.geometry.metric)
+    grid.log.clear()
+    return grid, fleet, reference.strategy()
+
+
+def check_rounds(reference: Reference, grid: LoopbackGrid, fleet: FlowerFleet, sampler: Sampler) -> None:
+    draws, state, traffic = advance(sampler, sampler.begin(reference.prepared.start), fleet, reference.rounds)
     assert torch.equal(draws, reference.draws)
     assert same(state.tensors(), reference.state.tensors())
     assert traffic == reference.traffic
@@ -155,7 +180,7 @@ def check_equality(experiment: Experiment) -> None:
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_flowers_own_start_drives_every_sampler(preset: str) -> None:
-    reference = Reference(experiment_of(preset=preset))
+    reference = reference_of(preset)
     strategy, grid, draws = reference.strategy(), reference.grid(), []
     assert isinstance(strategy, Strategy)
 
@@ -191,7 +216,7 @@ def test_flowers_own_start_drives_every_sampler(preset: str) -> None:
 
 
 def test_a_client_may_be_another_process_at_every_message() -> None:
-    reference = Reference(experiment_of(preset="langevin-marina"), rounds=3)
+    reference = Reference(experiment_of(preset="langevin-marina"), 3, reference_of("langevin-marina").prepared)
 
     def fresh() -> None:
         for cache in (client_module._device, client_module._problem, client_module._text_of):
@@ -205,7 +230,7 @@ def test_a_client_may_be_another_process_at_every_message() -> None:
 
 
 def test_the_experiment_may_come_with_the_run() -> None:
-    reference = Reference(experiment_of(), rounds=3)
+    reference = Reference(experiment_of(), 3, reference_of("underdamped-diana").prepared)
     grid = LoopbackGrid(client_app(), CLIENTS, {"config": dump_toml(reference.experiment), "app.out": "somewhere"})
     fleet = fleet_on(grid, reference.experiment, reference.problem)
     fleet.set_metric(reference.prepared.geometry.metric)
@@ -240,7 +265,7 @@ def test_mods_see_every_message_and_the_bytes_that_are_counted() -> None:
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_a_second_start_goes_on_where_the_first_ended(preset: str) -> None:
-    reference = Reference(experiment_of(preset=preset))
+    reference = reference_of(preset)
     grid, first, second = reference.grid(), reference.strategy(), reference.strategy()
     arrays = first.start(grid, first.arrays(first.begin(reference.prepared.start)), num_rounds=8).arrays
     arrays = second.start(grid, arrays, num_rounds=ROUNDS - 8).arrays
@@ -250,7 +275,7 @@ def test_a_second_start_goes_on_where_the_first_ended(preset: str) -> None:
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_a_second_start_may_meet_clients_that_remember_nothing(preset: str) -> None:
     """Where clients have a memory that counts (diana, ef21), a new epoch keeps the two sums of memories equal."""
-    reference = Reference(experiment_of(preset=preset))
+    reference = reference_of(preset)
     first, second, grid = reference.strategy(), reference.strategy(), reference.grid()
     arrays = first.start(reference.grid(), first.arrays(first.begin(reference.prepared.start)), num_rounds=8).arrays
     state = second.state_of(second.start(grid, arrays, num_rounds=ROUNDS - 8).arrays)
@@ -270,7 +295,7 @@ def test_a_second_start_may_meet_clients_that_remember_nothing(preset: str) -> N
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_a_checkpoint_holds_what_clients_remember(preset: str) -> None:
-    reference = Reference(experiment_of(preset=preset))
+    reference = reference_of(preset)
     fleet = fleet_on(reference.grid(), reference.experiment, reference.problem)
     metric = reference.prepared.geometry.metric
     fleet.set_metric(metric)
@@ -285,7 +310,7 @@ def test_a_checkpoint_holds_what_clients_remember(preset: str) -> None:
 
 
 def test_a_second_chain_on_the_same_clients_starts_afresh() -> None:
-    reference = Reference(experiment_of())
+    reference = reference_of("underdamped-diana")
     grid, strategy = reference.grid(), reference.strategy()
     begin = strategy.arrays(strategy.begin(reference.prepared.start))
     for _ in range(2):
@@ -294,7 +319,7 @@ def test_a_second_chain_on_the_same_clients_starts_afresh() -> None:
 
 
 def test_chains_begin_at_parameters_too() -> None:
-    strategy = Reference(experiment_of(), rounds=1).strategy()
+    strategy = reference_of("underdamped-diana").strategy()
     begun = strategy.begin(torch.zeros(3, 11) + 0.5)
     params = ArrayRecord({"params": strategy.arrays(begun)["params"]})
     torch.testing.assert_close(strategy.state_of(params).params, begun.params, rtol=1e-4, atol=1e-4)
@@ -312,7 +337,7 @@ def test_chains_begin_at_parameters_too() -> None:
 
 def started(preset: str = "underdamped-diana", **parts: Any) -> tuple[Reference, FlowerFleet]:
     """A fleet whose clients hold the metric."""
-    reference = Reference(experiment_of(preset=preset), rounds=1)
+    reference = Reference(experiment_of(preset=preset), 1, reference_of(preset).prepared)
     fleet = fleet_on(reference.grid(**parts), reference.experiment, reference.problem)
     fleet.set_metric(reference.prepared.geometry.metric)
     fleet.timeout = fleet.roster.timeout = 0.5
@@ -539,54 +564,3 @@ def test_a_metric_of_the_model_itself_travels_as_its_centre() -> None:
     assert traffic == Traffic(down=CLIENTS * 11 * 32)
     assert fleet.holds(Identity(torch.zeros(11)))
     assert not fleet.holds(Identity(torch.ones(11)))
-
-
-# --- Flower's own runtimes --------------------------------------------------------------------------------------------
-
-
-NEEDS_RAY = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None,
-    reason="Flower's simulation runtime needs Ray: pip install 'fedsample[ray]'",
-)
-
-
-@NEEDS_RAY
-@pytest.mark.slow
-def test_simulate_on_flowers_runtime(tmp_path: Path) -> None:
-    experiment = experiment_of("fleet.name=flower", "data.clients=3", "chains=2", "fleet.participation=0.7")
-    (tmp_path / "it.toml").write_text(dump_toml(experiment))
-    command = [sys.executable, "-m", "fedsample", "simulate", "it.toml", "--out", "run", "--quiet", "--json"]
-    output = ended(command, environment(), tmp_path, 120)
-    assert f'"rounds": {ROUNDS}' in output
-    assert "DEPRECATED" not in output
-    local = experiment.model_copy(update={"fleet": experiment.fleet.model_copy(update={"name": "local"})})
-    local = local.model_copy(update={"fleet": local.fleet.model_copy(update={"engine": "by-client"})})
-    run = fedsample.run(local, out=tmp_path / "local", progress="quiet")
-    assert torch.equal(load_draws(tmp_path / "run"), run.draws)
-    for name in ("uplink_bytes_per_client", "downlink_bytes_per_client", "step_size"):
-        assert f'"{name}": {run.summary[name]}' in output
-
-
-@NEEDS_RAY
-@pytest.mark.slow
-def test_the_app_under_flwr_run(tmp_path: Path) -> None:
-    """The README's own command, with fewer clients and rounds."""
-    home = tmp_path / "flwr-home"
-    readme = (APP / "README.md").read_text()
-    line, *_ = re.findall(r"^flwr run .*$", readme, flags=re.M)
-    exports = dict(re.findall(r"^export (\w+)=(\S+)", readme, flags=re.M))
-    assert exports.pop("FLWR_HOME")
-    ports = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(), "FLWR_LOCAL_CONTROL_API_PORT": free_port()}
-    env = environment(FLWR_HOME=str(home), **exports, **ports)
-    command = [str(APP) if part == "simulations/flower_app" else part for part in shlex.split(line)]
-    command = [part.replace("num-supernodes=10", "num-supernodes=3") for part in command]
-    settings = f'rounds={ROUNDS} warmup=0 thin=1 chains=2 data.name="diabetes" data.clients=3 model.name="linear"'
-    try:
-        output = ended([*command, "--run-config", f'{settings} app.out="{tmp_path / "out"}"'], env, tmp_path, 150)
-    finally:
-        end_superlink(home)
-    assert f"{ROUNDS} draws of 2 chains" in output
-    reference = Reference(
-        load({}, [*SMALL, "data.clients=3", "chains=2"], {}),
-    )
-    assert torch.equal(load_draws(tmp_path / "out"), reference.draws.transpose(0, 1))

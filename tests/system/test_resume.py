@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,8 @@ import fedsample
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.monitor import load_draws, load_rounds, read_jsonl
 from fedsample.monitor.directory import RunDirectory
+
+Undisturbed = Callable[[list[str]], Path]
 
 # Written in threads whenever they come round to it, or measured with a clock.
 TIMED = ("time/", "mcmc/rhat/", "mcmc/ess/")
@@ -95,6 +95,22 @@ def options(data: Path, case: str) -> list[str]:
 
 def simulate(folder: Path, run: str, *arguments: str, **keywords: Any) -> Done:
     return call(folder, "simulate", "--quiet", "--out", run, *arguments, **{"constants": OFTEN, **keywords})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The run with these arguments that nothing disturbed, made once for the module -> its directory, to be read."""
+    folder, made = tmp_path_factory.mktemp("undisturbed"), dict[tuple[str, ...], Path]()
+
+    def whole(arguments: list[str]) -> Path:
+        if tuple(arguments) not in made:
+            name = f"whole{len(made)}"
+            done = simulate(folder, name, *arguments)
+            assert done.code == 0, done.err
+            made[tuple(arguments)] = folder / name
+        return made[tuple(arguments)]
+
+    return whole
 
 
 def resume(folder: Path, run: str, **keywords: Any) -> Done:
@@ -183,23 +199,25 @@ def killed_and_resumed(folder: Path, name: str, arguments: list[str], chance: ra
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_killed_at_random_rounds_the_run_is_the_same(case: str, data: Path, tmp_path: Path) -> None:
+def test_killed_at_random_rounds_the_run_is_the_same(
+    case: str, data: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
     arguments = options(data, case)
-    assert simulate(tmp_path, "whole", *arguments).code == 0
+    whole = undisturbed(arguments)
     chance = random.Random(case)
     for attempt in range(3):  # a run may be over before it can be killed in the middle
         began = killed_and_resumed(tmp_path, f"killed{attempt}", arguments, chance, 2)
-        assert_same(tmp_path / "whole", tmp_path / f"killed{attempt}")
+        assert_same(whole, tmp_path / f"killed{attempt}")
         if any(0 < at < rounds_of(arguments) for at in began):
             return
     pytest.fail("never killed in the middle")
 
 
 @pytest.mark.slow
-def test_killed_at_every_write_the_run_is_the_same(data: Path, tmp_path: Path) -> None:
+def test_killed_at_every_write_the_run_is_the_same(data: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
     """Before each fsync, rename and deletion of the preparation, and some of those of the rounds."""
     arguments = options(data, "langevin-marina")
-    assert simulate(tmp_path, "whole", *arguments).code == 0
+    whole = undisturbed(arguments)
     seen = set()
     for k in (1, 8, 15, 19, 23, 27, 36, 45):
         name = f"killed{k}"
@@ -216,7 +234,7 @@ def test_killed_at_every_write_the_run_is_the_same(data: Path, tmp_path: Path) -
             again = resume(tmp_path, name, die_at=(STEPS, k))  # and once more at the same place
             assert again.code in (0, -signal.SIGKILL), again.err
             assert resume(tmp_path, name).code == 0
-        assert_same(tmp_path / "whole", run)
+        assert_same(whole, run)
     assert seen == {"preparation", "rounds"}
 
 
@@ -231,22 +249,24 @@ def test_killed_at_every_write_the_run_is_the_same(data: Path, tmp_path: Path) -
         ("writing the summary", "fedsample.monitor.directory.RunDirectory.write_json"),
     ],
 )
-def test_killed_outside_the_rounds(name: str, where: str, data: Path, tmp_path: Path) -> None:
+def test_killed_outside_the_rounds(name: str, where: str, data: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
     arguments = settings(data, "quadratic")
-    assert simulate(tmp_path, "whole", *arguments).code == 0
+    whole = undisturbed(arguments)
     # env.json, params.json, then summary.json
     k = 3 if name == "writing the summary" else 1
     assert simulate(tmp_path, "killed", *arguments, die_at=([where], k)).code == -signal.SIGKILL
     assert last_checkpoint(tmp_path / "killed") == (160 if name[0] == "s" or k == 3 else -1)
     assert not (tmp_path / "killed" / "summary.json").exists()
     assert resume(tmp_path, "killed").code == 0
-    assert_same(tmp_path / "whole", tmp_path / "killed")
+    assert_same(whole, tmp_path / "killed")
 
 
-def test_rows_that_wait_to_be_written_are_in_the_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_rows_that_wait_to_be_written_are_in_the_checkpoint(
+    data: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
     """The log is written in threads, which may be behind when the process dies."""
     arguments = options(data, "by-client")
-    assert simulate(tmp_path, "whole", *arguments).code == 0
+    whole = undisturbed(arguments)
     behind = {"wait_at": "fedsample.monitor.tensorboard.Recorder._append:4"}
     killed = simulate(
         tmp_path, "killed", *arguments, die_at=(["fedsample.monitor.tensorboard.Recorder.close"], 1), **behind
@@ -255,32 +275,8 @@ def test_rows_that_wait_to_be_written_are_in_the_checkpoint(data: Path, tmp_path
     assert last_checkpoint(tmp_path / "killed") == 160
     assert list(rows(tmp_path / "killed")) == [10, 20, 30]
     assert resume(tmp_path, "killed").code == 0
-    assert_same(tmp_path / "whole", tmp_path / "killed")
+    assert_same(whole, tmp_path / "killed")
     assert "mcmc/rhat/max" in rows(tmp_path / "killed")[160]
-
-
-@pytest.mark.slow
-def test_the_main_job_as_a_user_runs_it(tmp_path: Path) -> None:
-    """The default preset on the digits, by `python -m fedsample`."""
-    command = [sys.executable, "-m", "fedsample", "simulate", "--out", "killed"]
-    more = sets(rounds=600, warmup=200, monitor__checkpoint_seconds=0)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDSAMPLE_")}
-
-    def launch(*words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([*command, *words], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-
-    assert simulate(tmp_path, "whole", *more).code == 0
-    with launch(*more) as process:
-        while last_checkpoint(tmp_path / "killed") < 50 and process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.002)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert 50 <= last_checkpoint(tmp_path / "killed") < 600
-    with launch("--resume") as process:
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
 # --- a finished run ---------------------------------------------------------------------------------------------------
@@ -334,10 +330,12 @@ def interrupted(process: Command, number: int) -> Done:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on_and_does(number: signal.Signals, data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_says_how_to_go_on_and_does(
+    number: signal.Signals, data: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
     more: dict[str, object] = {"rounds": 3000, "monitor__every": 100, "monitor__checkpoint_seconds": 3600}
     arguments = settings(data, "quadratic", **more)
-    assert simulate(tmp_path, "whole", *arguments).code == 0
+    whole = undisturbed(arguments)
     run = tmp_path / "it's a run"
     process = start(tmp_path, "simulate", "--out", run.name, *arguments)
     assert process.until(lambda: len(rows(run)) > 1)
@@ -348,7 +346,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(number: signal.Signals, d
     assert done.error == f"stopped by {number.name} after round {at} of 3000; everything is kept. Go on with: {command}"
     assert load_rounds(run).tolist() == list(range(45, at + 1, 5))
     assert resume(tmp_path, run.name).code == 0
-    assert_same(tmp_path / "whole", run)
+    assert_same(whole, run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -465,6 +463,7 @@ def test_killed_once_the_step_is_chosen_it_is_prepared_as_before(
         assert run.summary[name] == whole.summary[name]
 
 
+@pytest.mark.timeout(method="thread")  # SIGALRM is the test's own
 def test_an_interrupt_in_process_is_an_exception_and_handlers_are_as_before(data: Path, tmp_path: Path) -> None:
     configuration = {
         "rounds": 100_000,
@@ -488,15 +487,17 @@ def test_an_interrupt_in_process_is_an_exception_and_handlers_are_as_before(data
 
 
 @pytest.mark.slow
-def test_a_run_can_move_and_be_resumed_under_another_environment(data: Path, tmp_path: Path) -> None:
+def test_a_run_can_move_and_be_resumed_under_another_environment(
+    data: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
     arguments = settings(data, "quadratic")
-    assert simulate(tmp_path, "whole", *arguments).code == 0
+    whole = undisturbed(arguments)
     assert simulate(tmp_path, "here", *arguments, die_at=(["fedsample.session.Session.save"], 3)).code == -9
     (tmp_path / "there").mkdir()
     (tmp_path / "here").rename(tmp_path / "there" / "moved")
     environment = {"FEDSAMPLE_SEED": "9", "FEDSAMPLE_ROUNDS": "7", "OMP_NUM_THREADS": "2"}
     assert resume(tmp_path / "there", "moved", environment=environment).code == 0
-    assert_same(tmp_path / "whole", tmp_path / "there" / "moved")
+    assert_same(whole, tmp_path / "there" / "moved")
 
 
 @pytest.mark.slow
