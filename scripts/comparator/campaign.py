@@ -19,7 +19,7 @@ from comparator.directories import compare_draws, compare_runs, read_draws
 from comparator.findings import Finding, Kind, broken, difference, note
 from comparator.messages import compare_messages, read_messages
 
-LONGEST = 600.0  # seconds for all experiments of one process
+LONGEST = 3600.0  # seconds for all experiments of one process
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Campaign:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda worker: _perform(worker, cases), self.workers))
         print(f"  {len(cases)} cases ran in {time.monotonic() - began:.0f} s", flush=True)
-        crossed = [case for case in cases if case.then == "resume"]
+        crossed = [case for case in cases if case.then == "resumed"]
         if crossed:
             _cross(*self.workers, crossed)
         return [self._compare(case) for case in cases]
@@ -78,7 +78,7 @@ class Campaign:
         old, new = self.workers
         for name in _runs(case):
             self._compare_outcomes(case, name, result)
-        if case.then == "resume" and not result.refused:
+        if case.then == "resumed" and not result.refused:
             full = old.folder / "runs" / case.name
             result.findings += _crossed(
                 full, new.folder / "crossed" / case.name, outcome_of(new, f"{case.name}+crossed")
@@ -106,7 +106,7 @@ class Campaign:
 
     def _compare_directories(self, case: Case, name: str, result: Result) -> None:
         runs = [worker.folder / "runs" / name for worker in self.workers]
-        result.findings += [Finding(each.kind, f"{name}: {each.text}") for each in compare_runs(*runs)]
+        found = compare_runs(*runs)
         wanted = case.config.get("fleet", {}).get("engine")
         used = tomllib.loads((runs[0] / "config.toml").read_text(encoding="utf-8"))["fleet"].get("engine")
         if wanted is not None and used != wanted:
@@ -114,12 +114,14 @@ class Campaign:
         if case.flower:
             sent = [read_messages(worker.folder / f"{case.name.replace('/', '-')}.messages") for worker in self.workers]
             result.messages += len(sent[0])
-            result.findings += [Finding(each.kind, f"{name}: {each.text}") for each in compare_messages(*sent)]
+            found += compare_messages(*sent)
+        what = "" if name == case.name else f"{name.rpartition('+')[2]}: "
+        result.findings += [Finding(each.kind, f"{what}{each.text}") for each in found]
 
 
 def _runs(case: Case) -> list[str]:
     """Run directories that a case makes, by their names."""
-    return [case.name, *([f"{case.name}+{case.then}d"] if case.then else [])]
+    return [case.name, *([f"{case.name}+{case.then}"] if case.then else [])]
 
 
 def _perform(worker: Worker, cases: Iterable[Case]) -> None:
@@ -127,16 +129,16 @@ def _perform(worker: Worker, cases: Iterable[Case]) -> None:
     first, second = [], []
     for case in cases:
         first.append(_experiment(worker, case.name, {"source": case.config}, case))
-        if case.then == "resume":
+        if case.then == "resumed":
             half = {**case.config, "rounds": HALF}
             first.append(_experiment(worker, f"{case.name}+half", {"source": half}))
             second.append(_experiment(worker, f"{case.name}+resumed", {"resume": True}))
-        if case.then == "replay":
+        if case.then == "replayed":
             second.append(_experiment(worker, f"{case.name}+replayed", {"replay": f"runs/{case.name}"}))
     worker.experiments(first, "experiments").wait(LONGEST)
     for case in cases:
         half_way = worker.folder / "runs" / f"{case.name}+half"
-        if case.then == "resume" and half_way.exists():
+        if case.then == "resumed" and half_way.exists():
             _extend(half_way, worker.folder / "runs" / f"{case.name}+resumed")
     if second:
         worker.experiments(second, "second-experiments").wait(LONGEST)
@@ -196,7 +198,9 @@ def _outcome_file(worker: Worker, name: str) -> Path:
 def outcome_of(worker: Worker, name: str) -> dict[str, Any] | None:
     """How an experiment ended; None: it did not."""
     file = _outcome_file(worker, name)
-    return dict(json.loads(file.read_bytes())) if file.exists() else None
+    if not file.exists():
+        return None
+    return dict(json.loads(file.read_text(encoding="utf-8").replace(str(worker.folder), "(its folder)")))
 
 
 def _ending(outcome: Mapping[str, Any]) -> str:

@@ -61,8 +61,10 @@ class _Written:
 
     def __init__(self, file: Path) -> None:
         self._file, self._lock = file, threading.Lock()
-        self._lines: dict[tuple[int, str], dict[str, Any]] = {}
+        self._lines: dict[int, dict[str, dict[str, Any]]] = {}  # by number: what went down, what came up
         self._numbers: dict[str, int] = {}
+        self._batches: dict[int, int] = {}  # by number: the push that it was part of
+        self._pushes = 0
 
     def pushing(self, push: Callable[..., Any], messages: Any, *args: Any, **options: Any) -> Any:
         """Note what is sent and under which number."""
@@ -70,9 +72,9 @@ class _Written:
         seen = [_read(message, "down") for message in sent]
         names = list(push(sent, *args, **options))
         with self._lock:
+            self._pushes += 1
             for name, fields in zip(names, seen, strict=True):
-                number = self._numbers[name] = len(self._numbers)
-                self._lines[number, "down"] = fields
+                self._note(name, self._pushes, {"down": fields})
         return names
 
     def pulling(self, pull: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -81,7 +83,7 @@ class _Written:
         with self._lock:
             for reply in replies:
                 number = self._numbers.get(reply.metadata.reply_to_message_id, -1)
-                self._lines[number, "up"] = _read(reply, "up")
+                self._lines.setdefault(number, {})["up"] = _read(reply, "up")
         return replies
 
     def calling(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -90,16 +92,23 @@ class _Written:
         down = _read(message, "down")
         reply = call(*args, **options)
         with self._lock:
-            number = len(self._numbers)
-            self._numbers[f"called {number}"] = number
-            self._lines[number, "down"], self._lines[number, "up"] = down, _read(reply, "up")
+            self._pushes += 1
+            self._note(f"called {self._pushes}", self._pushes, {"down": down, "up": _read(reply, "up")})
         return reply
 
+    def _note(self, name: str, batch: int, lines: dict[str, dict[str, Any]]) -> None:
+        number = self._numbers[name] = len(self._numbers)
+        self._lines[number], self._batches[number] = lines, batch
+
     def close(self) -> None:
-        """Write the file."""
+        """Write the file; messages that were pushed together by what they say, as the order of nodes is random."""
+        batches: dict[int, list[str]] = {}
+        for number, lines in self._lines.items():
+            text = "".join(json.dumps(lines[way]) + "\n" for way in ("down", "up") if way in lines)
+            batches.setdefault(self._batches.get(number, 0), []).append(text)
         with self._file.open("a") as out:
-            for number, way in sorted(self._lines):
-                out.write(json.dumps(self._lines[number, way]) + "\n")
+            for _, texts in sorted(batches.items()):
+                out.writelines(sorted(texts))
 
 
 def _read(message: Any, way: str) -> dict[str, Any]:

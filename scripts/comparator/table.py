@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from comparator.campaign import Result
 from comparator.findings import Kind
 
+_SHOWN = 4  # findings of one case that are printed, draws first
 _TITLES = {Kind.NOTE: "note", Kind.DIFFERENCE: "DIFFERENT", Kind.BROKEN: "NOT COMPARED"}
 
 
 def print_results(results: Sequence[Result], seconds: float) -> int:
     """Print what was found and what was run -> the exit code."""
     for result in results:
-        for finding in result.findings:
+        for finding in result.findings[:_SHOWN]:
             print(f"{_TITLES[finding.kind]}: {result.name}: {finding.text}")
+        if len(result.findings) > _SHOWN:
+            print(f"    and {len(result.findings) - _SHOWN} more of {result.name}")
     header = ("", "cases", "same", "different", "not compared", "refused by both", "fell back", "messages", "seconds")
     rows: list[tuple[str, ...]] = [header]
     for group in dict.fromkeys(result.group for result in results):
