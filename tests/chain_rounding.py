@@ -77,16 +77,32 @@ def draws_bound(patch: pytest.MonkeyPatch, run: Callable[[], Tensor]) -> Tensor:
     Args:
         patch: undone here. run: builds a chain and returns its draws (rounds, C, d).
     """
-    plain = run()
+    with patch.context() as inner:
+        errors: list[Tensor] = []
+        _analysed(inner, errors)
+        plain = run()
     squares, count = torch.zeros(plain.shape, dtype=torch.float64), 0
     for seed in range(RESPONSES):
         with patch.context() as inner:
-            noise = _Noise(inner, seed, SCALE)
+            noise = _Noise(inner, seed, SCALE, errors)
             squares += ((run() - plain).to(torch.float64) / SCALE).square()
             count = noise.count
     # a coordinate's response is pooled with the other chains', whose signs are independent
     root = (squares / RESPONSES).mean(1, keepdim=True).sqrt().expand(plain.shape)
     return 2 * SHORT * math.sqrt(count) * root  # each of the two chains makes its own roundings
+
+
+def _analysed(patch: pytest.MonkeyPatch, errors: list[Tensor]) -> None:
+    """Every gradient leaves a bound of its rounding errors; what is computed stays as it is."""
+    gradient = MetricClients.gradient
+
+    def watched(self: MetricClients, theta: Tensor, **given: Any) -> Tensor:
+        with RunningError() as analysis:
+            found = gradient(self, theta, **given)
+        errors.append(analysis.error(found))
+        return found
+
+    patch.setattr(MetricClients, "gradient", watched)
 
 
 class _Noise:
@@ -96,14 +112,12 @@ class _Noise:
         count: K, the entries that were moved.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, seed: int, scale: float) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, seed: int, scale: float, errors: list[Tensor]) -> None:
         self.generator, self.scale, self.count = torch.Generator().manual_seed(seed), scale, 0
-        gradient, move = MetricClients.gradient, self.move
+        gradient, move, of_call = MetricClients.gradient, self.move, iter(errors)
 
         def rounded(self: MetricClients, theta: Tensor, **given: Any) -> Tensor:
-            with RunningError() as analysis:
-                found = gradient(self, theta, **given)
-            return move(found, analysis.error(found))
+            return move(gradient(self, theta, **given), next(of_call))
 
         patch.setattr(MetricClients, "gradient", rounded)
         for kind in SAMPLERS.values():

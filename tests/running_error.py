@@ -119,15 +119,14 @@ class RunningError(TorchDispatchMode):
         name, in_place = _named(func)
         writes = in_place or "out" in kwargs
         before = (args[0].clone(), *args[1:]) if in_place else args
-        errors = {id(x): self._error(x).clone() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if in_place:
-            errors[id(before[0])] = errors[id(args[0])]
+            self._set(before[0], self._error(args[0]))
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype in _FLOATS and not x.is_meta]
         if not results or name in _RESHAPED or (not writes and _aliases(results, args)):
             return out
         base = name.rstrip("_") if in_place else name
-        found = _Rule(lambda x: errors[id(x)] if isinstance(x, Tensor) else 0.0)(func, base, out, before, kwargs)
+        found = _Rule(lambda x: self._error(x) if isinstance(x, Tensor) else 0.0)(func, base, out, before, kwargs)
         for result, error in zip(results, found, strict=False):
             self._set(result, error.broadcast_to(result.shape))
         return out

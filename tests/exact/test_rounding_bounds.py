@@ -87,8 +87,8 @@ def test_views_and_writes_in_place_carry_their_errors() -> None:
 
 
 def test_what_has_no_rule_says_so() -> None:
-    with RunningError(), pytest.raises(NotImplementedError, match=r"no rule for the rounding of aten\.lgamma"):
-        torch.lgamma(numbers(3))
+    with RunningError(), pytest.raises(NotImplementedError, match=r"no rule for the rounding of .*erf.?inv"):
+        torch.erfinv(numbers(3))
 
 
 def test_a_bound_that_sees_nothing_is_refused() -> None:
