@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from chain_rounding import alone, draws_bound
+from rounding import SEES, assert_within
+from running_error import RunningError
 from torch import Tensor
 
 from fedsample.assembly import build_fleet, build_sampler
@@ -20,7 +23,6 @@ from fedsample.config import Experiment, load
 from fedsample.errors import CompileError
 from fedsample.experiment import check
 from fedsample.fleets.local import LocalFleet
-from fedsample.links import links
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import Prepared, prepare
 from fedsample.presets import PRESETS
@@ -37,6 +39,7 @@ ENGINES = {  # by model: the paths that there are beside the clients one by one
     "softmax": ("batched", "stacked"),
 }
 NOT_COMPILED = DATA.keys() - {model for model, engines in ENGINES.items() if "compiled" in engines}
+BY_VALUE = {"qlsd", "qlsd-star", "qlsd-plus-plus", "d-elf", "p-elf", "b-elf"}  # QSGD's levels and TopK's choice
 ONE_PATH = {"dsgld"}  # presets of minibatches alone, which all engines compute as "batched" does
 
 
@@ -96,34 +99,54 @@ def advanced(sampler: Sampler, fleet: LocalFleet, d: int) -> Chain:
     return Chain(torch.stack(draws), decided, masks)
 
 
-def tolerance(preset: str, model: str) -> float:
-    """How far float64 lets two orders of summation part in twenty rounds, relative to how far chains move in them.
-
-    A sum of N products in another order differs by at most N eps times the sum of their sizes. A compressor that sends
-    a coordinate with probability q scales that by 1 / q, and marina adds every round's to all later ones: at most half
-    the square of the rounds. Together up to 3e-10; 1e-15 is seen, because rounding errors have signs.
-    """
-    problem, _ = prepared(preset, model)
-    uplink, _ = links(experiment_of(preset, model, "by-client"), problem)
-    scaled = 1 / uplink.compressor.inclusion(problem.d)
-    return ROUNDS**2 / 2 * scaled * int(problem.clients.rows.sum()) * torch.finfo(torch.float64).eps
+def assert_same_decisions(got: Chain, want: Chain, engine: str) -> None:
+    assert got.decided == want.decided, engine
+    for one, other in zip(want.masks, got.masks, strict=True):
+        assert torch.equal(one, other), engine
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("model", DATA)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_engine_draws_as_the_clients_one_by_one(preset: str, model: str) -> None:
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - BY_VALUE))
+def test_every_engine_draws_as_the_clients_one_by_one(preset: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is drawn is equal, and draws are within what the chain makes of its gradients' roundings."""
     want = chain(preset, model, "by-client")
     assert want.draws.isfinite().all()
     found = {engine: chain(preset, model, engine) for engine in ENGINES[model]}
+    bound = draws_bound(monkeypatch, lambda: chain(preset, model, "batched").draws)
     moved = float((want.draws - want.draws[0]).abs().max())
-    atol = tolerance(preset, model) * moved
     for engine, got in found.items():
-        assert got.decided == want.decided, engine
-        for one, other in zip(want.masks, got.masks, strict=True):
-            assert torch.equal(one, other), engine
-        assert float((got.draws - want.draws).abs().max()) <= atol, engine
+        assert_same_decisions(got, want, engine)
+        assert_within(got.draws, want.draws, bound, what=engine)
+    assert float(bound.max()) <= SEES[torch.float64] * moved
     if preset in ONE_PATH:
         assert all(torch.equal(each.draws, found["batched"].draws) for each in found.values())
+
+
+@pytest.mark.parametrize("model", DATA)
+@pytest.mark.parametrize("preset", sorted(BY_VALUE | {"underdamped-diana"}))
+def test_engines_are_equal_to_the_bit_where_each_client_is_computed_alone(
+    preset: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decisions by value included: nothing but the order of sums in a client's gradient tells engines apart."""
+    alone(monkeypatch)
+    want, got = (chain(preset, model, engine) for engine in ("by-client", "batched"))
+    assert_same_decisions(got, want, "batched")
+    assert torch.equal(got.draws, want.draws)
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize("model", DATA)
+def test_gradients_along_a_chain_agree_to_rounding(model: str) -> None:
+    """What engines may differ in, at the points of twenty rounds of a chain with decisions by value."""
+    problem, geometry = prepared("qlsd", model)
+    clients, metric = problem.clients, geometry.geometry.metric
+    for z in chain("qlsd", model, "by-client").draws[[0, 1, 9, 19]]:
+        at = metric.push(z)
+        with RunningError() as analysis:
+            want = torch.cat([clients.client(i).gradient(at) for i in range(clients.n)])
+        for engine in ENGINES[model]:
+            assert_within(clients.on(engine).gradient(at), want, 2 * analysis.error(want), what=engine)
 
 
 @pytest.mark.parametrize("model", sorted(NOT_COMPILED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from processors import runs_code_for
+from rounding import ELEMENTARY, assert_within, gamma
+from running_error import RunningError, assert_same_in_norm
 from torch import Tensor
 
 import fedsample
+from fedsample.config import load
 from fedsample.errors import CompileError
 from fedsample.fleets.engines import Engine, by_shape, choose_engine
 from fedsample.models import lenet
@@ -37,35 +42,66 @@ def points(q: int, dtype: torch.dtype = torch.float64, chains: int = 3) -> Tenso
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("q", [1, 7, 8, 16, 33, 123])
 def test_paths_give_the_same_gradients(likelihood: Any, dtype: torch.dtype, q: int) -> None:
-    """They add the same products in other orders: some last bits of the largest term of a sum of 30."""
-    clients = regression(likelihood, q, dtype)
-    want = clients.gradient(points(q, dtype))
-    scale = float(want.abs().max())
+    """They add the same products in other orders; a dropped row or feature is seen."""
+    compare_paths(likelihood, q, dtype)
+
+
+def compare_paths(likelihood: Any, q: int, dtype: torch.dtype) -> None:
+    clients, at = regression(likelihood, q, dtype), points(q, dtype)
+    with RunningError() as analysis:
+        want = clients.gradient(at)
+    bound = 2 * analysis.error(want)  # of each path, whose own exp is no worse than `ELEMENTARY`
     for engine in FAST:
         path = clients.on(engine)
-        found = path.gradient(points(q, dtype))
-        assert found.shape == want.shape
-        assert float((found - want).abs().max()) <= 32 * torch.finfo(dtype).eps * scale, engine
+        assert_within(path.gradient(at), want, bound, what=engine)
         some = torch.tensor([4, 0, 1])
-        part = path.gradient(points(q, dtype), clients=some)
-        assert float((part - want[some]).abs().max()) <= 32 * torch.finfo(dtype).eps * scale, engine
+        assert_within(path.gradient(at, clients=some), want[some], bound[some], what=engine)
+    for short in (clients.offsets - (clients.offsets == 70).long(), clients.offsets - (clients.offsets == 9).long()):
+        mutant = GeneralizedLinear(
+            clients.design, clients.labels, short, likelihood, intercept=False, noise_scale=0.7
+        )  # a client has lost its last row to the next
+        with pytest.raises(AssertionError, match="differ by more"):
+            assert_within(mutant.on("compiled").gradient(at), want, bound)
+    with pytest.raises(AssertionError, match="differ by more"):  # the last feature weighs a thousandth more
+        assert_within(
+            clients.on("compiled").gradient(at * torch.cat([torch.ones(q - 1), torch.tensor([1.001])])), want, bound
+        )
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_code_made_for_other_processors_gives_the_same_gradients(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vectors are as wide as ever, made of narrower ones; products and sums are fused or not."""
+    if platform.machine() != "x86_64" or not runs_code_for(level):
+        pytest.skip(f"this processor does not run code for {level}")
+    monkeypatch.setenv("FEDSAMPLE_CXXFLAGS", f"-O3 -march={level}")
+    fused.library.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.float64):
+            for q in (7, 33):
+                compare_paths("bernoulli", q, dtype)
+                compare_paths("gaussian", q, dtype)
+    finally:
+        fused.library.cache_clear()
 
 
 def test_runs_follow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """However the clients are cut into runs, even or ragged, every client's gradient is there."""
     clients = regression("bernoulli", 7)
-    want = clients.gradient(points(7))
-    for rows in (1, 30, 60, 1000):
-        monkeypatch.setattr(glm_file, "_CACHED", rows * 7 * 8)
-        assert torch.allclose(clients.on("stacked").gradient(points(7)), want, rtol=1e-12, atol=1e-12)
     softmax = GeneralizedLinear(clients.design, clients.labels.long() + 1, clients.offsets, "categorical", 3)
-    monkeypatch.setattr(glm_file, "_CACHED", 60 * 8 * 8)
-    at = points(softmax.d)
-    assert torch.allclose(softmax.on("stacked").gradient(at), softmax.gradient(at), rtol=1e-12, atol=1e-12)
+    with RunningError() as analysis:
+        want = clients.gradient(points(7))
+        for rows in (1, 30, 60, 1000):
+            monkeypatch.setattr(glm_file, "_CACHED", rows * 7 * 8)
+            analysis.close(clients.on("stacked").gradient(points(7)), want)
+        monkeypatch.setattr(glm_file, "_CACHED", 60 * 8 * 8)
+        at = points(softmax.d)
+        analysis.close(softmax.on("stacked").gradient(at), softmax.gradient(at))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -81,7 +117,9 @@ def test_compiled_logits_of_any_size(dtype: torch.dtype) -> None:
     found = clients.gradient(torch.ones(1, 1, dtype=dtype))[:, 0, 0] / eta
     finite = eta.abs() < 1e3
     small = torch.finfo(dtype).tiny
-    assert torch.allclose(found[finite], torch.sigmoid(eta[finite]), rtol=4 * torch.finfo(dtype).eps, atol=2 * small)
+    want = torch.sigmoid(eta[finite].double())
+    # a sigmoid, the product with eta and the division by it; exp is cut off where what it adds is subnormal
+    assert_within(found[finite], want, gamma(ELEMENTARY + 2 + 2, dtype) * want + 2 * small)
     assert found[-2] == 1
     assert abs(float(found[0])) < 4 * small
     assert found[-1].isnan()
@@ -112,11 +150,12 @@ def test_a_network_computed_alone_or_among_others(batch_size: int | None, monkey
     theta = 0.05 * keys.fold("theta").normal(2 * clients.d, torch.float32).view(2, -1)
     who = torch.tensor([3, 0, 1])
     draws = key(8, client=who.unsqueeze(-1), chain=torch.arange(2), purpose="batch")
-    found = []
-    for alone in (1, 1 << 60):
+
+    def computed(alone: int) -> Tensor:
         monkeypatch.setattr(module, "_ALONE", alone)
-        found.append(clients.gradient(theta, clients=who, keys=draws, batch_size=batch_size))
-    assert torch.allclose(*found, rtol=1e-4, atol=1e-4 * float(found[0].abs().max()))
+        return clients.gradient(theta, clients=who, keys=draws, batch_size=batch_size)
+
+    found = assert_same_in_norm(lambda: computed(1), lambda: computed(1 << 60), leading=2, responses=1)
     assert float(found[0][2].abs().max()) == 0  # the client without rows
 
 
@@ -181,6 +220,37 @@ def test_compilers_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CompileError, match=r"no C\+\+ compiler was found; install"):
         fused.library.__wrapped__()
+
+
+def test_flags_that_the_compiler_or_the_shell_would_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSAMPLE_CXXFLAGS", "-O1 -march=pdp-11")
+    with pytest.raises(CompileError, match=r"fails: .*pdp-11"):
+        fused.library.__wrapped__()
+    monkeypatch.setenv("FEDSAMPLE_CXXFLAGS", "-O1 'open")
+    with pytest.raises(CompileError, match=r"FEDSAMPLE_CXXFLAGS = .* cannot be read as a shell would"):
+        fused.library.__wrapped__()
+
+
+def test_flags_replace_what_the_code_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come after what the code means, and no setting of a run is looked for in them."""
+    monkeypatch.setenv("FEDSAMPLE_CXXFLAGS", "-O2 -march=x86-64-v2")
+    assert load({}).seed == 0
+    seen: list[list[str]] = []
+
+    def run(command: list[str], **more: Any) -> Any:
+        seen.append(command)
+        raise OSError("not called")
+
+    monkeypatch.setattr(fused.subprocess, "run", run)
+    with pytest.raises(CompileError, match="not called"):
+        fused.library.__wrapped__()
+    monkeypatch.delenv("FEDSAMPLE_CXXFLAGS")
+    with pytest.raises(CompileError, match="not called"):
+        fused.library.__wrapped__()
+    ours, default = ([word for word in command if word.startswith(("-O", "-m"))] for command in seen)
+    assert ours == ["-O2", "-march=x86-64-v2"]
+    assert default == ["-O3", "-march=native"]
+    assert all("-std=c++17" in command and "-fPIC" in command for command in seen)
 
 
 @pytest.mark.parametrize("clients", [Quadratic(torch.ones(2, 3), torch.zeros(2, 3)), "softmax"], ids=["quadratic", "k"])
