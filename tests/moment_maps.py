@@ -289,11 +289,11 @@ class Chain:
         where = self.layout[name]
         return np.diag(self.stationary[where, where]) - self.mean(name) ** 2
 
-    def whole_momenta(self) -> Array:
-        """(d,) stationary E v^2 of the momenta after their closing half kick, for exact gradients (uplink dense)."""
+    def whole_momenta(self, moments: Array | None = None) -> Array:
+        """(d,) E v^2 of momenta after their closing half kick, for exact gradients (uplink dense); None: stationary."""
         close = self.part("v") - self.step / 2 * (self.precision @ self.part("x"))
         close[:, 0] += self.step / 2 * (self.precision @ self.mode)
-        return np.diag(close @ self.stationary @ close.T)
+        return np.diag(close @ (self.stationary if moments is None else moments) @ close.T)
 
     def limit(self, low: float = 1e-6, high: float = 4.0) -> float:
         """The largest stable step, by bisection."""

@@ -1,26 +1,28 @@
 """One round of the production code over every mask, coin, cohort and lost reply, against the second-moment map.
 
-Nothing is sampled. A chain stands for one outcome of all the random bits of a round (or of two), and the weighted
-mean of y+ y+^T over chains is the exact expectation. The noise enters linearly, so +-sqrt(d) e_j, equally likely, stand
-for a standard normal. Only sources of randomness are replaced: the keys of masks, coins, cohorts and faults, and the
-noise. The expectation it must equal, to rounding, is `moment_maps`, where no mask is ever drawn.
+Nothing is sampled. A chain stands for one outcome of all the random bits of a round (or of two), see `dice`, and the
+weighted mean of y+ y+^T over chains is the exact expectation. The noise enters linearly, so +-sqrt(d) e_j, equally
+likely, stand for a standard normal. The expectation it must equal, to rounding, is `moment_maps`, where no mask is ever
+drawn.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from dice import SUM, Dice, Outcomes, advance, combinations, read, signs
 from moment_maps import Array, Chain, block_pairs, independent_pairs, subset_pairs
 from torch import Tensor
 
-from fedsample.compression import Compressor, Identity, PacketKeys, RandBlock, RandK, Scaled
+from fedsample.compression import Compressor, Identity, RandBlock, RandK, Scaled
 from fedsample.estimators import (
     Dense,
     Diana,
@@ -45,94 +47,6 @@ from fedsample.targets.metric import Identity as IdentityMetric
 
 STEP, FRICTION, TEMPERATURE, PRIOR, SYNC, SEEN = 0.21, 0.8, 1.7, 0.6, 0.3, 7
 TOLERANCE = 1e-12  # relative to the size of the moments: rounding of sums over thousands of chains
-
-
-# --- scripted randomness ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All random bits of one chain's round; which replies are lost is shared by all chains: a message is lost whole."""
-
-    weight: float
-    masks: tuple[int, ...]  # for each client, the number of its mask
-    down: int  # the number of the downlink's mask, at the end of the round
-    coin: bool
-    asked: tuple[bool, ...]
-    noise: tuple[float, ...]
-
-
-class Dice:
-    """Stands for `fedsample.random.key` and `LinkKeys`: what a key would draw is looked up in a script.
-
-    Args:
-        rounds: for each round a list of outcomes, one a chain. masks: what the number of a mask means: coordinates of a
-            subset, or the start of a block. order: the permutation of RandBlock. first: the first scripted round.
-        lost: for each round whose reply is lost.
-    """
-
-    def __init__(
-        self, rounds: list[list[Outcome]], masks: Tensor, order: list[int], first: int, lost: list[tuple[bool, ...]]
-    ) -> None:
-        self.rounds = dict(enumerate(rounds, first))
-        self.lost = dict(enumerate(lost, first))
-        self.masks, self.order = masks, torch.tensor(order)
-
-    def key(self, seed: int, round: int = -1, client: Any = None, chain: Any = None, purpose: str = "") -> Draws:
-        if purpose == "sync":
-            nothing = [False] * len(next(iter(self.rounds.values())))  # coins are tossed for many rounds at once
-            scripted = {at: [outcome.coin for outcome in outcomes] for at, outcomes in self.rounds.items()}
-            coins = torch.tensor([scripted.get(int(at), nothing) for at in torch.as_tensor(round).flatten()])
-            return Draws(bernoulli=lambda p: coins | (p >= 1))
-        if purpose == "cohort":
-            asked = torch.tensor([outcome.asked for outcome in self.rounds[round]])  # (C, n)
-            return Draws(
-                bernoulli=lambda p: asked.T.contiguous(),
-                subset=lambda n, k: torch.stack([row.nonzero().squeeze(-1) for row in asked]),
-            )
-        if purpose == "faults/loss":
-            lost = torch.tensor(self.lost[round], dtype=torch.float64)
-            return Draws(uniform=lambda n: (1 - lost).unsqueeze(-1) * (1 - 2.0**-53))
-        assert purpose == "faults/attempts"
-        return Draws(uniform=lambda n: torch.zeros(len(client), 1, dtype=torch.float64))
-
-    def link(self, seed: int, clients: Any, chains: int, purpose: str, device: Any = "cpu") -> Dice.Link | Dice.Down:
-        return Dice.Link(self, clients) if purpose == "uplink" else Dice.Down(self)
-
-    @dataclass
-    class Link:
-        dice: Dice
-        clients: Tensor
-
-        def at(self, round: int, clients: Tensor | None = None) -> PacketKeys:
-            mine = self.clients if clients is None else self.clients[clients]
-            drawn = torch.tensor([outcome.masks for outcome in self.dice.rounds[round]]).T[mine]  # (m, C)
-            return self.dice.packet(self.dice.masks[drawn], round)
-
-    @dataclass
-    class Down:
-        dice: Dice
-
-        def at(self, round: int) -> PacketKeys:
-            drawn = torch.tensor([outcome.down for outcome in self.dice.rounds[round - 1]])  # (C,)
-            return self.dice.packet(self.dice.masks[drawn], round)
-
-    def packet(self, masks: Tensor, round: int) -> PacketKeys:
-        own = Draws(subset=lambda d, k: masks, integers=lambda d, n: masks)
-        return PacketKeys(own, Draws(permutation=lambda d: self.order), round)  # type: ignore[arg-type]
-
-    def noise(self, round: int, like: Tensor) -> Tensor:
-        return torch.tensor([outcome.noise for outcome in self.rounds[round]], dtype=like.dtype)
-
-
-class Draws:
-    """A key that draws what it was told to."""
-
-    def __init__(self, **draws: Callable[..., Tensor]) -> None:
-        self.__dict__.update(draws)
-
-    def fold(self, value: object) -> Draws:
-        return self
 
 
 # --- the cases ----------------------------------------------------------------------------------------------------
@@ -277,22 +191,24 @@ class Case:
             chance = math.prod(self.loss if lost else 1 - self.loss for lost in flat)
             yield chance, [flat[at * self.n : (at + 1) * self.n] for at in range(rounds)]
 
-    def outcomes(self, coins: Iterable[tuple[float, bool]]) -> list[Outcome]:
+    def outcomes(self, coins: Sequence[tuple[float, bool]]) -> Outcomes:
         number = 1 if self.uplink == "dense" else len(self.masks())
-        masks = list(itertools.product(range(number), repeat=self.n))
-        root = math.sqrt(self.d)
         below = range(len(self.masks()) if self.downlink else 1)
-        noise = [tuple(sign * root * (j == at) for j in range(self.d)) for at in range(self.d) for sign in (1, -1)]
-        return [
-            Outcome(p_coin * p_asked / (len(masks) * len(below) * len(noise)), mask, down, coin, asked, xi)
-            for (p_coin, coin), (p_asked, asked) in itertools.product(coins, self.cohorts())
-            for mask, down, xi in itertools.product(masks, below, noise)
-        ]
+        cohorts, noise = self.cohorts(), signs(self.d)
+        coin, who, *masks, down, xi = combinations(coins, cohorts, *[range(number)] * self.n, below, noise)
+        tossed, asked = (torch.tensor([chance for chance, _ in part], dtype=torch.float64) for part in (coins, cohorts))
+        return Outcomes(
+            tossed[coin] * asked[who] / (number**self.n * len(below) * len(noise)),
+            torch.stack(masks, dim=1),
+            down,
+            torch.tensor([face for _, face in coins])[coin],
+            torch.tensor([subset for _, subset in cohorts])[who],
+            noise[xi],
+        )
 
 
 TOSSED = [(SYNC, True), (1 - SYNC, False)]
 NO_SYNC = [(1.0, False)]
-SUM = {"diana": "shift", "ef21": "estimate"}  # what the server calls its sum of the clients' memories
 
 
 # --- running the production code ----------------------------------------------------------------------------------
@@ -346,25 +262,6 @@ def start(case: Case, chains: int) -> tuple[State, dict[str, Tensor]]:
     return State(SEEN, spread(params), spread(previous), kernel, uplink, applied, 0, sight, 0 * sight), memory
 
 
-def read(case: Case, state: State, fleet: LocalFleet) -> Array:
-    """(C, size) the state in the map's layout, momenta and both ends' memories included."""
-    parts = [torch.ones(len(state.params), 1, dtype=torch.float64), state.params, *state.kernel.values()]
-    if case.downlink:
-        parts.append(state.seen)
-    if case.uplink == "marina":
-        parts += [state.previous, state.uplink["estimate"]]
-    if case.uplink in ("diana", "ef21"):
-        memory = fleet.state()
-        shift, support = memory["memory.shift"].clone(), memory["memory.support"]
-        applied = (memory["memory.round"] == state.applied) & (state.applied > 0)
-        shift.scatter_add_(-1, support, memory["memory.pending"] * applied[:, None, None] * (case.k / case.d))
-        assert torch.allclose(shift.sum(0), state.uplink[SUM[case.uplink]], rtol=0, atol=1e-13), (
-            "the two ends' memories differ"
-        )
-        parts += list(shift)
-    return torch.cat(parts, dim=1).numpy()
-
-
 def enumerate_rounds(
     monkeypatch: pytest.MonkeyPatch,
     case: Case,
@@ -373,22 +270,22 @@ def enumerate_rounds(
     fresh: bool = False,
 ) -> tuple[Array, Array]:
     """E y y^T before and E y+ y+^T after len(coins) rounds; `fresh` starts at round 1."""
-    paths = list(itertools.product(*(case.outcomes(round_coins) for round_coins in coins)))
-    weights = np.array([math.prod(outcome.weight for outcome in path) for path in paths])
-    rounds = [[path[at] for path in paths] for at in range(len(coins))]
+    outcomes = [case.outcomes(round_coins) for round_coins in coins]
+    paths = combinations(*(outcome.weight for outcome in outcomes))
+    rounds = [outcome[path] for outcome, path in zip(outcomes, paths, strict=True)]
+    weights = math.prod(outcome.weight for outcome in rounds).numpy()  # type: ignore[union-attr]
+    chains = len(weights)
     sampler_of, fleet_of = case.build()
+    seen = partial(read, uplink=case.uplink, rate=case.k / case.d, downlink=case.downlink)
     before: Array = np.zeros(0)
     after: Array = np.zeros(0)
     for chance, lost in case.losses(len(coins)):
         dice = Dice(rounds, case.masks(), case.order(), 1 if fresh else SEEN + 1, lost)
         with monkeypatch.context() as patch:
-            for module in ("fedsample.strategies.base", "fedsample.strategies.cohort", "fedsample.fleets.faults"):
-                patch.setattr(f"{module}.key", dice.key)
-            for module in ("fedsample.clients.worker", "fedsample.estimators.downlink"):
-                patch.setattr(f"{module}.LinkKeys", dice.link)
-            sampler, fleet = sampler_of(len(paths)), fleet_of(len(paths))
+            dice.rule(patch)
+            sampler, fleet = sampler_of(chains), fleet_of(chains)
             patch.setattr(sampler, "_draw_noise", dice.noise)
-            state, memory = start(case, len(paths))
+            state, memory = start(case, chains)
             if fresh:
                 begun = sampler.begin(state.params)
                 state = begun._replace(kernel=state.kernel)
@@ -397,12 +294,11 @@ def enumerate_rounds(
                 state = state._replace(uplink=sampler.begin(state.params).uplink)
             if memory:
                 fleet.restore({**fleet.state(), **memory})
-            y = read(case, state, fleet)
+            y = seen(state, fleet)
             before = y[0][:, None] * y[0]
             for _ in coins:
-                request = sampler.request(state)
-                state = sampler.update(state, request, fleet.exchange(request))
-            y = read(case, state, fleet)
+                state = advance(sampler, fleet, state)
+            y = seen(state, fleet)
         part = chance * (y.T * weights) @ y
         after = after + part if after.size else part
     assert abs(weights.sum() - 1) < 1e-13

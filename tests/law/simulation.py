@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from moment_maps import R4, Array, Chain, independent_pairs, subset_pairs
+from dice import advance
+from moment_maps import R4, Array, Chain, block_pairs, independent_pairs, subset_pairs
 from torch import Tensor
 
 from fedsample.compression import build as build_compressor
@@ -24,7 +25,7 @@ from fedsample.exchange import Request
 from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
-from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
+from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability
 from fedsample.targets import Clients, GaussianPrior, Quadratic
 from fedsample.targets.metric import Identity
 
@@ -101,17 +102,21 @@ class Setup:
     @cached_property
     def exact(self) -> Chain:
         """The chain's exact law, of one coordinate where they are alike."""
+        return self.law(slice(None) if self.hessians is not None else slice(1))
+
+    def law(self, which: slice = slice(None)) -> Chain:
+        """The exact law of some coordinates."""
         hessians, centers = self.clients
         n, d = centers.shape
         centers = centers - self.origin
         size = self.participation
         asked = subset_pairs(n, size) if isinstance(size, int) else independent_pairs(n, size)
-        masks = subset_pairs(d, self.k)
-        if self.hessians is None:
-            hessians, centers, masks = hessians[:, :1, :1], centers[:, :1], masks[:1, :1]
+        pairs = subset_pairs(d, self.k) if self.compressor == "randk" else block_pairs(list(range(d)), self.k)
+        masks = pairs[which, which]
+        hessians = hessians[:, which, which]
         return Chain(
             hessians,
-            centers,
+            centers[:, which],
             self.sampler,
             self.uplink,
             self.step,
@@ -121,7 +126,7 @@ class Setup:
             asked * independent_pairs(n, 1 - self.loss),
             self.sync,
             self.prior * np.eye(hessians.shape[1]),
-            -self.origin[: hessians.shape[1]],
+            -self.origin[which],
             anchored=self.anchored,
             downlink=masks if self.downlink else None,
         )
@@ -184,12 +189,6 @@ def federation(setup: Setup, clients: Clients) -> tuple[Sampler, LocalFleet]:
         **extra,
     )
     return sampler, fleet
-
-
-def advance(sampler: Sampler, fleet: LocalFleet, state: State) -> State:
-    """One round."""
-    request = sampler.request(state)
-    return sampler.update(state, request, fleet.exchange(request))
 
 
 def quadratic(setup: Setup) -> Quadratic:
