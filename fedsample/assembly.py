@@ -15,8 +15,9 @@ from fedsample.fleets.faults import Faults, Recorded
 from fedsample.fleets.local import LocalFleet
 from fedsample.links import links, refresh_of
 from fedsample.monitor.progress import Progress
+from fedsample.numerics.dtypes import DTYPES
 from fedsample.preparation import Prepared, prepare
-from fedsample.problem import DTYPES, Problem, build_problem
+from fedsample.problem import Problem, build_problem
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
 from fedsample.strategies.schedule import Constant, Cyclical, Polynomial, Schedule
 from fedsample.targets.metric import MOST_DENSE

@@ -234,7 +234,8 @@ def plan(source: Source = None, overrides: Sequence[str] = ()) -> dict[str, str]
     """What a configuration would run, and what it would send, without sampling."""
     import torch
 
-    from fedsample.problem import DTYPES, build_problem
+    from fedsample.numerics.dtypes import DTYPES
+    from fedsample.problem import build_problem
 
     experiment = load(source, overrides)
     check(experiment)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import ConfigError
+from fedsample.numerics.dtypes import DTYPES
 from fedsample.random import SERVER, key
 from fedsample.targets import Clients, GaussianPrior, GeneralizedLinear, Posterior, Quadratic
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.data import FederatedData
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _POINTS = 32  # rows whose predictions are followed as functionals
 _PROJECTIONS = 32
 _CHUNK = 1 << 24  # entries of the largest array of predictions

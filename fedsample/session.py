@@ -32,7 +32,7 @@ from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
 from fedsample.monitor.jsonl import read_jsonl
 from fedsample.monitor.progress import Progress
 from fedsample.monitor.tensorboard import LAZY_QUEUE, Recorder
-from fedsample.paths import choose_paths
+from fedsample.numerics.math_library import choose_paths
 from fedsample.preparation import Prepared, prepare, prepared_for, restore_prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.strategies import Sampler, State

@@ -116,7 +116,7 @@ def standardize(data: FederatedData) -> FederatedData:
     Raises:
         DataError: no training rows, or values too large.
     """
-    from fedsample.sums import TreeSum
+    from fedsample.numerics.tree_sum import TreeSum
 
     shares = [data.client(client) for client in range(data.clients)]
     first, second = TreeSum(), TreeSum()
@@ -137,7 +137,7 @@ def _sum(rows: Array) -> Tensor:
     """(n_i, p) -> (p,) by the fixed tree."""
     import torch
 
-    from fedsample.sums import tree_sum
+    from fedsample.numerics.tree_sum import tree_sum
 
     return tree_sum(torch.from_numpy(np.ascontiguousarray(rows))) if len(rows) else torch.zeros(rows.shape[1]).double()
 

@@ -21,7 +21,7 @@ from fedsample.estimators import DenseDownlink, Downlink, Uplink, Upload
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
-from fedsample.sums import TreeSum, tree_sum
+from fedsample.numerics.tree_sum import TreeSum, tree_sum
 from fedsample.targets import Clients, Metric
 from fedsample.targets.portions import on_device
 

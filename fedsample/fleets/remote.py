@@ -23,7 +23,7 @@ from fedsample.errors import ConfigError, DivergenceError
 from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Turn, Uplink
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.links import links
-from fedsample.sums import TreeSum
+from fedsample.numerics.tree_sum import TreeSum
 from fedsample.wire import Form, Parcel
 
 if TYPE_CHECKING:

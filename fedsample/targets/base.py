@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import CompileError
+from fedsample.numerics.tree_sum import TreeSum
 from fedsample.random import Key
-from fedsample.sums import TreeSum
 
 
 class Clients(ABC):

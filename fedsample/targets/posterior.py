@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedsample.sums import tree_sum
+from fedsample.numerics.tree_sum import tree_sum
 from fedsample.targets.base import Clients, GaussianPrior
 
 

@@ -25,9 +25,9 @@ from fedsample.diagnostics import calibration
 from fedsample.diagnostics.counts import Evaluator, length, scores
 from fedsample.errors import ConfigError, DataError
 from fedsample.models import task_of
+from fedsample.numerics.tree_sum import TreeSum
 from fedsample.problem import Problem, build_problem
 from fedsample.remote_problem import device_problem, remote_problem
-from fedsample.sums import TreeSum
 
 SIZES = (11, 4, 17)
 

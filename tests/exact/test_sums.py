@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsample.sums import TreeSum, tree_sum
+from fedsample.numerics.tree_sum import TreeSum, tree_sum
 
 
 def terms(n: int) -> Tensor:

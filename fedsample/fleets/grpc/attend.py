@@ -380,7 +380,7 @@ def _reason(error: BaseException) -> str:
 
 def prepare_threads(count: int) -> None:
     """Set the threads of the computing thread, and let the numerical library choose its code paths there alone."""
-    from fedsample.paths import choose_paths
+    from fedsample.numerics.math_library import choose_paths
 
     torch.set_num_threads(1)
     choose_paths()

@@ -26,7 +26,7 @@ from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.seat import Stream
 from fedsample.fleets.remote import Federation, RemoteFleet
 from fedsample.monitor.tensorboard import quantiles
-from fedsample.sums import TreeSum
+from fedsample.numerics.tree_sum import TreeSum
 from fedsample.targets import Metric
 from fedsample.wire import Header, Parcel, header, pack_tensors
 
