@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fedsample.random
+import fedsample.random.keys
 from fedsample.compression import (
     QSGD,
     Bfloat16,
@@ -521,7 +521,7 @@ def test_a_large_subset_is_ascending_distinct_and_the_same_alone_and_in_a_batch(
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_every_large_subset_is_equally_likely(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsample.random, "_ALONE", 2)
+    monkeypatch.setattr(fedsample.random.keys, "_ALONE", 2)
     n, count = 5, 6000
     rows = key(7, chain=torch.arange(count)).subset(n, k)
     codes, seen = (2**rows).sum(-1).unique(return_counts=True)
@@ -532,7 +532,7 @@ def test_every_large_subset_is_equally_likely(k: int, monkeypatch: pytest.Monkey
 
 
 def test_the_first_distinct_of_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsample.random, "_ALONE", 2)
+    monkeypatch.setattr(fedsample.random.keys, "_ALONE", 2)
     for seed in range(200):
         n, k = 20, 1 + seed % 10
         sequence = key(seed).integers(n, 400).tolist()

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fedsample
-import fedsample.distinct
-import fedsample.random
+import fedsample.random.keys
+import fedsample.random.subsets
 from fedsample.compression import RandK
 from fedsample.estimators import Diana
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
-from fedsample.random import SERVER, Key, _circle, _log, key
+from fedsample.random import SERVER, Key, key
+from fedsample.random.keys import _circle, _log
 from fedsample.strategies import Baoab, Cohort, Stability
 from fedsample.targets import GaussianPrior, GeneralizedLinear
 from fedsample.targets.metric import Identity
@@ -511,9 +512,9 @@ def test_rows_together_alone_and_on_a_device_choose_the_same(n: int, monkeypatch
         assert rows.shape == (3, 20, k)
         assert torch.equal(key(9, 2, chain=7, purpose="rows").subset(n, k), rows[2, 7])
         variants: list[tuple[Any, str, Any]] = [
-            (fedsample.random, "_ALONE", 0),
-            (fedsample.distinct, "_pick_on_cpu", fedsample.distinct._pick),
-            (fedsample.distinct, "_enough", lambda n, k: max(1, k)),
+            (fedsample.random.keys, "_ALONE", 0),
+            (fedsample.random.subsets, "_pick_on_cpu", fedsample.random.subsets._pick),
+            (fedsample.random.subsets, "_enough", lambda n, k: max(1, k)),
         ]
         for module, name, value in variants:
             with monkeypatch.context() as patch:
@@ -672,7 +673,7 @@ def test_no_file_of_the_package_uses_a_generator() -> None:
     apart = root / "fleets" / "flower_grid" / "generators.py"
     files = sorted(each for each in root.rglob("*.py") if root / "bench" not in each.parents and each != apart)
     assert len(files) > 40
-    assert root / "random.py" in files
+    assert root / "random" / "keys.py" in files
     assert apart.exists()
     found = {
         str(file.relative_to(root)): uses

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsample.distinct import alone, sort, together
+from fedsample.random.subsets import alone, sort, together
 
 SERVER = -1  # the client index under which the server draws
 
