@@ -20,13 +20,12 @@ from fedsample.errors import (
     RunDirectoryError,
     UnsoundError,
 )
+from fedsample.version import __version__
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.experiment import Run, build_target, run
     from fedsample.fleets.flower_grid import FlowerRun, run_flower
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ClientError",

@@ -91,7 +91,7 @@ _WIDEST = 160  # characters that still read well as columns beside each other
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from fedsample import __version__
+        from fedsample.version import __version__
 
         typer.echo(f"fedsample {__version__}")
         raise typer.Exit

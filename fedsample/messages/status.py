@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-import fedsample
 from fedsample.estimators import Uplink
+from fedsample.version import __version__
 
 
 def terms(uplink: Uplink, seed: int, clients: int, chains: int, d: int, dtype: torch.dtype) -> dict[str, int | str]:
     """What server and clients must agree on before the first round; a client says it when it is greeted."""
     compressor = uplink.compressor
     return {
-        "fedsample": fedsample.__version__,
+        "fedsample": __version__,
         "uplink": f"{uplink.name}, {compressor.name}, {compressor.count(d)} values",
         "seed": seed,
         "clients": clients,

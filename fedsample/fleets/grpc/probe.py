@@ -11,11 +11,11 @@ from typing import Any
 
 import grpc
 
-from fedsample import __version__
 from fedsample.errors import CertificateError
 from fedsample.fleets.grpc.fedsample_pb2 import ProbeReply, ProbeRequest
 from fedsample.fleets.grpc.identity import identity_of
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+from fedsample.version import __version__
 
 SOFTWARE = f"fedsample {__version__}"
 METHOD = "Probe"
