@@ -83,7 +83,7 @@ _TABLES = {
     Table.samplers: ("fedsample.strategies", "table"),
     Table.estimators: ("fedsample.estimators", "table"),
     Table.compressors: ("fedsample.compression", "table"),
-    Table.presets: ("fedsample.presets", "table"),
+    Table.presets: ("fedsample.config.presets", "table"),
 }
 
 _WIDEST = 160  # characters that still read well as columns beside each other

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedsample import step_check
-from fedsample.config import Experiment, dump_toml, load
+from fedsample.config import Experiment, Source, dump_toml, load
+from fedsample.config.loading import reread
 from fedsample.errors import ConfigError, DeviceMemoryError, Interrupted, RunDirectoryError, UnsoundError
 from fedsample.links import build_downlink, build_uplink, links
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from fedsample.targets import Posterior
 
-Source = Experiment | Mapping[str, Any] | str | Path | None
 Mode = Literal["auto", "plain", "quiet"]
 
 _PATIENT = ("fleet.quorum=1.0", "fleet.deadline=none")  # what only devices have
@@ -137,31 +136,6 @@ def _check_step(done: Run, progress: Mode) -> Run:
     with RunDirectory.open(done.path) as directory:
         directory.write_json("summary.json", summary)
     return Run(done.path, summary, done.experiment)
-
-
-def of_run_config(run_config: Mapping[str, bool | float | int | str]) -> Experiment:
-    """The experiment of a Flower run, the same on server and clients: the environment is not asked.
-
-    Args:
-        run_config: as `[tool.flwr.app.config]` and `flwr run --run-config` make it. `config-file` names a TOML file, or
-            `config` is its text; every other key is a setting, such as `uplink.k`, and is laid over it. Keys that begin
-            with `app.` are the app's own.
-
-    Raises:
-        ConfigError: as for any configuration.
-    """
-    import tomli_w
-
-    settings = {name: value for name, value in run_config.items() if not name.startswith("app.")}
-    file, text = settings.pop("config-file", ""), settings.pop("config", "")
-    if file and text:
-        raise ConfigError("the run configuration has both config-file and config: give the path or the text, not both")
-    try:
-        source: Source = Path(str(file)) if file else tomllib.loads(str(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the run configuration's key config is not TOML: {error}") from error
-    literals = {name: tomli_w.dumps({"v": value}).removeprefix("v = ").strip() for name, value in settings.items()}
-    return load(source, [f"{name}={literal}" for name, literal in literals.items()], {})
 
 
 def check(experiment: Experiment) -> None:
@@ -284,32 +258,3 @@ def default_path(experiment: Experiment) -> Path:
         number += 1
         path = base.with_name(f"{base.name}-{number}")
     return path
-
-
-def digest(experiment: Experiment) -> str:
-    """Names what a checkpoint depends on: everything but the number of rounds and what is written down."""
-    values = tomllib.loads(dump_toml(experiment))
-    for free in ("rounds", "monitor"):
-        values.pop(free, None)
-    return hashlib.sha256(repr(sorted(_leaves(values))).encode()).hexdigest()[:32]
-
-
-def _leaves(values: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
-    result = []
-    for name, value in values.items():
-        result += _leaves(value, f"{path}{name}.") if isinstance(value, Mapping) else [(f"{path}{name}", repr(value))]
-    return result
-
-
-def reread(text: str) -> Experiment:
-    """The experiment of a run directory's config.toml, whatever the environment says now.
-
-    Raises:
-        RunDirectoryError: if it cannot be read.
-    """
-    try:
-        return Experiment(**tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
-        raise RunDirectoryError(
-            f"config.toml of the run cannot be used: {error}; restore it, or start a new run in another directory"
-        ) from error

@@ -23,9 +23,10 @@ from torch import Tensor
 from fedsample.assembly import build_fleet, build_sampler, check_size
 from fedsample.chain import Chain, Clock
 from fedsample.config import Experiment, ScheduleConfig, dump_toml
+from fedsample.config.loading import digest, reread
 from fedsample.errors import Interrupted, RunDirectoryError
 from fedsample.exchange import Abandoned, Fleet, Recovers, Rollback, Traffic
-from fedsample.experiment import Mode, digest, reread
+from fedsample.experiment import Mode
 from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.monitor.directory import RunDirectory
 from fedsample.monitor.draws import DrawStore, load_draws, load_rounds

@@ -21,8 +21,8 @@ from flwr.clientapp import ClientApp
 from fedsample import messages
 from fedsample.clients.device import Device, Trace
 from fedsample.config import Experiment, dump_toml
+from fedsample.config.loading import of_run_config, reread
 from fedsample.errors import ConfigError
-from fedsample.experiment import of_run_config, reread
 from fedsample.fleets.records import HEADER, parcel_of, records_of
 from fedsample.problem import Problem, build_problem
 from fedsample.wire import Parcel, header, pack_tensors, unpack_tensors

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsample.config.error_messages import Problem, SettingsError
 from fedsample.config.experiment import IMPLIED, Experiment
 from fedsample.config.fields import OF_THE_MACHINE, PREFIX, fields, nearest, variable
-from fedsample.config.problems import Problem, SettingsError
+from fedsample.config.presets import PRESETS, preset
 from fedsample.config.values import flatten, merge, nest, plain, same
 from fedsample.errors import ConfigError
-from fedsample.presets import PRESETS, preset
 
 Source = Mapping[str, Any] | str | Path | Experiment | None
 

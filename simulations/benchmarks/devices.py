@@ -77,7 +77,7 @@ async def our_devices(target: str, certs: Path, count: int, file: Path, state: P
     """Take part in whatever runs there are."""
     from fedsample.clients.holding import Held, Source
     from fedsample.clients.resident import Resident
-    from fedsample.experiment import reread
+    from fedsample.config.loading import reread
     from fedsample.fleets.grpc.attend import Attendant, prepare_threads
     from fedsample.fleets.grpc.credentials import client_credentials
 

@@ -10,7 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsample.assembly import build_sampler
 from fedsample.config import dump_toml
-from fedsample.experiment import check, of_run_config
+from fedsample.config.loading import of_run_config
+from fedsample.experiment import check
 from fedsample.fleets.flower import fleet_on
 from fedsample.monitor.draws import DrawStore
 from fedsample.monitor.progress import Progress

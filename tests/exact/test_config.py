@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import fedsample
 from fedsample.config import Experiment, FleetConfig, dump_toml, keys, load, nearest, template, trace, variable
+from fedsample.config.presets import DEFAULT, PRESETS, table
 from fedsample.errors import ConfigError
-from fedsample.presets import DEFAULT, PRESETS, table
 
 
 def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, type]]:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from fedsample.assembly import build_fleet, build_sampler
 from fedsample.config import Experiment, load
+from fedsample.config.presets import PRESETS
 from fedsample.errors import CompileError
 from fedsample.experiment import check
 from fedsample.fleets.local import LocalFleet
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import Prepared, prepare
-from fedsample.presets import PRESETS
 from fedsample.problem import Problem, build_problem
 from fedsample.random import key
 from fedsample.strategies import Sampler

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedsample.config import keys
-from fedsample.presets import PRESETS
+from fedsample.config.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,6 +20,7 @@ from fedsample import compression
 from fedsample.assembly import build_fleet, build_sampler
 from fedsample.compression import Compressor, Packet
 from fedsample.config import Experiment, load
+from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, RunDirectoryError, UnsoundError
 from fedsample.estimators import Direct, Ef21P, build_downlink, check
 from fedsample.estimators.soundness import RULES
@@ -28,7 +29,6 @@ from fedsample.experiment import check as check_experiment
 from fedsample.experiment import plan
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import prepare
-from fedsample.presets import PRESETS
 from fedsample.problem import build_problem
 from fedsample.strategies import State
 from fedsample.targets import GeneralizedLinear

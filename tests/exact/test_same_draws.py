@@ -121,7 +121,7 @@ def test_frames_are_read_as_the_protocol_says(comparator: Mapping[str, Any]) -> 
 
 
 def test_every_preset_has_its_cases(comparator: Mapping[str, Any]) -> None:
-    from fedsample.presets import PRESETS
+    from fedsample.config.presets import PRESETS
 
     cases = comparator["cases"]
     assert set(cases.PRESETS) == set(PRESETS)

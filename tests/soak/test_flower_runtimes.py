@@ -32,9 +32,9 @@ import pytest
 import torch
 
 import fedsample
-from fedsample.experiment import of_run_config
+from fedsample.config.loading import of_run_config
+from fedsample.config.presets import PRESETS
 from fedsample.monitor import load_draws
-from fedsample.presets import PRESETS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
 

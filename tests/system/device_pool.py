@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedsample.clients.holding import Held, Source
 from fedsample.clients.resident import Resident
-from fedsample.experiment import reread
+from fedsample.config.loading import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.attend import Attendant, prepare_threads
 

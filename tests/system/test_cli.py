@@ -21,8 +21,8 @@ import pytest
 import fedsample
 from fedsample.cli import main
 from fedsample.config import Experiment, keys, load
+from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, DivergenceError, Interrupted, QuorumError
-from fedsample.presets import PRESETS
 
 COMMAND = [sys.executable, "-W", "error", "-m", "fedsample"]
 

@@ -20,12 +20,12 @@ from federation import CONFIG, ENVIRONMENT, Federation, free_port
 
 import fedsample
 from fedsample.config import load
+from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, UnsoundError
 from fedsample.experiment import check
 from fedsample.fleets.grpc.address import Address
 from fedsample.fleets.grpc.host import Host, serve
 from fedsample.monitor import load_draws, read_jsonl
-from fedsample.presets import PRESETS
 
 WIRE = "comm/wire_up_bytes/payload"
 

@@ -30,10 +30,11 @@ from fedsample.clients.app import client_app
 from fedsample.clients.worker import Worker
 from fedsample.compression import Packet
 from fedsample.config import Experiment, dump_toml, load
+from fedsample.config.loading import of_run_config
+from fedsample.config.presets import PRESETS
 from fedsample.errors import ClientError, ConfigError, DataError, DivergenceError, QuorumError
 from fedsample.estimators import Diana, Ef21
 from fedsample.exchange import Fleet, Request, Traffic
-from fedsample.experiment import of_run_config
 from fedsample.fleets import simulation
 from fedsample.fleets.flower import FlowerFleet, fleet_on
 from fedsample.fleets.flower_grid.adapter import identity
@@ -42,7 +43,6 @@ from fedsample.fleets.remote import Federation
 from fedsample.links import links
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import Prepared, prepare
-from fedsample.presets import PRESETS
 from fedsample.problem import Problem, build_problem
 from fedsample.strategies import SAMPLERS, Sampler, State
 from fedsample.targets.metric import Identity

@@ -17,11 +17,11 @@ import torch
 from fedsample.assembly import check_size
 from fedsample.clients.resident import FIT, SCALE, SPREAD
 from fedsample.config import dump_toml
+from fedsample.config.loading import digest, reread
 from fedsample.data.device import agreed_schema
 from fedsample.data.schema import Schema
 from fedsample.diagnostics.counts import scores
 from fedsample.errors import CertificateError, ConfigError, DataError, Interrupted, RunDirectoryError
-from fedsample.experiment import digest, reread
 from fedsample.fleets.grpc.address import Address, check_free, check_insecure
 from fedsample.fleets.grpc.credentials import server_credentials
 from fedsample.fleets.grpc.desk import Desk

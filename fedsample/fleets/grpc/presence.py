@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedsample.clients.holding import Held, Source
 from fedsample.clients.resident import Resident
+from fedsample.config.loading import reread
 from fedsample.data.device import check_source, is_builtin
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
-from fedsample.experiment import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.address import check_insecure, parse_address
 from fedsample.fleets.grpc.attend import Answering, Attendant, Refused, Watching, prepare_threads
