@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsample.compression import bits
+from fedsample.compression import bit_packing
 from fedsample.compression.base import (
     Compressor,
     Independence,
@@ -28,7 +28,7 @@ from fedsample.compression.base import (
     values_from_bytes,
     values_to_bytes,
 )
-from fedsample.compression.pieces import empty, one_norm, pieces, times
+from fedsample.compression.cache_blocks import empty, one_norm, pieces, times
 from fedsample.errors import DataError
 
 _WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -84,7 +84,7 @@ class ScaledSign(Compressor):
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
         """The scale, and the signs padded to bytes."""
-        return float_bits(dtype) + 8 * bits.size_of(d, 1)
+        return float_bits(dtype) + 8 * bit_packing.size_of(d, 1)
 
     def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
         """Without padding."""

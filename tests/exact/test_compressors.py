@@ -31,9 +31,9 @@ from fedsample.compression import (
     Scaled,
     ScaledSign,
     TopK,
-    bits,
+    bit_packing,
     build,
-    pieces,
+    cache_blocks,
     qsgd,
 )
 from fedsample.errors import ConfigError, DataError
@@ -208,14 +208,14 @@ def test_damaged_bytes_are_refused() -> None:
         (Natural(), b"\xff" * 9, "NaN or infinite"),
         (Bfloat16(), b"\x80" * 8 + b"\x7f" * 8, "NaN or infinite"),
         (TopK(1), one + b"\xff", "padding"),
-        (TopK(2), one * 2 + bits.pack(np.array([3, 3]), 3), "without repeating"),
-        (TopK(2), one * 2 + bits.pack(np.array([4, 2]), 3), "must ascend"),
+        (TopK(2), one * 2 + bit_packing.pack(np.array([3, 3]), 3), "without repeating"),
+        (TopK(2), one * 2 + bit_packing.pack(np.array([4, 2]), 3), "must ascend"),
         (TopK(5), one * 5 + b"\x07", "3 coordinates, expected K = 5"),
     ):
         with pytest.raises(DataError, match=message):
             compressor.from_bytes(data, keys, 8, torch.float32)
     with pytest.raises(DataError, match=r"within 0\.\.4"):
-        TopK(1).from_bytes(one + bits.pack(np.array([7]), 3), keys, 5, torch.float32)
+        TopK(1).from_bytes(one + bit_packing.pack(np.array([7]), 3), keys, 5, torch.float32)
     with pytest.raises(DataError, match="padding"):
         ScaledSign().from_bytes(one + b"\xe0", keys, 5, torch.float32)
 
@@ -224,22 +224,22 @@ def test_damaged_bytes_are_refused() -> None:
 @settings(max_examples=200, deadline=None)
 def test_packing_fills_exactly_the_bits_it_needs(count: int, width: int, seed: int) -> None:
     codes = (key(seed).integers64(count).numpy().view(np.uint64) >> np.uint64(32)) & np.uint64((1 << width) - 1)
-    data = bits.pack(codes.astype(np.uint32), width)
+    data = bit_packing.pack(codes.astype(np.uint32), width)
     assert len(data) == -(-count * width // 8)
-    assert np.array_equal(bits.unpack(data, count, width, np.uint32), codes)
+    assert np.array_equal(bit_packing.unpack(data, count, width, np.uint32), codes)
     with pytest.raises(DataError, match="expected"):
-        bits.unpack(data + b"\0", count, width, np.uint32)
+        bit_packing.unpack(data + b"\0", count, width, np.uint32)
 
 
 @pytest.mark.parametrize("width", range(1, 18))
 def test_a_last_piece_that_is_no_multiple_of_eight_bytes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words of 64 bits are shifted, and beyond the piece lie the bytes of a longer one."""
-    monkeypatch.setattr(bits, "_CHUNK", 64)
+    monkeypatch.setattr(bit_packing, "_CHUNK", 64)
     generator = np.random.default_rng(width)
     for columns in (63, 64, 65, 68, 71, 127, 129, 200):
         for count in (8 * columns, 8 * columns + 5):
             codes = generator.integers(0, 2**width, count, dtype=np.uint32)
-            assert np.array_equal(bits.unpack(bits.pack(codes, width), count, width, np.uint32), codes)
+            assert np.array_equal(bit_packing.unpack(bit_packing.pack(codes, width), count, width, np.uint32), codes)
 
 
 def test_bits_are_those_of_the_papers() -> None:
@@ -684,7 +684,7 @@ def test_fixed_point_by_numpy_is_that_of_torch_and_never_passes_the_top(levels: 
     for seed in range(200):
         scale = 10.0 ** (seed % 75 - 37)
         vector = gaussian(5, torch.float32, seed) * torch.tensor([1.0, 1e-3, 1e-5, 1e-9, 0.0]) * scale
-        norm = pieces.two_norm(vector).unsqueeze(-1)
+        norm = cache_blocks.two_norm(vector).unsqueeze(-1)
         if float(norm) > 0:
             drawn = []
             for draw in (qsgd._draw_on_cpu, qsgd._draw):
@@ -700,9 +700,11 @@ def test_what_is_taken_off_codes_and_what_checks_see(width: int) -> None:
     """`minus` after the check, of the last codes too; `low` shows every lowest byte once."""
     codes = np.random.default_rng(width).integers(0, 1 << width, 3 * 8 * 1000 + 5, dtype=np.uint16)
     seen: list[np.ndarray] = []
-    data = bits.pack(codes, width, check=lambda piece: seen.append(piece.copy()), low=width >= 8)
+    data = bit_packing.pack(codes, width, check=lambda piece: seen.append(piece.copy()), low=width >= 8)
     read: list[np.ndarray] = []
-    again = bits.unpack(data, len(codes), width, np.uint16, lambda piece: read.append(piece.copy()), 3, width >= 8)
+    again = bit_packing.unpack(
+        data, len(codes), width, np.uint16, lambda piece: read.append(piece.copy()), 3, width >= 8
+    )
     assert np.array_equal(again, codes - np.uint16(3))
     for found in (np.concatenate(seen), np.concatenate(read)):
         assert np.array_equal(found, codes.astype(np.uint8) if width >= 8 else codes)

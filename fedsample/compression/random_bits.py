@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsample.compression.pieces import PIECE
+from fedsample.compression.cache_blocks import PIECE
 from fedsample.random import Key
 
 
