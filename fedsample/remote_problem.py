@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedsample.data.base import FederatedData
-from fedsample.data.device import Potential
+from fedsample.data.device_files import Potential
 from fedsample.data.schema import Schema
 from fedsample.errors import ConfigError
 from fedsample.problem import Problem, quadratic_problem, rows_problem

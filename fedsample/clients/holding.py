@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsample.clients.device import Device
-from fedsample.data.device import Potential, read_device
+from fedsample.data.device_files import Potential, read_device
 from fedsample.data.schema import Schema
 from fedsample.data.standardize import Scale, first_sums, second_sums
 from fedsample.diagnostics.counts import Evaluator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """Where a device's rows come from; see `fedsample.data.device.read_device`."""
+    """Where a device's rows come from; see `fedsample.data.device_files.read_device`."""
 
     data: str | None = None
     target: str | None = None

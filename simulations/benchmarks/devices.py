@@ -175,7 +175,7 @@ class Ours:
 
     def __init__(self, certs: Path, count: int, d: int, file: Path) -> None:
         from fedsample.config import dump_toml, load
-        from fedsample.data.device import agreed_schema
+        from fedsample.data.device_files import agreed_schema
         from fedsample.data.schema import Schema
         from fedsample.fleets.grpc.credentials import server_credentials
         from fedsample.fleets.grpc.desk import Desk

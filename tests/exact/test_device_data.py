@@ -17,9 +17,9 @@ from fedsample.clients.holding import Held, Source
 from fedsample.config import Experiment, load
 from fedsample.data import FederatedData
 from fedsample.data import load as load_data
-from fedsample.data.agree import merge
-from fedsample.data.device import Holding, Potential, Rows, agreed_schema, read_device
+from fedsample.data.device_files import Holding, Potential, Rows, agreed_schema, read_device
 from fedsample.data.schema import Feature, Schema, Target
+from fedsample.data.schema_merge import merge
 from fedsample.data.standardize import Scale, first_sums, second_sums
 from fedsample.diagnostics import calibration
 from fedsample.diagnostics.counts import Evaluator, length, scores
@@ -597,7 +597,7 @@ def test_a_device_with_a_file_needs_little(tmp_path: Path) -> None:
     script = """
 import sys
 from fedsample.config import load
-from fedsample.data.device import agreed_schema, read_device
+from fedsample.data.device_files import agreed_schema, read_device
 from fedsample.data.standardize import Scale, first_sums, second_sums
 from fedsample.diagnostics.counts import Evaluator
 from fedsample.remote_problem import device_problem, remote_problem

@@ -18,7 +18,7 @@ from fedsample.assembly import check_size
 from fedsample.clients.resident import FIT, SCALE, SPREAD
 from fedsample.config import dump_toml
 from fedsample.config.loading import digest, reread
-from fedsample.data.device import agreed_schema
+from fedsample.data.device_files import agreed_schema
 from fedsample.data.schema import Schema
 from fedsample.diagnostics.counts import scores
 from fedsample.errors import CertificateError, ConfigError, DataError, Interrupted, RunDirectoryError

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedsample.clients.holding import Held, Source
 from fedsample.clients.resident import Resident
 from fedsample.config.loading import reread
-from fedsample.data.device import check_source, is_builtin
+from fedsample.data.device_files import check_source, is_builtin
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.address import check_insecure, parse_address

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsample.data.agree import check_names
 from fedsample.data.base import Array, FederatedData
 from fedsample.data.labels import encode
 from fedsample.data.schema import Schema, Target
+from fedsample.data.schema_merge import check_names
 from fedsample.data.split import Split
 from fedsample.data.table import Table, nearest
 from fedsample.errors import DataError

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedsample.data.agree import merge, table_schema
 from fedsample.data.base import Array, FederatedData
 from fedsample.data.builtin import datasets
 from fedsample.data.columns import read_columns
-from fedsample.data.fit import fit
 from fedsample.data.loading import read_table, split_of
 from fedsample.data.npz import read_npz
 from fedsample.data.quadratic import check_potentials, read_quadratic
 from fedsample.data.schema import Schema
+from fedsample.data.schema_apply import fit
+from fedsample.data.schema_merge import merge, table_schema
 from fedsample.data.split import Split, keyed_split
 from fedsample.data.table import Table, nearest, source_path
 from fedsample.errors import ConfigError, DataError
