@@ -9,11 +9,11 @@ import torch
 
 from fedsample.config import Experiment, ScheduleConfig
 from fedsample.errors import ConfigError
+from fedsample.estimators.links import links, refresh_of
 from fedsample.exchange import Fleet
 from fedsample.fleets.engines import choose_engine
 from fedsample.fleets.faults import Faults, Recorded
 from fedsample.fleets.local import LocalFleet
-from fedsample.links import links, refresh_of
 from fedsample.monitor.progress import Progress
 from fedsample.numerics.dtypes import DTYPES
 from fedsample.preparation import Prepared, prepare

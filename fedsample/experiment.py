@@ -17,7 +17,7 @@ from fedsample import step_check
 from fedsample.config import Experiment, Source, dump_toml, load
 from fedsample.config.loading import reread
 from fedsample.errors import ConfigError, DeviceMemoryError, Interrupted, RunDirectoryError, UnsoundError
-from fedsample.links import build_downlink, build_uplink, links
+from fedsample.estimators.links import build_downlink, build_uplink, links
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,8 +17,8 @@ from fedsample import messages
 from fedsample.clients.worker import Worker
 from fedsample.errors import DataError
 from fedsample.estimators import Memory
+from fedsample.estimators.links import links, refresh_of
 from fedsample.exchange import ESTIMATE
-from fedsample.links import links, refresh_of
 from fedsample.messages import Recall
 from fedsample.targets import Clients
 from fedsample.targets.metric import Identity

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
-from fedsample.estimators.shift import empty_shift, pend, settle
+from fedsample.estimators.committed_memory import empty_shift, pend, settle
 
 
 class Ef21(Uplink):

@@ -21,8 +21,8 @@ from fedsample.compression import LinkKeys
 from fedsample.compression.base import finite
 from fedsample.errors import ConfigError, DivergenceError
 from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Turn, Uplink
+from fedsample.estimators.links import links
 from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
-from fedsample.links import links
 from fedsample.numerics.tree_sum import TreeSum
 from fedsample.wire import Form, Parcel
 

@@ -34,13 +34,13 @@ from fedsample.config.loading import of_run_config
 from fedsample.config.presets import PRESETS
 from fedsample.errors import ClientError, ConfigError, DataError, DivergenceError, QuorumError
 from fedsample.estimators import Diana, Ef21
+from fedsample.estimators.links import links
 from fedsample.exchange import Fleet, Request, Traffic
 from fedsample.fleets import simulation
 from fedsample.fleets.flower import FlowerFleet, fleet_on
 from fedsample.fleets.flower_grid.adapter import identity
 from fedsample.fleets.local import LocalFleet
 from fedsample.fleets.remote import Federation
-from fedsample.links import links
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import Prepared, prepare
 from fedsample.problem import Problem, build_problem

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import fedsample
-from fedsample import links
 from fedsample.config import load
 from fedsample.config.presets import PRESETS, table
-from fedsample.estimators import Marina
+from fedsample.estimators import Marina, links
 
 D = 650
 SHORT: dict[str, Any] = {"rounds": 40, "warmup": 0, "thin": 1, "chains": 2, "monitor": {"tensorboard": False}}
