@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from fedsample.compression import Compressor, Identity
-from fedsample.diagnostics.covariance import UPLINKS, Array, Covariance, Spread, measured
-from fedsample.diagnostics.moments import Coordinate
 from fedsample.estimators import DenseDownlink, Direct, Downlink, Ef21, Ef21P, Marina, Uplink
+from fedsample.theory.covariance import UPLINKS, Array, Covariance, Spread, measured
+from fedsample.theory.moments import Coordinate
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment

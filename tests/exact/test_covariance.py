@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from moment_maps import Array, Chain, independent_pairs, subset_pairs
 
-from fedsample.diagnostics.covariance import Covariance, Spread, measured
-from fedsample.diagnostics.moments import Coordinate
+from fedsample.theory.covariance import Covariance, Spread, measured
+from fedsample.theory.moments import Coordinate
 
 SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "direct", "marina", "diana")
 KEEP, SYNC, FRICTION = 0.4, 0.3, 0.7

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from moment_maps import R4, Array, Chain, coordinate
 
-from fedsample.diagnostics.moments import Coordinate
+from fedsample.theory.moments import Coordinate
 
 SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "direct", "marina", "diana", "ef21")
 ELF = ([0.25] * 4, [-1.0, 0.5, 2.0, -0.5])  # curvature 1 in mean form, four clients

@@ -13,10 +13,10 @@ from moment_maps import Array, Chain, coordinate, independent_pairs
 
 import fedsample
 from fedsample.compression import QSGD, LinkKeys, Natural, PermK, build
-from fedsample.diagnostics.covariance import Covariance
-from fedsample.diagnostics.moments import Coordinate
 from fedsample.strategies.curvature import Terrain
 from fedsample.strategies.step import _weighted
+from fedsample.theory.covariance import Covariance
+from fedsample.theory.moments import Coordinate
 
 DRAWS = 4000
 

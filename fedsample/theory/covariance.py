@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsample.diagnostics.moments import linear_step
+from fedsample.theory.moments import linear_step
 
 Array = NDArray[np.float64]
 Spread = Callable[[Array], Array]  # D (d, d) -> sum_i diag(H_i D H_i) (d,)
