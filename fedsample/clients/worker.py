@@ -19,8 +19,8 @@ from fedsample.estimators import Memory, Turn, Uplink, Upload
 from fedsample.exchange import ESTIMATE, Request
 from fedsample.random import Key, key
 from fedsample.targets import Clients, Metric, MetricClients
+from fedsample.targets.memory_limits import on_device
 from fedsample.targets.metric import Identity
-from fedsample.targets.portions import on_device
 
 _ENTRIES = 1 << 20  # of matrices of clients that are held at a time
 

@@ -23,7 +23,7 @@ from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.numerics.tree_sum import TreeSum, tree_sum
 from fedsample.targets import Clients, Metric
-from fedsample.targets.portions import on_device
+from fedsample.targets.memory_limits import on_device
 
 
 class LocalFleet:

@@ -29,8 +29,8 @@ from torch import Tensor
 from fedsample.errors import CompileError
 from fedsample.random import Key
 from fedsample.targets.base import Clients
+from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 from fedsample.targets.fused import FusedGradient
-from fedsample.targets.graphs import CudaRecorder, Replayed
 from fedsample.targets.minibatch import draw_rows
 
 Likelihood = Literal["gaussian", "bernoulli", "categorical"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsample.errors import DivergenceError
 from fedsample.random import Key
 from fedsample.targets.base import Clients, GaussianPrior
-from fedsample.targets.portions import Portions
+from fedsample.targets.memory_limits import Portions
 
 
 class Metric(ABC):

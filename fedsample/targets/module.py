@@ -34,8 +34,8 @@ from torch.func import grad, jacrev, vmap
 from fedsample.errors import ConfigError
 from fedsample.random import Key
 from fedsample.targets.base import Clients
+from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 from fedsample.targets.glm import Likelihood
-from fedsample.targets.graphs import CudaRecorder, Replayed
 from fedsample.targets.minibatch import draw_rows
 
 _CHUNK = 1 << 25  # array entries that the rows of one call may take

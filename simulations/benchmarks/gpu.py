@@ -43,7 +43,7 @@ from fedsample.models.lenet import LeNet5
 from fedsample.models.resnet import ResNet20
 from fedsample.random import SERVER, key
 from fedsample.targets import Clients, GeneralizedLinear, ModuleClients
-from fedsample.targets.graphs import CudaRecorder, Replayed
+from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 
 SEED, STEP, RATE, BATCH = 0, 1e-7, 0.05, 32
 BLOCK = 16  # rounds whose noise is made at once, as samplers do

@@ -159,7 +159,7 @@ def record(self: Any, function: Callable[..., Tensor], inputs: Any) -> tuple[Cal
 
 def pretend() -> None:
     """From now on there is a GPU in this process."""
-    from fedsample.targets import graphs
+    from fedsample.targets import cuda_graphs
 
     def set_mode(mode: int | str) -> None:
         global waiting_allowed
@@ -175,7 +175,7 @@ def pretend() -> None:
     }  # fmt: skip
     for name, instead in replaced.items():
         setattr(torch.cuda, name, instead)
-    graphs.CudaRecorder.record = record  # type: ignore[method-assign]
+    cuda_graphs.CudaRecorder.record = record  # type: ignore[method-assign]
     Dispatch().__enter__()
     Calls().__enter__()
 

@@ -19,8 +19,8 @@ from fedsample.errors import CompileError
 from fedsample.fleets.engines import by_shape, by_stopwatch, choose_engine
 from fedsample.models import lenet
 from fedsample.random import key
-from fedsample.targets import Clients, GeneralizedLinear, ModuleClients, Quadratic, glm, graphs, module
-from fedsample.targets.graphs import CudaRecorder, Replayed
+from fedsample.targets import Clients, GeneralizedLinear, ModuleClients, Quadratic, cuda_graphs, glm, module
+from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -125,7 +125,7 @@ def test_a_record_is_used_by_one_thread_at_a_time() -> None:
 
 
 def test_beyond_some_shapes_the_function_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_MOST", 3)
+    monkeypatch.setattr(cuda_graphs, "_MOST", 3)
     recorder = StandIn(CUDA)
     replayed = Replayed(torch.neg, (torch.ones(1),), recorder)
     for size in (1, 2, 3, 4, 5, 2):

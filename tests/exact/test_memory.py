@@ -20,7 +20,7 @@ from fedsample.exchange import ESTIMATE, Request
 from fedsample.fleets.engines import by_stopwatch, choose_engine
 from fedsample.fleets.local import LocalFleet
 from fedsample.random import key
-from fedsample.targets import Clients, GeneralizedLinear, Metric, MetricClients, portions
+from fedsample.targets import Clients, GeneralizedLinear, Metric, MetricClients, memory_limits
 from fedsample.targets.metric import Identity
 
 N, CHAINS, D = 7, 3, 4
@@ -113,7 +113,7 @@ def test_nothing_of_a_failed_attempt_is_held(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_does_not_fit_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portions, "memory", lambda device: (4 * D * 8 * 1000, 1 << 34))
+    monkeypatch.setattr(memory_limits, "memory", lambda device: (4 * D * 8 * 1000, 1 << 34))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(DeviceMemoryError) as caught:
@@ -131,10 +131,10 @@ def test_what_does_not_fit_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_known_of_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert portions.memory(torch.device("cpu")) is None
+    assert memory_limits.memory(torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 20))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
-    assert portions.memory(torch.device("cuda")) == (12, 20)
+    assert memory_limits.memory(torch.device("cuda")) == (12, 20)
 
 
 # --- in a fleet -------------------------------------------------------------------------------------------------------
