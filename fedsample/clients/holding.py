@@ -16,7 +16,7 @@ from fedsample.data.schema import Schema
 from fedsample.data.standardize import Scale, first_sums, second_sums
 from fedsample.diagnostics.counts import Evaluator
 from fedsample.errors import DataError
-from fedsample.remote_problem import device_problem, remote_problem
+from fedsample.problem.remote import device_problem, remote_problem
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment

@@ -184,7 +184,7 @@ class Ours:
         from fedsample.fleets.grpc.hub import Hub
         from fedsample.fleets.grpc.streams import Invitation
         from fedsample.fleets.grpc.version import run_id
-        from fedsample.remote_problem import remote_problem
+        from fedsample.problem.remote import remote_problem
 
         values = {
             "preset": "federated-gd",

@@ -27,7 +27,7 @@ from fedsample.errors import ConfigError, DataError
 from fedsample.models import task_of
 from fedsample.numerics.tree_sum import TreeSum
 from fedsample.problem import Problem, build_problem
-from fedsample.remote_problem import device_problem, remote_problem
+from fedsample.problem.remote import device_problem, remote_problem
 
 SIZES = (11, 4, 17)
 
@@ -600,7 +600,7 @@ from fedsample.config import load
 from fedsample.data.device_files import agreed_schema, read_device
 from fedsample.data.standardize import Scale, first_sums, second_sums
 from fedsample.diagnostics.counts import Evaluator
-from fedsample.remote_problem import device_problem, remote_problem
+from fedsample.problem.remote import device_problem, remote_problem
 settings = load({}, environment={})
 holding = read_device(settings, 0, data="own.csv", target="y")
 agreed = agreed_schema(settings, [holding.schema])

@@ -31,7 +31,7 @@ from fedsample.fleets.grpc.identity import ClientIdentity, identity_of
 from fedsample.fleets.grpc.streams import Identified, Invitation
 from fedsample.fleets.grpc.version import run_id
 from fedsample.monitor.fleet import FleetProgress
-from fedsample.remote_problem import remote_problem
+from fedsample.problem.remote import remote_problem
 from fedsample.wire import Parcel, header, pack_tensors
 
 if TYPE_CHECKING:
