@@ -10,7 +10,6 @@ import torch
 from fedsample.config import Experiment, ScheduleConfig
 from fedsample.errors import ConfigError
 from fedsample.estimators.links import links, refresh_of
-from fedsample.exchange import Fleet
 from fedsample.fleets.engines import choose_engine
 from fedsample.fleets.faults import Faults, Recorded
 from fedsample.fleets.local import LocalFleet
@@ -18,6 +17,7 @@ from fedsample.monitor.progress import Progress
 from fedsample.numerics.dtypes import DTYPES
 from fedsample.preparation import Prepared, prepare
 from fedsample.problem import Problem, build_problem
+from fedsample.protocol.exchange import Fleet
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
 from fedsample.strategies.schedule import Constant, Cyclical, Polynomial, Schedule
 from fedsample.targets.metric import MOST_DENSE

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedsample.errors import Interrupted
-from fedsample.exchange import Aggregate, Fleet, Fork, Recovers, Request, Traffic
+from fedsample.protocol.exchange import Aggregate, Fleet, Request, Traffic
+from fedsample.protocol.recovery import Fork, Recovers
 from fedsample.strategies import Sampler, State
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from fedsample.doubts import check_mode, check_separable, check_spacing
 from fedsample.errors import ConfigError, RunDirectoryError
 from fedsample.estimators import Uplink
 from fedsample.estimators.links import links
-from fedsample.exchange import Fleet, Traffic
+from fedsample.protocol.exchange import Fleet, Traffic
 from fedsample.random import SERVER, key
 from fedsample.strategies.curvature import Geometry, explore, survey_geometry
 from fedsample.strategies.prepare import Survey, build_metric, find_mode, polish

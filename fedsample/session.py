@@ -25,7 +25,6 @@ from fedsample.chain import Chain, Clock
 from fedsample.config import Experiment, ScheduleConfig, dump_toml
 from fedsample.config.loading import digest, reread
 from fedsample.errors import Interrupted, RunDirectoryError
-from fedsample.exchange import Abandoned, Fleet, Recovers, Rollback, Traffic
 from fedsample.experiment import Mode
 from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.monitor.directory import RunDirectory
@@ -36,6 +35,8 @@ from fedsample.monitor.tensorboard import LAZY_QUEUE, Recorder
 from fedsample.numerics.math_library import choose_paths
 from fedsample.preparation import Prepared, prepare, prepared_for, restore_prepared
 from fedsample.problem import Problem, build_problem
+from fedsample.protocol.exchange import Fleet, Traffic
+from fedsample.protocol.recovery import Abandoned, Recovers, Rollback
 from fedsample.strategies import Sampler, State
 from fedsample.watch import Watch, summarise
 

@@ -16,8 +16,8 @@ from fedsample.diagnostics import calibration
 from fedsample.diagnostics.convergence import rhat_and_ess
 from fedsample.diagnostics.counts import Evaluator, scores
 from fedsample.doubts import doubts
-from fedsample.exchange import Aggregate, Traffic
 from fedsample.monitor.tensorboard import quantiles
+from fedsample.protocol.exchange import Aggregate, Traffic
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment

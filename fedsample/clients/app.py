@@ -18,14 +18,14 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsample import messages
+from fedsample import protocol
 from fedsample.clients.device import Device, Trace
 from fedsample.config import Experiment, dump_toml
 from fedsample.config.loading import of_run_config, reread
 from fedsample.errors import ConfigError
-from fedsample.fleets.records import HEADER, parcel_of, records_of
 from fedsample.problem import Problem, build_problem
-from fedsample.wire import Parcel, header, pack_tensors, unpack_tensors
+from fedsample.protocol.flower_records import HEADER, parcel_of, records_of
+from fedsample.protocol.wire import Parcel, header, pack_tensors, unpack_tensors
 
 if TYPE_CHECKING:
     from flwr.clientapp.typing import Mod
@@ -44,9 +44,9 @@ def client_app(experiment: Experiment | None = None, *, mods: Sequence[Mod] = ()
     """
     app = ClientApp(mods=list(mods))
     text = None if experiment is None else dump_toml(experiment)
-    app.train()(_handler(messages.TRAIN, text))
-    app.evaluate()(_handler(messages.EVALUATE, text))
-    for kind in (messages.EXACT_QUERY, messages.HELLO, messages.METRIC, messages.SAVE, messages.RESTORE):
+    app.train()(_handler(protocol.TRAIN, text))
+    app.evaluate()(_handler(protocol.EVALUATE, text))
+    for kind in (protocol.EXACT_QUERY, protocol.HELLO, protocol.METRIC, protocol.SAVE, protocol.RESTORE):
         app.query(kind.removeprefix("query."))(_handler(kind, text))
     return app
 
@@ -98,7 +98,7 @@ def _handler(kind: str, text: str | None) -> Callable[[Message, Context], Messag
                 _keep(context.state, device)
                 return Message(records_of(reply), reply_to=message)
         except Exception:
-            failure = messages.Failure(trace.client, trace.round, trace.stage, traceback.format_exc())
+            failure = protocol.Failure(trace.client, trace.round, trace.stage, traceback.format_exc())
             return Message(Error(_RAISED, failure.reason()), reply_to=message)
 
     return handle

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedsample import messages
+from fedsample import protocol
 from fedsample.clients.worker import Worker
 from fedsample.errors import DataError
 from fedsample.estimators import Memory
 from fedsample.estimators.links import links, refresh_of
-from fedsample.exchange import ESTIMATE
-from fedsample.messages import Recall
+from fedsample.protocol import Recall
+from fedsample.protocol.exchange import ESTIMATE
+from fedsample.protocol.wire import Header, Parcel, header, pack_tensors, unpack_tensors
 from fedsample.targets import Clients
 from fedsample.targets.metric import Identity
-from fedsample.wire import Header, Parcel, header, pack_tensors, unpack_tensors
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -74,14 +74,14 @@ class Device:
         Raises:
             DataError: if the message does not fit; other errors come from the model.
         """
-        if kind == messages.HELLO:
+        if kind == protocol.HELLO:
             return self._hello()
-        if kind == messages.METRIC:
+        if kind == protocol.METRIC:
             return self._set_metric(parcel, trace)
-        if kind == messages.SAVE:
+        if kind == protocol.SAVE:
             trace.stage = "memory"
             return Parcel(header(client=self.index), pack_tensors(self.worker.memory))
-        if kind == messages.RESTORE:
+        if kind == protocol.RESTORE:
             trace.stage = "memory"
             self.worker.memory = unpack_tensors(parcel.arrays, self.fresh(), "a memory")
             return Parcel(header(client=self.index))
@@ -90,14 +90,14 @@ class Device:
     def _hello(self) -> Parcel:
         """Which client this is, what it computes, and which metric it holds."""
         worker, base = self.worker, self.worker.base
-        agreed = messages.terms(worker.uplink, self.experiment.seed, self.n, worker.chains, base.d, base.dtype)
+        agreed = protocol.terms(worker.uplink, self.experiment.seed, self.n, worker.chains, base.d, base.dtype)
         return Parcel(header(client=self.index, metric=self.tag, **agreed))
 
     def _set_metric(self, parcel: Parcel, trace: Trace) -> Parcel:
         """New coordinates: what was remembered in the old ones is void."""
         trace.stage = "metric"
-        metric = messages.unpack_metric(parcel, self.origin, self.worker.base.blocks())
-        self._held = (messages.metric_tag(parcel), parcel)
+        metric = protocol.unpack_metric(parcel, self.origin, self.worker.base.blocks())
+        self._held = (protocol.metric_tag(parcel), parcel)
         self.worker.set_metric(metric)
         self._used = self.tag
         self.worker.memory, self.recall = self.fresh(), Recall()
@@ -108,18 +108,18 @@ class Device:
         trace.stage = "request"
         worker, head = self.worker, Header(parcel, "a request")
         trace.round = head.integer("round")
-        request = messages.unpack_request(parcel, self.n, worker.chains, self.origin, self.recall, self.downlink)
+        request = protocol.unpack_request(parcel, self.n, worker.chains, self.origin, self.recall, self.downlink)
         estimate = ESTIMATE in request.outputs
         trace.stage = "metric"
         self._use(head.text("metric"))
         if estimate:
             trace.stage = "memory"
             if worker.uplink.needs_previous and request.previous is None and request.round > 1:
-                request = messages.with_previous(request, self.recall)
+                request = protocol.with_previous(request, self.recall)
         trace.stage = "estimate" if estimate else ", ".join(sorted(request.outputs))
         answer = worker.answer(request)
         trace.stage = "answer"
-        reply = messages.pack_answer(answer, request, self.index, worker.uplink)
+        reply = protocol.pack_answer(answer, request, self.index, worker.uplink)
         if head.value("track") is True:
             self.recall.round, self.recall.points = request.round, request.points
         if request.reference is not None and not self._anchored:
@@ -141,7 +141,7 @@ class Device:
             )
         held = self._held[1]
         blocks = self.worker.base.blocks()
-        metric = Identity(self.origin) if not tag or held is None else messages.unpack_metric(held, self.origin, blocks)
+        metric = Identity(self.origin) if not tag or held is None else protocol.unpack_metric(held, self.origin, blocks)
         self.worker.set_metric(metric)
         self._used = tag
 
@@ -154,7 +154,7 @@ class Device:
 
     def hold(self, metric: Parcel | None) -> None:
         """Hold a metric that was given in an earlier message; it is read when a request speaks of it."""
-        tag = "" if metric is None else messages.metric_tag(metric)
+        tag = "" if metric is None else protocol.metric_tag(metric)
         if tag != self.tag and self._used:
             self.worker.set_metric(Identity(self.origin))
             self._used = ""

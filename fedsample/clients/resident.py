@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fedsample import messages
+from fedsample import protocol
 from fedsample.clients.device import Device, Trace
 from fedsample.errors import DataError, RunDirectoryError
 from fedsample.fleets.grpc.frames import Message
 from fedsample.fleets.grpc.heads import Name
 from fedsample.monitor.atomic import disk_error, write_atomic
 from fedsample.monitor.checkpoint import KEPT, Checkpoint, CheckpointStore
-from fedsample.wire import Header, Parcel, header, pack_tensors
+from fedsample.protocol.names import FIT, REWIND, SCALE, SCORE, SNAPSHOT, SPREAD
+from fedsample.protocol.wire import Header, Parcel, header, pack_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fedsample.config import Experiment
-
-FIT, SPREAD, SCALE = "query.fit", "query.spread", "query.scale"
-SNAPSHOT, REWIND, SCORE = "query.snapshot", "query.rewind", "query.score"
 
 
 class Holding(Protocol):
@@ -151,7 +149,7 @@ class Resident:
             whole = "first" in parcel.arrays
             pair = (_sums(parcel, "first"), _sums(parcel, "second")) if whole else (None, None)
             self._device = self.holding.finish(*pair)
-            return self._device.handle(messages.HELLO, Parcel(header()), self.trace)
+            return self._device.handle(protocol.HELLO, Parcel(header()), self.trace)
         if self._device is None:
             raise DataError(f"{kind} before the data were agreed on: the server has lost track of this device")
         if kind == SNAPSHOT:
@@ -160,7 +158,7 @@ class Resident:
             return self._rewind(name.round, Header(parcel, "a rewind"), self._device)
         if kind == SCORE:
             self.trace.stage = "score"
-            draws = messages.unpack_points(parcel, "draws", self._device.origin)
+            draws = protocol.unpack_points(parcel, "draws", self._device.origin)
             return Parcel(header(), pack_tensors({"counts": self.holding.score(draws)}))
         return self._device.handle(kind, parcel, self.trace)
 
@@ -236,7 +234,7 @@ class Resident:
 
 
 def _sums(parcel: Parcel, name: str) -> Tensor:
-    return messages.unpack_vector(parcel, name, "sums over clients")
+    return protocol.unpack_vector(parcel, name, "sums over clients")
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,28 +13,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fedsample.clients.exact import evaluate
 from fedsample.compression import LinkKeys
 from fedsample.estimators import Memory, Turn, Uplink, Upload
-from fedsample.exchange import ESTIMATE, Request
+from fedsample.protocol.answers import Answer
+from fedsample.protocol.exchange import ESTIMATE, Request
+from fedsample.protocol.quantities import evaluate
 from fedsample.random import Key, key
 from fedsample.targets import Clients, Metric, MetricClients
 from fedsample.targets.memory_limits import on_device
 from fedsample.targets.metric import Identity
 
 _ENTRIES = 1 << 20  # of matrices of clients that are held at a time
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the clients of a worker send; leading axis n.
-
-    Attributes:
-        upload: the estimator's, if an estimate was asked for. exact: exact outputs (n, ...) by name.
-    """
-
-    upload: Upload | None
-    exact: dict[str, Tensor]
 
 
 class Worker:

@@ -18,13 +18,13 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fedsample import messages
+from fedsample import protocol
 from fedsample.errors import RunDirectoryError
-from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.fleets.remote import Dispatch, Federation, RemoteFleet
 from fedsample.fleets.roster import Roster
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.protocol.wire import Parcel, header, pack_tensors, unpack_tensors
 from fedsample.targets import Metric
-from fedsample.wire import Parcel, header, pack_tensors, unpack_tensors
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -47,7 +47,7 @@ class FlowerFleet(RemoteFleet):
         super().__init__(federation)
         self.grid, self.timeout = grid, timeout
         like = self.like
-        terms = messages.terms(self.uplink, federation.seed, self.n, self.chains, len(like), like.dtype)
+        terms = protocol.terms(self.uplink, federation.seed, self.n, self.chains, len(like), like.dtype)
         self.roster = Roster(grid, self.n, terms, timeout)
         self.fresh = False  # whether clients hold a metric and no memory yet
 
@@ -64,15 +64,15 @@ class FlowerFleet(RemoteFleet):
 
     def set_metric(self, metric: Metric) -> Traffic:
         """Send m and S to every client, which forgets what it remembered in other coordinates."""
-        parcel = messages.pack_metric(metric)
-        self.roster.broadcast(messages.METRIC, [parcel] * self.n)
-        self.tag, self.fresh = messages.metric_tag(parcel), True
+        parcel = protocol.pack_metric(metric)
+        self.roster.broadcast(protocol.METRIC, [parcel] * self.n)
+        self.tag, self.fresh = protocol.metric_tag(parcel), True
         self.forget()
         return Traffic(down=self.n * parcel.bits)
 
     def holds(self, metric: Metric) -> bool:
         """Whether all clients hold this metric, from this fleet or an earlier one in the same run."""
-        tag = messages.metric_tag(messages.pack_metric(metric))
+        tag = protocol.metric_tag(protocol.pack_metric(metric))
         if not self.tag and set(self.roster.tags) == {tag}:
             self.tag = tag
         return self.tag == tag
@@ -82,7 +82,7 @@ class FlowerFleet(RemoteFleet):
         like = self._memory()
         if not like:
             return {}
-        replies = self.roster.broadcast(messages.SAVE, [Parcel(header())] * self.n)
+        replies = self.roster.broadcast(protocol.SAVE, [Parcel(header())] * self.n)
         stacks = [unpack_tensors(reply.arrays, like, f"client {i}") for i, reply in enumerate(replies)]
         return {f"memory.{name}": torch.cat([stack[name] for stack in stacks]) for name in like}
 
@@ -93,7 +93,7 @@ class FlowerFleet(RemoteFleet):
             raise RunDirectoryError(f"the checkpoint lacks the clients' memory {missing[0]!r}: it is of another uplink")
         if like:
             rows = [{name: state[f"memory.{name}"][i : i + 1] for name in like} for i in range(self.n)]
-            self.roster.broadcast(messages.RESTORE, [Parcel(header(), pack_tensors(row)) for row in rows])
+            self.roster.broadcast(protocol.RESTORE, [Parcel(header(), pack_tensors(row)) for row in rows])
         self.fresh = False
         self.forget()
 
@@ -111,7 +111,7 @@ class FlowerFleet(RemoteFleet):
         parcels, dispatch = self.compose(request)
         if ESTIMATE in request.outputs:
             self.fresh = False
-        kind = kind or (messages.TRAIN if ESTIMATE in request.outputs else messages.EXACT_QUERY)
+        kind = kind or (protocol.TRAIN if ESTIMATE in request.outputs else protocol.EXACT_QUERY)
         return self.roster.send(parcels, kind, str(request.round)), dispatch
 
     def gather(self, dispatch: Dispatch, replies: Iterable[Message]) -> Aggregate:

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedsample.clients.exact import exact_bits, point_bits
 from fedsample.clients.worker import Worker
 from fedsample.errors import RunDirectoryError
 from fedsample.estimators import DenseDownlink, Downlink, Uplink, Upload
-from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.numerics.tree_sum import TreeSum, tree_sum
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.protocol.quantities import exact_bits, point_bits
 from fedsample.targets import Clients, Metric
 from fedsample.targets.memory_limits import on_device
 

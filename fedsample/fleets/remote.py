@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedsample import messages
-from fedsample.clients.exact import exact_bits
+from fedsample import protocol
 from fedsample.compression import LinkKeys
 from fedsample.compression.base import finite
 from fedsample.errors import ConfigError, DivergenceError
 from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Turn, Uplink
 from fedsample.estimators.links import links
-from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.numerics.tree_sum import TreeSum
-from fedsample.wire import Form, Parcel
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.protocol.quantities import exact_bits
+from fedsample.protocol.wire import Form, Parcel
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -150,7 +150,7 @@ class RemoteFleet(ABC):
             )
         estimate, anyone = self._who(request)
         coins = ESTIMATE in request.outputs and self.uplink.sync_probability(request.round, len(self.like)) > 0
-        outgoing = messages.Outgoing(request, self.tag, coins=coins or request.sync is not None)
+        outgoing = protocol.Outgoing(request, self.tag, coins=coins or request.sync is not None)
         self._remember(request)
         asked, parcels, missed = estimate.tolist(), {}, {}
         for i in _indices(anyone):
@@ -185,7 +185,7 @@ class RemoteFleet(ABC):
         for round in [round for round in self._increments if round <= request.round - max(1, kept)]:
             del self._increments[round]
 
-    def _missed(self, since: int, request: Request) -> messages.Missed | None:
+    def _missed(self, since: int, request: Request) -> protocol.Missed | None:
         """What leads from the points of a round to those of the request, if that is less than the points."""
         if since == 0 or not isinstance(self.downlink, Ef21P):
             return None
@@ -195,7 +195,7 @@ class RemoteFleet(ABC):
         packets = [self._increments[round] for round in rounds]
         if sum(map(len, packets)) >= self.chains * len(self.like) * self.like.dtype.itemsize:
             return None
-        return messages.Missed.of(since, packets, self.downlink, self.like.dtype)
+        return protocol.Missed.of(since, packets, self.downlink, self.like.dtype)
 
     # --- the second half ---------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class RemoteFleet(ABC):
             QuorumError: if one did not answer and had to. DataError: if an answer has another form than was asked for.
         """
         request, round = dispatch.request, dispatch.request.round
-        forms = messages.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
+        forms = protocol.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
         total, exact = TreeSum(), {name: TreeSum() for name in forms}
         norms = torch.full((self.n,), float("nan"), dtype=torch.float64) if request.observe else None
         traffic, asked = Traffic(down=dispatch.down), dispatch.estimate.tolist()
@@ -246,7 +246,7 @@ class RemoteFleet(ABC):
     ) -> tuple[Tensor | None, Traffic]:  # fmt: skip
         """One answer: its upload decoded (C, d), its exact outputs added."""
         turn = self._turn(request, client) if estimate else None
-        upload, outputs = messages.unpack_answer(content, client, turn, request.round, forms, self.uplink)
+        upload, outputs = protocol.unpack_answer(content, client, turn, request.round, forms, self.uplink)
         for name, sum_ in exact.items():
             sum_.add(outputs[name])
         full = sum(exact_bits(name, tensor) for name, tensor in outputs.items())

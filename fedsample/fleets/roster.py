@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from flwr.app import Message
 
-from fedsample import messages
+from fedsample import protocol
 from fedsample.errors import ClientError, ConfigError, QuorumError
-from fedsample.fleets.records import parcel_of, records_of
-from fedsample.wire import Header, Parcel, header
+from fedsample.protocol.flower_records import parcel_of, records_of
+from fedsample.protocol.wire import Header, Parcel, header
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -101,7 +101,7 @@ class Roster:
                     f"(in a simulation --federation-config 'num-supernodes={self.n}')"
                 )
             time.sleep(_PAUSE)
-        hello = [Message(records_of(Parcel(header())), node, messages.HELLO) for node in found]
+        hello = [Message(records_of(Parcel(header())), node, protocol.HELLO) for node in found]
         greeted: dict[int, tuple[int, str]] = {}
         for reply in self.grid.send_and_receive(hello, timeout=self.timeout):
             node = reply.metadata.src_node_id
@@ -137,7 +137,7 @@ class Roster:
 
 
 def _failed(reply: Message, client: int, round: int) -> ClientError:
-    failure = messages.Failure.of_reason(reply.error.reason, client, round)
+    failure = protocol.Failure.of_reason(reply.error.reason, client, round)
     return ClientError(failure.client, failure.round, failure.stage, failure.detail)
 
 

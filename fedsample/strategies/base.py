@@ -21,7 +21,7 @@ from torch import Tensor
 from fedsample.compression import Packet
 from fedsample.errors import DivergenceError
 from fedsample.estimators import DenseDownlink, Direct, Downlink, ServerState, Uplink
-from fedsample.exchange import ESTIMATE, Aggregate, Request
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request
 from fedsample.random import SERVER, key
 from fedsample.strategies.cohort import Cohort
 from fedsample.strategies.flower import FlowerStrategy

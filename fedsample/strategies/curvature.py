@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsample.exchange import Traffic
 from fedsample.kernels import baoab_step
+from fedsample.protocol.exchange import Traffic
 from fedsample.random import SERVER, Key, key
 from fedsample.strategies.prepare import Survey
 from fedsample.targets import Metric

@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsample.errors import ConfigError, DataError
-from fedsample.exchange import Aggregate, Request, Traffic
+from fedsample.protocol.exchange import Aggregate, Request, Traffic
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid

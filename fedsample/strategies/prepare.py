@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsample.errors import DivergenceError
-from fedsample.exchange import Fleet, Request, Traffic
+from fedsample.protocol.exchange import Fleet, Request, Traffic
 from fedsample.targets import GaussianPrior, Metric
 from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker
 

@@ -211,7 +211,7 @@ class Ours:
         """Seconds of one exchange with everyone."""
         import torch
 
-        from fedsample.exchange import ESTIMATE, Request
+        from fedsample.protocol.exchange import ESTIMATE, Request
 
         self.number += 1
         points = torch.full((1, self.d), float(self.number))

@@ -20,7 +20,7 @@ from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.attend import Attendant, Refused, Watching
 from fedsample.fleets.grpc.frames import PIECE, Assembler, Message, Name, pieces
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
-from fedsample.wire import Array, Parcel
+from fedsample.protocol.wire import Array, Parcel
 
 RUN = b"r" * 16
 WELCOME = pb.Welcome(protocol=PROTOCOL, run=RUN, clients=1)

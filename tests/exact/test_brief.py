@@ -14,7 +14,7 @@ from fedsample.fleets.grpc import attend
 from fedsample.fleets.grpc.attend import STEADY, Attendant
 from fedsample.fleets.grpc.frames import Message
 from fedsample.fleets.grpc.heads import Name
-from fedsample.wire import Parcel
+from fedsample.protocol.wire import Parcel
 
 
 class Half:

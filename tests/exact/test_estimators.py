@@ -17,7 +17,7 @@ from fedsample.clients.worker import Worker
 from fedsample.compression import QSGD, Composed, Compressor, Identity, LinkKeys, Natural, RandBlock, RandK
 from fedsample.errors import ConfigError, DataError, UnsoundError
 from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Uplink, Upload, build, check, table
-from fedsample.exchange import ESTIMATE, Request
+from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.random import key
 from fedsample.targets import GeneralizedLinear
 

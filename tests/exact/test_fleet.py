@@ -18,9 +18,9 @@ from fedsample.compression import Identity as NoCompression
 from fedsample.compression import RandBlock, RandK
 from fedsample.errors import ConfigError
 from fedsample.estimators import Uplink, Upload, build
-from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import Engine, LocalFleet
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.random import key
 from fedsample.strategies import Baoab, Cohort, Langevin, Sampler, Stability, State
 from fedsample.targets import Clients, GaussianPrior, GeneralizedLinear, Quadratic

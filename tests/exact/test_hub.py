@@ -14,7 +14,6 @@ import grpc
 import pytest
 
 from fedsample.errors import ClientError
-from fedsample.exchange import Abandoned
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc import hub as hubs
 from fedsample.fleets.grpc import room, streams
@@ -25,7 +24,8 @@ from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.seat import Batch, Stream
 from fedsample.fleets.grpc.streams import Identified, Invitation
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
-from fedsample.wire import Array, Parcel, header
+from fedsample.protocol.recovery import Abandoned
+from fedsample.protocol.wire import Array, Parcel, header
 
 RUN = b"r" * 16
 HELD = Parcel(header(held=True))

@@ -24,12 +24,12 @@ from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, RunDirectoryError, UnsoundError
 from fedsample.estimators import Direct, Ef21P, build_downlink, check
 from fedsample.estimators.soundness import RULES
-from fedsample.exchange import Aggregate, Request
 from fedsample.experiment import check as check_experiment
 from fedsample.experiment import plan
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import prepare
 from fedsample.problem import build_problem
+from fedsample.protocol.exchange import Aggregate, Request
 from fedsample.strategies import State
 from fedsample.targets import GeneralizedLinear
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from fedsample.compression import RandK
 from fedsample.errors import DeviceMemoryError
 from fedsample.estimators import Marina, Uplink
-from fedsample.exchange import ESTIMATE, Request
 from fedsample.fleets.engines import by_stopwatch, choose_engine
 from fedsample.fleets.local import LocalFleet
+from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.random import key
 from fedsample.targets import Clients, GeneralizedLinear, Metric, MetricClients, memory_limits
 from fedsample.targets.metric import Identity

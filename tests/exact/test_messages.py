@@ -12,17 +12,18 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from fedsample import compression, estimators, messages
-from fedsample.clients.worker import Answer, Worker
+from fedsample import compression, estimators, protocol
+from fedsample.clients.worker import Worker
 from fedsample.compression import LinkKeys
 from fedsample.errors import DataError
 from fedsample.estimators import DenseDownlink, Ef21P, Turn, Uplink
-from fedsample.exchange import ESTIMATE, EXACT, Request
-from fedsample.fleets.records import ARRAYS, HEADER, parcel_of, records_of
-from fedsample.messages import Missed, Recall
+from fedsample.protocol import Missed, Recall
+from fedsample.protocol.answers import Answer
+from fedsample.protocol.exchange import ESTIMATE, EXACT, Request
+from fedsample.protocol.flower_records import ARRAYS, HEADER, parcel_of, records_of
+from fedsample.protocol.wire import BITS, DENSE, TRIANGLE, Array, Form, Parcel, bits, dense, header, read, triangle
 from fedsample.targets import GeneralizedLinear, Quadratic
 from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker, Metric
-from fedsample.wire import BITS, DENSE, TRIANGLE, Array, Form, Parcel, bits, dense, header, read, triangle
 
 N, CHAINS, D, SEED = 3, 3, 7, 5
 UPLINKS = [
@@ -118,7 +119,7 @@ def test_an_array_of_another_form_is_refused(array: Array) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_estimate_request_there_and_back(dtype: torch.dtype) -> None:
     request = request_of((ESTIMATE, "value"), dtype)
-    outgoing = messages.Outgoing(request, "tag", coins=True)
+    outgoing = protocol.Outgoing(request, "tag", coins=True)
     like = torch.zeros(D, dtype=dtype)
     for client in range(N):
         parcel = outgoing.parcel(client, estimate=True)
@@ -135,12 +136,12 @@ def test_an_estimate_request_there_and_back(dtype: torch.dtype) -> None:
 
 def test_what_nobody_needs_does_not_travel() -> None:
     request = request_of((ESTIMATE, "value"), sync=None, active=None)
-    bare = messages.Outgoing(request, "", coins=False)
+    bare = protocol.Outgoing(request, "", coins=False)
     found = unpack(bare.parcel(1, previous=False), torch.zeros(D))
     assert (found.previous, found.sync, found.active) == (None, None, None)
-    with_coins = messages.Outgoing(request, "", coins=True)
+    with_coins = protocol.Outgoing(request, "", coins=True)
     assert unpack(with_coins.parcel(1), torch.zeros(D)).sync is None
-    others = messages.Outgoing(request_of((ESTIMATE, "value")), "", coins=True).parcel(1, estimate=False)
+    others = protocol.Outgoing(request_of((ESTIMATE, "value")), "", coins=True).parcel(1, estimate=False)
     found = unpack(others, torch.zeros(D))
     assert found.outputs == {"value"}
     assert others.bits == 32 * CHAINS * D
@@ -148,14 +149,14 @@ def test_what_nobody_needs_does_not_travel() -> None:
 
 def test_an_exact_request_has_any_number_of_points() -> None:
     request = Request(0, normal(5, D), frozenset({"hvp", "squared_hvp"}), vector=normal(5, D, seed=2))
-    parcel = messages.Outgoing(request, "", coins=False).parcel(0, estimate=False)
+    parcel = protocol.Outgoing(request, "", coins=False).parcel(0, estimate=False)
     found = unpack(parcel, torch.zeros(D))
     assert torch.equal(found.points, request.points)
     assert torch.equal(found.vector, request.vector)  # type: ignore[arg-type]
 
 
 def unpack(parcel: Parcel, like: Tensor) -> Request:
-    return messages.unpack_request(parcel, N, CHAINS, like, Recall(), DenseDownlink())
+    return protocol.unpack_request(parcel, N, CHAINS, like, Recall(), DenseDownlink())
 
 
 Spoil = Callable[[Parcel], Parcel]
@@ -201,7 +202,7 @@ def without(part: str) -> Spoil:
     ],
 )
 def test_a_spoiled_request_is_refused(spoil: Spoil) -> None:
-    parcel = messages.Outgoing(request_of(), "", coins=True).parcel(0, estimate=True)
+    parcel = protocol.Outgoing(request_of(), "", coins=True).parcel(0, estimate=True)
     parcel = spoil(parcel)
     with pytest.raises(DataError):
         unpack(parcel, torch.zeros(D))
@@ -231,11 +232,11 @@ def test_an_answer_there_and_back(name: str, compressor: str, k: float, dtype: t
         request = replace(request, sync=None)
     if everyone:
         request = replace(request, active=None)
-    forms = messages.exact_forms(request, [])
+    forms = protocol.exact_forms(request, [])
     for client in range(N):
         answer, turn = answer_of(uplink, request, client, dtype), turn_of(request, client)
-        parcel = messages.pack_answer(answer, request, client, uplink)
-        upload, exact = messages.unpack_answer(parcel, client, turn, request.round, forms, uplink)
+        parcel = protocol.pack_answer(answer, request, client, uplink)
+        upload, exact = protocol.unpack_answer(parcel, client, turn, request.round, forms, uplink)
         assert answer.upload is not None
         assert upload is not None
         got = uplink.decompress(upload, turn.sync, turn.active, D)
@@ -254,12 +255,12 @@ def test_exact_outputs_there_and_back() -> None:
     clients = GeneralizedLinear(x, y, torch.tensor([0, 5, 12]), "categorical", 3)
     points, vectors = normal(3, clients.d), normal(3, clients.d, seed=2)
     request = Request(0, points, frozenset(EXACT), vector=vectors)
-    forms = messages.exact_forms(request, clients.blocks())
+    forms = protocol.exact_forms(request, clients.blocks())
     uplink = uplink_of("dense", "identity", 1.0)
     worker = Worker(clients.client(1), uplink, SEED, CHAINS, torch.tensor([1]))
     answer = worker.answer(request)
-    parcel = messages.pack_answer(answer, request, 1, uplink)
-    upload, exact = messages.unpack_answer(parcel, 1, None, 0, forms, uplink)
+    parcel = protocol.pack_answer(answer, request, 1, uplink)
+    upload, exact = protocol.unpack_answer(parcel, 1, None, 0, forms, uplink)
     assert upload is None
     assert exact.keys() == answer.exact.keys() == forms.keys()
     assert all(torch.equal(exact[name], answer.exact[name][0]) for name in exact)
@@ -290,12 +291,12 @@ def test_exact_outputs_there_and_back() -> None:
 def test_a_spoiled_answer_is_refused(spoil: Spoil) -> None:
     uplink = uplink_of("diana", "randk", 2)
     request = request_of((ESTIMATE, "value"), sync=None, active=None)
-    parcel = messages.pack_answer(answer_of(uplink, request, 1, torch.float32), request, 1, uplink)
+    parcel = protocol.pack_answer(answer_of(uplink, request, 1, torch.float32), request, 1, uplink)
     assert len(parcel.arrays["upload"].data) == 24
     parcel = spoil(parcel)
-    forms = messages.exact_forms(request, [])
+    forms = protocol.exact_forms(request, [])
     with pytest.raises(DataError):
-        messages.unpack_answer(parcel, 1, turn_of(request, 1), request.round, forms, uplink)
+        protocol.unpack_answer(parcel, 1, turn_of(request, 1), request.round, forms, uplink)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -320,14 +321,14 @@ def metric_of(name: str, dtype: torch.dtype) -> Metric:
 @pytest.mark.parametrize("name", ["identity", "diagonal", "hessian", "kronecker"])
 def test_a_metric_there_and_back(name: str, dtype: torch.dtype) -> None:
     metric, z = metric_of(name, dtype), normal(2, D, dtype=dtype)
-    parcel = messages.pack_metric(metric)
-    found = messages.unpack_metric(parcel, torch.zeros(D, dtype=dtype), BLOCKS)
+    parcel = protocol.pack_metric(metric)
+    found = protocol.unpack_metric(parcel, torch.zeros(D, dtype=dtype), BLOCKS)
     assert found.name == name
     assert torch.equal(found.push(z), metric.push(z))
     assert torch.equal(found.pull(z), metric.pull(z))
     assert parcel.bits == metric.bits(dtype) + 8 * dtype.itemsize * D
-    assert messages.metric_tag(parcel) == messages.metric_tag(messages.pack_metric(metric))
-    assert messages.metric_tag(parcel) != messages.metric_tag(messages.pack_metric(metric.about(metric.mean + 1)))
+    assert protocol.metric_tag(parcel) == protocol.metric_tag(protocol.pack_metric(metric))
+    assert protocol.metric_tag(parcel) != protocol.metric_tag(protocol.pack_metric(metric.about(metric.mean + 1)))
 
 
 @pytest.mark.parametrize(
@@ -342,20 +343,20 @@ def test_a_metric_there_and_back(name: str, dtype: torch.dtype) -> None:
     ],
 )
 def test_a_spoiled_metric_is_refused(spoil: Spoil) -> None:
-    parcel = messages.pack_metric(metric_of("hessian", torch.float32))
+    parcel = protocol.pack_metric(metric_of("hessian", torch.float32))
     parcel = spoil(parcel)
     with pytest.raises(DataError):
-        messages.unpack_metric(parcel, torch.zeros(D), BLOCKS)
+        protocol.unpack_metric(parcel, torch.zeros(D), BLOCKS)
 
 
 def test_a_failure_there_and_back() -> None:
-    failure = messages.Failure(2, 7, "estimate", 'Traceback:\n  "quoted"\n')
-    assert messages.Failure.of_reason(failure.reason(), 2, 7) == failure
-    assert messages.Failure.of_reason(failure.reason(), -1, 7).client == 2
-    foreign = messages.Failure.of_reason("<class 'RuntimeError'>: gone", 1, 3)
+    failure = protocol.Failure(2, 7, "estimate", 'Traceback:\n  "quoted"\n')
+    assert protocol.Failure.of_reason(failure.reason(), 2, 7) == failure
+    assert protocol.Failure.of_reason(failure.reason(), -1, 7).client == 2
+    foreign = protocol.Failure.of_reason("<class 'RuntimeError'>: gone", 1, 3)
     assert (foreign.client, foreign.round, foreign.stage) == (1, 3, "answer")
     assert "gone" in foreign.detail
-    assert "no reason" in messages.Failure.of_reason(None, 1, 3).detail
+    assert "no reason" in protocol.Failure.of_reason(None, 1, 3).detail
 
 
 # --- points that come as increments, references that are remembered ---------------------------------------------------
@@ -379,10 +380,10 @@ def test_increments_lead_to_the_points_from_whatever_round_is_held(held: int, dt
     downlink, seen, packets = increments(4, dtype)
     request = request_of(dtype=dtype, points=seen[3])
     missed = Missed.of(1, packets, downlink, dtype)
-    parcel = messages.Outgoing(request, "", coins=True).parcel(1, missed=missed)
+    parcel = protocol.Outgoing(request, "", coins=True).parcel(1, missed=missed)
     assert parcel.bits == 3 * CHAINS * downlink.compressor.bits(D, dtype) + CHAINS * D * 8 * dtype.itemsize + CHAINS
     recall = Recall(held, seen[held - 1])
-    found = messages.unpack_request(parcel, N, CHAINS, torch.zeros(D, dtype=dtype), recall, downlink)
+    found = protocol.unpack_request(parcel, N, CHAINS, torch.zeros(D, dtype=dtype), recall, downlink)
     assert torch.equal(found.points, seen[3])
 
 
@@ -390,9 +391,9 @@ def test_increments_lead_to_the_points_from_whatever_round_is_held(held: int, dt
 def test_increments_to_points_that_are_not_held_are_refused(recall: Recall) -> None:
     downlink, seen, packets = increments(4)
     missed = Missed.of(2, packets[1:], downlink, torch.float32)
-    parcel = messages.Outgoing(request_of(points=seen[3]), "", coins=True).parcel(1, missed=missed)
+    parcel = protocol.Outgoing(request_of(points=seen[3]), "", coins=True).parcel(1, missed=missed)
     with pytest.raises(DataError, match="its state was lost"):
-        messages.unpack_request(parcel, N, CHAINS, torch.zeros(D), recall, downlink)
+        protocol.unpack_request(parcel, N, CHAINS, torch.zeros(D), recall, downlink)
 
 
 @pytest.mark.parametrize(
@@ -408,11 +409,11 @@ def test_increments_to_points_that_are_not_held_are_refused(recall: Recall) -> N
 )
 def test_spoiled_increments_are_refused(spoil: Spoil) -> None:
     downlink, seen, packets = increments(4)
-    parcel = messages.Outgoing(request_of(points=seen[3]), "", coins=True).parcel(
+    parcel = protocol.Outgoing(request_of(points=seen[3]), "", coins=True).parcel(
         1, missed=Missed.of(1, packets, downlink, torch.float32)
     )
     with pytest.raises(DataError):
-        messages.unpack_request(spoil(parcel), N, CHAINS, torch.zeros(D), Recall(1, seen[0]), downlink)
+        protocol.unpack_request(spoil(parcel), N, CHAINS, torch.zeros(D), Recall(1, seen[0]), downlink)
 
 
 def test_a_reference_is_the_origin_the_points_told_or_remembered() -> None:
@@ -424,23 +425,23 @@ def test_a_reference_is_the_origin_the_points_told_or_remembered() -> None:
         (2, False, Recall(reference_round=2, reference=point), point),
     ):
         request = request_of(reference=point, reference_round=since)
-        parcel = messages.Outgoing(request, "", coins=True).parcel(1, reference=told)
-        found = messages.unpack_request(parcel, N, CHAINS, torch.zeros(D), recall, DenseDownlink())
+        parcel = protocol.Outgoing(request, "", coins=True).parcel(1, reference=told)
+        found = protocol.unpack_request(parcel, N, CHAINS, torch.zeros(D), recall, DenseDownlink())
         assert found.reference is not None
         assert torch.equal(found.reference, want)
         assert ("reference" in parcel.arrays) == (since == 2 and told)
-    parcel = messages.Outgoing(request_of(reference=point, reference_round=2), "", coins=True).parcel(
+    parcel = protocol.Outgoing(request_of(reference=point, reference_round=2), "", coins=True).parcel(
         1, reference=False
     )
     with pytest.raises(DataError, match="that of round 1"):
-        messages.unpack_request(parcel, N, CHAINS, torch.zeros(D), Recall(0, None, 1, point), DenseDownlink())
+        protocol.unpack_request(parcel, N, CHAINS, torch.zeros(D), Recall(0, None, 1, point), DenseDownlink())
 
 
 # --- as Flower's records ----------------------------------------------------------------------------------------------
 
 
 def test_a_parcel_as_records_there_and_back() -> None:
-    parcel = messages.Outgoing(request_of(), "tag", coins=True).parcel(1)
+    parcel = protocol.Outgoing(request_of(), "tag", coins=True).parcel(1)
     assert parcel_of(records_of(parcel, "x/"), "it", "x/") == parcel
     bare = Parcel(header(client=3))
     assert parcel_of(records_of(bare), "it") == bare

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from fedsample.clients.holding import Held, Source
-from fedsample.clients.resident import FIT, REWIND, SCALE, SCORE, SNAPSHOT, Resident
+from fedsample.clients.resident import Resident
 from fedsample.config import Experiment, load
 from fedsample.errors import DataError
-from fedsample.exchange import ESTIMATE, Request
 from fedsample.fleets.grpc.frames import Message, Name
-from fedsample.messages import EXACT_QUERY, TRAIN, Outgoing
-from fedsample.wire import Header, Parcel, header, pack_tensors
+from fedsample.protocol import EXACT_QUERY, TRAIN, Outgoing
+from fedsample.protocol.exchange import ESTIMATE, Request
+from fedsample.protocol.names import FIT, REWIND, SCALE, SCORE, SNAPSHOT
+from fedsample.protocol.wire import Header, Parcel, header, pack_tensors
 
 RUN = b"0123456789abcdef"
 D = 3 * 2 + 3

@@ -21,10 +21,10 @@ from torch import Tensor
 from fedsample.compression import build as build_compressor
 from fedsample.estimators import build as build_uplink
 from fedsample.estimators import build_downlink
-from fedsample.exchange import Request
 from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
+from fedsample.protocol.exchange import Request
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability
 from fedsample.targets import Clients, GaussianPrior, Quadratic
 from fedsample.targets.metric import Identity

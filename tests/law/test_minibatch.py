@@ -26,8 +26,8 @@ from torch import Tensor
 from fedsample.clients.worker import Reference, Worker, _TurnOracle
 from fedsample.compression import Identity as Whole
 from fedsample.estimators import Dense, Diana, Direct, Ef21, Marina, Uplink
-from fedsample.exchange import ESTIMATE, Request
 from fedsample.fleets.local import LocalFleet
+from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.random import Key
 from fedsample.strategies import Cohort, Langevin, Sampler, Stability
 from fedsample.targets import GaussianPrior, GeneralizedLinear

@@ -33,8 +33,8 @@ from simulation import Setup, simulate
 
 from fedsample.compression import LinkKeys, Packet, PacketKeys, RandK, Scaled
 from fedsample.estimators import Dense, Diana, Direct, Ef21, Ef21P, Marina, Memory, Oracle, Turn, Upload
-from fedsample.exchange import Aggregate, Request
 from fedsample.kernels import baoab_step, langevin_step
+from fedsample.protocol.exchange import Aggregate, Request
 from fedsample.strategies import Sampler, State
 from fedsample.targets import Quadratic
 

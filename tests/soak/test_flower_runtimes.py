@@ -78,7 +78,7 @@ SERVER = """
 from dataclasses import replace
 import sampling
 from fedsample.assembly import build_fleet
-from fedsample.exchange import Traffic
+from fedsample.protocol.exchange import Traffic
 
 over_messages = sampling.prepare
 

@@ -15,7 +15,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedsample.fleets.records import parcel_of
+from fedsample.protocol.flower_records import parcel_of
 
 
 def _bits(records: RecordDict) -> int:

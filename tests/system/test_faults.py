@@ -21,15 +21,15 @@ from laboratory import TROUBLES, Cut, Laboratory, Meddling, Passing, nothing, qu
 
 import fedsample
 from fedsample import session
-from fedsample.clients.resident import REWIND, SCALE, SNAPSHOT, SPREAD
 from fedsample.config import load
 from fedsample.errors import DataError, FedSampleError, Interrupted, RunDirectoryError
 from fedsample.fleets.grpc.address import Address
 from fedsample.fleets.grpc.attend import Refused
 from fedsample.fleets.grpc.host import Host, serve
 from fedsample.fleets.grpc.hub import Hub
-from fedsample.messages import METRIC, TRAIN
 from fedsample.monitor import load_draws, read_jsonl
+from fedsample.protocol import METRIC, TRAIN
+from fedsample.protocol.names import REWIND, SCALE, SNAPSHOT, SPREAD
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ from loopback import LoopbackGrid
 from torch import Tensor
 
 import fedsample
-from fedsample import messages
+from fedsample import protocol
 from fedsample.assembly import build_sampler
 from fedsample.clients import app as client_module
 from fedsample.clients.app import client_app
@@ -35,7 +35,6 @@ from fedsample.config.presets import PRESETS
 from fedsample.errors import ClientError, ConfigError, DataError, DivergenceError, QuorumError
 from fedsample.estimators import Diana, Ef21
 from fedsample.estimators.links import links
-from fedsample.exchange import Fleet, Request, Traffic
 from fedsample.fleets import simulation
 from fedsample.fleets.flower import FlowerFleet, fleet_on
 from fedsample.fleets.flower_grid.adapter import identity
@@ -44,6 +43,7 @@ from fedsample.fleets.remote import Federation
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import Prepared, prepare
 from fedsample.problem import Problem, build_problem
+from fedsample.protocol.exchange import Fleet, Request, Traffic
 from fedsample.strategies import SAMPLERS, Sampler, State
 from fedsample.targets.metric import Identity
 
@@ -492,7 +492,7 @@ def test_a_node_without_a_partition_is_told_how_to_get_one() -> None:
 def test_what_is_no_message_of_ours_is_answered_with_an_error() -> None:
     app = client_app(experiment_of())
     context = Context(1, 1, {"partition-id": 0, "num-partitions": CLIENTS}, RecordDict(), {})
-    reply = app(Message(RecordDict(), 1, messages.TRAIN), context)
+    reply = app(Message(RecordDict(), 1, protocol.TRAIN), context)
     assert reply.has_error()
     assert "not made by fedsample" in str(reply.error.reason)
 

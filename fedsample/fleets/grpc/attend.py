@@ -30,7 +30,7 @@ from fedsample.fleets.grpc.heads import Damaged
 from fedsample.fleets.grpc.packing import Piece, server_frame, written
 from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
 from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
-from fedsample.messages import TRAIN
+from fedsample.protocol import TRAIN
 
 if TYPE_CHECKING:
     from fedsample.clients.device import Trace

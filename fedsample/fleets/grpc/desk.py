@@ -10,7 +10,7 @@ from fedsample.fleets.grpc.frames import Digests, Message
 from fedsample.fleets.grpc.heads import Damaged, Name
 from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.streams import last_line
-from fedsample.wire import Parcel
+from fedsample.protocol.wire import Parcel
 
 SLACK = 1 << 16  # bytes of an answer beyond what its arrays must have
 _ANSWER = 1 << 24  # bytes of an answer of a newcomer to what it is told

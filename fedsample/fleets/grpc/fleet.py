@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedsample import messages
-from fedsample.clients.resident import REWIND, SCORE, SNAPSHOT
+from fedsample import protocol
 from fedsample.errors import QuorumError
-from fedsample.exchange import ESTIMATE, Aggregate, Fork, Request, Rollback, Traffic
 from fedsample.fleets.grpc.desk import SLACK, Desk
 from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.seat import Stream
 from fedsample.fleets.remote import Federation, RemoteFleet
 from fedsample.monitor.tensorboard import quantiles
 from fedsample.numerics.tree_sum import TreeSum
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.protocol.names import REWIND, SCORE, SNAPSHOT
+from fedsample.protocol.recovery import Fork, Rollback
+from fedsample.protocol.wire import Header, Parcel, header, pack_tensors
 from fedsample.targets import Metric
-from fedsample.wire import Header, Parcel, header, pack_tensors
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -74,7 +75,7 @@ class GrpcFleet(RemoteFleet):
             Rollback, Fork: if a device is back that has lost its memory. ClientError: if one failed.
         """
         parcels, dispatch = self.compose(request)
-        kind = messages.TRAIN if ESTIMATE in request.outputs else messages.EXACT_QUERY
+        kind = protocol.TRAIN if ESTIMATE in request.outputs else protocol.EXACT_QUERY
         hasty = self._hasty(request)
         answers = self.desk.ask(
             kind, parcels, request.round, self._limit(request), deadline=self.deadline if hasty else None,
@@ -87,11 +88,11 @@ class GrpcFleet(RemoteFleet):
 
     def set_metric(self, metric: Metric) -> Traffic:
         """Send m and S to every device, which forgets what it remembered in other coordinates."""
-        parcel = messages.pack_metric(metric)
-        self.tag = messages.metric_tag(parcel)
+        parcel = protocol.pack_metric(metric)
+        self.tag = protocol.metric_tag(parcel)
         self.forget()
-        self.desk.told = [each for each in self.desk.told if each[0] != messages.METRIC]
-        self.desk.tell(messages.METRIC, parcel)
+        self.desk.told = [each for each in self.desk.told if each[0] != protocol.METRIC]
+        self.desk.tell(protocol.METRIC, parcel)
         return Traffic(down=self.n * parcel.bits)
 
     def state(self) -> dict[str, Tensor]:
@@ -179,7 +180,7 @@ class GrpcFleet(RemoteFleet):
 
     def _limit(self, request: Request) -> int:
         """Bytes that an answer to a request may have."""
-        forms = messages.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
+        forms = protocol.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
         upload = self._upload if ESTIMATE in request.outputs else 0
         return sum(-(-form.bits // 8) for form in forms.values()) + upload + SLACK
 
@@ -239,7 +240,7 @@ def sums_of(replies: Iterable[Parcel], name: str) -> Tensor:
     """A vector summed over devices, in client order."""
     total = TreeSum()
     for reply in replies:
-        total.add(messages.unpack_vector(reply, name, "sums over clients"))
+        total.add(protocol.unpack_vector(reply, name, "sums over clients"))
     return total.total()
 
 

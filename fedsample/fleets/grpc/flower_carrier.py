@@ -21,7 +21,7 @@ from fedsample.fleets.grpc import frames
 from fedsample.fleets.grpc.attend import LIMIT
 from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.streams import last_line
-from fedsample.wire import DENSE, Array, Header, Parcel, header
+from fedsample.protocol.wire import DENSE, Array, Header, Parcel, header
 
 FLOWER = "flower.message"
 _LOOK = 0.1  # seconds between two looks at who is here

@@ -20,7 +20,7 @@ from fedsample.fleets.grpc.heads import Damaged as Damaged
 from fedsample.fleets.grpc.heads import Head, read_head, write_content, write_name
 from fedsample.fleets.grpc.heads import Name as Name
 from fedsample.fleets.grpc.packing import Data, Piece, checksum, write
-from fedsample.wire import Array, Parcel
+from fedsample.protocol.wire import Array, Parcel
 
 PIECE = 1 << 20  # bytes of data in a piece
 HEAD = 1 << 21  # bytes of a head, at most

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.packing import cut, varint
-from fedsample.wire import Field, Parcel
+from fedsample.protocol.wire import Field, Parcel
 
 _SHORT = 96  # bytes of a field that is remembered
 _NAME, _KIND, _HEADER, _ARRAY = (number << 3 | 2 for number in (1, 2, 3, 4))

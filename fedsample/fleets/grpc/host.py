@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedsample.assembly import check_size
-from fedsample.clients.resident import FIT, SCALE, SPREAD
 from fedsample.config import dump_toml
 from fedsample.config.loading import digest, reread
 from fedsample.data.device_files import agreed_schema
@@ -32,7 +31,8 @@ from fedsample.fleets.grpc.streams import Identified, Invitation
 from fedsample.fleets.grpc.version import run_id
 from fedsample.monitor.fleet import FleetProgress
 from fedsample.problem.remote import remote_problem
-from fedsample.wire import Parcel, header, pack_tensors
+from fedsample.protocol.names import FIT, SCALE, SPREAD
+from fedsample.protocol.wire import Parcel, header, pack_tensors
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment

@@ -16,7 +16,6 @@ import grpc
 import grpc.aio
 
 from fedsample.errors import ClientError, FedSampleError
-from fedsample.exchange import Abandoned
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.frames import PIECE, Message
 from fedsample.fleets.grpc.heads import Damaged
@@ -25,6 +24,7 @@ from fedsample.fleets.grpc.probe import probe_handler
 from fedsample.fleets.grpc.seat import Asked, Batch, Stream
 from fedsample.fleets.grpc.streams import LEAVE, Identified, Invitation, Streams
 from fedsample.fleets.grpc.version import SERVICE
+from fedsample.protocol.recovery import Abandoned
 
 COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
 _WINDOW = 1 << 20  # bytes that a device may send before they are read; gRPC's own guess takes several times that

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedsample.clients.exact import is_symmetric
-from fedsample.clients.worker import Answer
 from fedsample.compression import Packet
 from fedsample.errors import DataError
 from fedsample.estimators import Turn, Uplink, Upload
-from fedsample.exchange import ESTIMATE, Request
-from fedsample.messages.names import UPLOAD, packet_stype
-from fedsample.wire import (
+from fedsample.protocol.exchange import ESTIMATE, Request
+from fedsample.protocol.names import UPLOAD, packet_stype
+from fedsample.protocol.quantities import is_symmetric
+from fedsample.protocol.wire import (
     DENSE,
     TRIANGLE,
     Array,
@@ -28,6 +28,18 @@ from fedsample.wire import (
     same_names,
     triangle,
 )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the clients of a worker send; leading axis n.
+
+    Attributes:
+        upload: the estimator's, if an estimate was asked for. exact: exact outputs (n, ...) by name.
+    """
+
+    upload: Upload | None
+    exact: dict[str, Tensor]
 
 
 def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -> Parcel:

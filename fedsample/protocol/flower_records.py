@@ -6,7 +6,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedsample.errors import DataError
-from fedsample.wire import Array, Parcel
+from fedsample.protocol.wire import Array, Parcel
 
 HEADER, ARRAYS = "fedsample.header", "fedsample.arrays"  # the two records of a message
 

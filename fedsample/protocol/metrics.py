@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fedsample.errors import DataError
+from fedsample.protocol.wire import DENSE, TRIANGLE, Form, Header, Parcel, dense, header, read, same_names, triangle
 from fedsample.targets import Metric
 from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker, restore
-from fedsample.wire import DENSE, TRIANGLE, Form, Header, Parcel, dense, header, read, same_names, triangle
 
 
 def pack_metric(metric: Metric) -> Parcel:

@@ -14,9 +14,23 @@ from torch import Tensor
 
 from fedsample.errors import DataError
 from fedsample.estimators import Downlink, Ef21P
-from fedsample.exchange import ESTIMATE, EXACT, Request
-from fedsample.messages.names import packet_stype
-from fedsample.wire import BITS, DENSE, Array, Field, Form, Header, Parcel, bits, check, dense, header, read, same_names
+from fedsample.protocol.exchange import ESTIMATE, EXACT, Request
+from fedsample.protocol.names import packet_stype
+from fedsample.protocol.wire import (
+    BITS,
+    DENSE,
+    Array,
+    Field,
+    Form,
+    Header,
+    Parcel,
+    bits,
+    check,
+    dense,
+    header,
+    read,
+    same_names,
+)
 
 
 class Outgoing:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import DataError
-from fedsample.wire import DENSE, Form, Parcel, read, same_names
+from fedsample.protocol.wire import DENSE, Form, Parcel, read, same_names
 
 
 def unpack_points(parcel: Parcel, name: str, like: Tensor) -> Tensor:
