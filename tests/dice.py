@@ -62,7 +62,7 @@ class Dice:
         """Put the script in the place of every key."""
         for module in ("fedsample.strategies.base", "fedsample.strategies.cohort", "fedsample.fleets.faults"):
             patch.setattr(f"{module}.key", self.key)
-        for module in ("fedsample.clients.worker", "fedsample.estimators.downlink"):
+        for module in ("fedsample.clients.client_stack", "fedsample.estimators.downlink"):
             patch.setattr(f"{module}.LinkKeys", self.link)
 
     def key(self, seed: int, round: int = -1, client: Any = None, chain: Any = None, purpose: str = "") -> Draws:

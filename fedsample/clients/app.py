@@ -19,7 +19,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsample import protocol
-from fedsample.clients.device import Device, Trace
+from fedsample.clients.message_handler import Device, Trace
 from fedsample.config import Experiment, dump_toml
 from fedsample.config.loading import of_run_config, reread
 from fedsample.errors import ConfigError

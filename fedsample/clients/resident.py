@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from torch import Tensor
 
 from fedsample import protocol
-from fedsample.clients.device import Device, Trace
+from fedsample.clients.message_handler import Device, Trace
 from fedsample.errors import DataError, RunDirectoryError
 from fedsample.fleets.grpc.frames import Message
 from fedsample.fleets.grpc.heads import Name

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedsample.clients.worker import Worker
+from fedsample.clients.client_stack import Worker
 from fedsample.errors import RunDirectoryError
 from fedsample.estimators import DenseDownlink, Downlink, Uplink, Upload
 from fedsample.fleets.engines import Engine

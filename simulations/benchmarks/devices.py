@@ -75,7 +75,7 @@ def gradient(message: bytearray, d: int, up: int, index: int, kept: dict[tuple[i
 
 async def our_devices(target: str, certs: Path, count: int, file: Path, state: Path) -> None:
     """Take part in whatever runs there are."""
-    from fedsample.clients.holding import Held, Source
+    from fedsample.clients.device_data import Held, Source
     from fedsample.clients.resident import Resident
     from fedsample.config.loading import reread
     from fedsample.fleets.grpc.attend import Attendant, prepare_threads

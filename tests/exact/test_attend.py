@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from fedsample.clients.device import Trace
+from fedsample.clients.message_handler import Trace
 from fedsample.clients.resident import Standing
 from fedsample.errors import ConfigError, DataError, FedSampleError, RunDirectoryError
 from fedsample.fleets.grpc import attend as attends

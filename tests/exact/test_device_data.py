@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsample.clients.holding import Held, Source
+from fedsample.clients.device_data import Held, Source
 from fedsample.config import Experiment, load
 from fedsample.data import FederatedData
 from fedsample.data import load as load_data

@@ -477,7 +477,7 @@ def double_anchor(patch: Patch) -> None:
 
 
 def anchor_of_the_server_only(patch: Patch) -> None:
-    patch.setattr("fedsample.clients.worker._TurnOracle.anchor", lambda self: 0.0)
+    patch.setattr("fedsample.clients.client_stack._TurnOracle.anchor", lambda self: 0.0)
 
 
 def forgotten_increments(patch: Patch) -> None:

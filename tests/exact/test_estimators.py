@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedsample.clients.worker import Worker
+from fedsample.clients.client_stack import Worker
 from fedsample.compression import QSGD, Composed, Compressor, Identity, LinkKeys, Natural, RandBlock, RandK
 from fedsample.errors import ConfigError, DataError, UnsoundError
 from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Uplink, Upload, build, check, table

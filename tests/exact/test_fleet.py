@@ -12,8 +12,8 @@ from rounding import agree, assert_within, near
 from running_error import RunningError
 from torch import Tensor
 
-from fedsample.clients import worker as workers
-from fedsample.clients.worker import Worker
+from fedsample.clients import client_stack as workers
+from fedsample.clients.client_stack import Worker
 from fedsample.compression import Identity as NoCompression
 from fedsample.compression import RandBlock, RandK
 from fedsample.errors import ConfigError

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedsample import compression, estimators, protocol
-from fedsample.clients.worker import Worker
+from fedsample.clients.client_stack import Worker
 from fedsample.compression import LinkKeys
 from fedsample.errors import DataError
 from fedsample.estimators import DenseDownlink, Ef21P, Turn, Uplink

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsample.clients.holding import Held, Source
+from fedsample.clients.device_data import Held, Source
 from fedsample.clients.resident import Resident
 from fedsample.config import Experiment, load
 from fedsample.errors import DataError

@@ -23,7 +23,8 @@ from moment_maps import Array
 from simulation import Estimate, advance
 from torch import Tensor
 
-from fedsample.clients.worker import Reference, Worker, _TurnOracle
+from fedsample.clients.client_stack import Worker, _TurnOracle
+from fedsample.clients.oracle import Reference
 from fedsample.compression import Identity as Whole
 from fedsample.estimators import Dense, Diana, Direct, Ef21, Marina, Uplink
 from fedsample.fleets.local import LocalFleet

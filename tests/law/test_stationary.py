@@ -311,7 +311,9 @@ def stale_marina(patch: Patch) -> None:
 
 
 def one_mask_for_all_clients(patch: Patch) -> None:
-    patch.setattr("fedsample.clients.worker.LinkKeys", lambda seed, clients, *rest: LinkKeys(seed, 0 * clients, *rest))
+    patch.setattr(
+        "fedsample.clients.client_stack.LinkKeys", lambda seed, clients, *rest: LinkKeys(seed, 0 * clients, *rest)
+    )
 
 
 def compression_off(patch: Patch) -> None:
@@ -415,7 +417,7 @@ def anchor_added_twice(patch: Patch) -> None:
 
 
 def anchor_not_subtracted(patch: Patch) -> None:
-    patch.setattr("fedsample.clients.worker._TurnOracle.anchor", lambda self: 0.0)
+    patch.setattr("fedsample.clients.client_stack._TurnOracle.anchor", lambda self: 0.0)
 
 
 def prior_from_every_client(patch: Patch) -> None:

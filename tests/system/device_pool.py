@@ -9,7 +9,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from fedsample.clients.holding import Held, Source
+from fedsample.clients.device_data import Held, Source
 from fedsample.clients.resident import Resident
 from fedsample.config.loading import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb

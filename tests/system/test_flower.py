@@ -27,7 +27,7 @@ from fedsample import protocol
 from fedsample.assembly import build_sampler
 from fedsample.clients import app as client_module
 from fedsample.clients.app import client_app
-from fedsample.clients.worker import Worker
+from fedsample.clients.client_stack import Worker
 from fedsample.compression import Packet
 from fedsample.config import Experiment, dump_toml, load
 from fedsample.config.loading import of_run_config

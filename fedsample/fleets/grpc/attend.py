@@ -33,7 +33,7 @@ from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
 from fedsample.protocol import TRAIN
 
 if TYPE_CHECKING:
-    from fedsample.clients.device import Trace
+    from fedsample.clients.message_handler import Trace
     from fedsample.clients.resident import Standing
 
 LIMIT = 1 << 33  # bytes that a request's arrays may have

@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsample.clients.device import Trace
+from fedsample.clients.message_handler import Trace
 from fedsample.clients.resident import Standing
 from fedsample.errors import ConfigError, DataError, RunDirectoryError
 from fedsample.fleets.flower_grid import adapter, answer

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedsample.clients.holding import Held, Source
+from fedsample.clients.device_data import Held, Source
 from fedsample.clients.resident import Resident
 from fedsample.config.loading import reread
 from fedsample.data.device_files import check_source, is_builtin

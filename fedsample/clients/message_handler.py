@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsample import protocol
-from fedsample.clients.worker import Worker
+from fedsample.clients.client_stack import Worker
 from fedsample.errors import DataError
 from fedsample.estimators import Memory
 from fedsample.estimators.links import links, refresh_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fedsample.clients.device import Device
+from fedsample.clients.message_handler import Device
 from fedsample.data.device_files import Potential, read_device
 from fedsample.data.schema import Schema
 from fedsample.data.standardize import Scale, first_sums, second_sums
