@@ -69,7 +69,7 @@ def server(
     experiment = None if resume else load(file, [*(settings or []), "fleet.name=grpc"])
     from fedsample import experiment as experiments
     from fedsample.fleets.grpc.host import Host, serve
-    from fedsample.monitor.report import summary_table
+    from fedsample.monitor.summary_table import summary_table
 
     if experiment is not None:
         experiments.check(experiment)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fedsample import step_check
 from fedsample.config import Experiment, Source, dump_toml, load
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
+    from fedsample.monitor.progress import Mode
     from fedsample.targets import Posterior
 
-Mode = Literal["auto", "plain", "quiet"]
 
 _PATIENT = ("fleet.quorum=1.0", "fleet.deadline=none")  # what only devices have
 _FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}  # read once, when flwr is imported
@@ -57,7 +57,7 @@ class Run:
 
     def table(self) -> Table:
         """The summary for a person to read."""
-        from fedsample.monitor.report import summary_table
+        from fedsample.monitor.summary_table import summary_table
 
         return summary_table(self.summary, self.path)
 

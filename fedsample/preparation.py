@@ -71,7 +71,7 @@ class Prepared:
         """
         from safetensors.torch import save
 
-        from fedsample.monitor.atomic import write_atomic
+        from fedsample.monitor.atomic_files import write_atomic
 
         metric = self.geometry.metric
         tensors = {

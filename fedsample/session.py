@@ -25,12 +25,11 @@ from fedsample.chain import Chain, Clock
 from fedsample.config import Experiment, ScheduleConfig, dump_toml
 from fedsample.config.loading import digest, reread
 from fedsample.errors import Interrupted, RunDirectoryError
-from fedsample.experiment import Mode
 from fedsample.monitor.checkpoint import Checkpoint, CheckpointStore
 from fedsample.monitor.directory import RunDirectory
 from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
 from fedsample.monitor.jsonl import read_jsonl
-from fedsample.monitor.progress import Progress
+from fedsample.monitor.progress import Mode, Progress
 from fedsample.monitor.tensorboard import LAZY_QUEUE, Recorder
 from fedsample.numerics.math_library import choose_paths
 from fedsample.preparation import Prepared, prepare, prepared_for, restore_prepared

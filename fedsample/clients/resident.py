@@ -17,7 +17,7 @@ from fedsample.clients.message_handler import Device, Trace
 from fedsample.errors import DataError, RunDirectoryError
 from fedsample.fleets.grpc.frames import Message
 from fedsample.fleets.grpc.heads import Name
-from fedsample.monitor.atomic import disk_error, write_atomic
+from fedsample.monitor.atomic_files import disk_error, write_atomic
 from fedsample.monitor.checkpoint import KEPT, Checkpoint, CheckpointStore
 from fedsample.protocol.names import FIT, REWIND, SCALE, SCORE, SNAPSHOT, SPREAD
 from fedsample.protocol.wire import Header, Parcel, header, pack_tensors

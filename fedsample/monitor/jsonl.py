@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.atomic import disk_error, write_atomic
+from fedsample.monitor.atomic_files import disk_error, write_atomic
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -22,9 +22,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsample.errors import RunDirectoryError
+from fedsample.monitor.drop_queue import Description, LossyQueue, Row, Scalars
 from fedsample.monitor.events import EventWriter
 from fedsample.monitor.jsonl import JsonLines, read_jsonl, truncate_jsonl
-from fedsample.monitor.lossy import Description, LossyQueue, Row, Scalars
 
 QUEUE = 1024
 LAZY_QUEUE = 3

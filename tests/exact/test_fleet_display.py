@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from fedsample.errors import DataError, FedSampleError, Interrupted, QuorumError
+from fedsample.fleets.grpc import display
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.address import Address, check_free
 from fedsample.fleets.grpc.attend import Watching
+from fedsample.fleets.grpc.display import FleetProgress, device_display, device_table, fleet_table, span
 from fedsample.fleets.grpc.host import _farewell
 from fedsample.fleets.grpc.presence import Presence, _source
 from fedsample.fleets.grpc.seat import Seat, Stream
-from fedsample.monitor import fleet
-from fedsample.monitor.fleet import FleetProgress, device_display, device_table, fleet_table, span
 
 
 class Clock:
@@ -30,7 +30,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    for module in (fleet, __import__("fedsample.monitor.progress", fromlist=["time"])):
+    for module in (display, __import__("fedsample.monitor.progress", fromlist=["time"])):
         monkeypatch.setattr(module, "time", made)
     return made
 

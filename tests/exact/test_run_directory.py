@@ -21,7 +21,7 @@ import torch
 
 from fedsample.errors import RunDirectoryError
 from fedsample.monitor import CheckpointStore, DrawStore, RunDirectory, load_draws, load_rounds, read_jsonl
-from fedsample.monitor.atomic import write_atomic
+from fedsample.monitor.atomic_files import write_atomic
 from fedsample.monitor.jsonl import JsonLines, to_json, truncate_jsonl
 
 DIGEST = "abc"

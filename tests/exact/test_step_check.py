@@ -17,7 +17,7 @@ from torch import Tensor
 import fedsample
 from fedsample.config import load
 from fedsample.errors import ConfigError
-from fedsample.monitor.report import summary_table
+from fedsample.monitor.summary_table import summary_table
 from fedsample.random import key
 from fedsample.step_check import compare, half, verdict
 

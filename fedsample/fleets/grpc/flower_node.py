@@ -22,7 +22,7 @@ from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.attend import LIMIT
 from fedsample.fleets.grpc.flower_carrier import FLOWER, message_in, parcel_of
 from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, pieces
-from fedsample.monitor.atomic import write_atomic
+from fedsample.monitor.atomic_files import write_atomic
 from fedsample.protocol.wire import DENSE, Array, Parcel
 
 FILE = "contexts.bin"

@@ -24,20 +24,19 @@ from fedsample.errors import CertificateError, ConfigError, DataError, Interrupt
 from fedsample.fleets.grpc.address import Address, check_free, check_insecure
 from fedsample.fleets.grpc.credentials import server_credentials
 from fedsample.fleets.grpc.desk import Desk
+from fedsample.fleets.grpc.display import FleetProgress
 from fedsample.fleets.grpc.fleet import GrpcFleet, fleet_on, gather, sums_of
 from fedsample.fleets.grpc.hub import Hub
 from fedsample.fleets.grpc.identity import ClientIdentity, identity_of
 from fedsample.fleets.grpc.streams import Identified, Invitation
 from fedsample.fleets.grpc.version import run_id
-from fedsample.monitor.fleet import FleetProgress
 from fedsample.problem.remote import remote_problem
 from fedsample.protocol.names import FIT, SCALE, SPREAD
 from fedsample.protocol.wire import Parcel, header, pack_tensors
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.experiment import Mode
-    from fedsample.monitor.progress import Progress
+    from fedsample.monitor.progress import Mode, Progress
     from fedsample.problem import Problem
     from fedsample.session import Session
 

@@ -20,8 +20,8 @@ from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.address import check_insecure, parse_address
 from fedsample.fleets.grpc.attend import Answering, Attendant, Refused, Watching, prepare_threads
 from fedsample.fleets.grpc.credentials import client_credentials
+from fedsample.fleets.grpc.display import device_display
 from fedsample.fleets.grpc.version import run_id
-from fedsample.monitor.fleet import device_display
 from fedsample.problem import device_of
 
 if TYPE_CHECKING:
