@@ -222,7 +222,7 @@ class Session:
             fleet = build_fleet(self.experiment, problem, self._arrivals, strict=self._resumed)
             self.experiment = _with(self.experiment, fleet={"engine": fleet.engine})
             return fleet
-        from fedsample.fleets.simulation import simulated_fleet
+        from fedsample.fleets.flower.simulation import simulated_fleet
 
         with progress.stage(f"starting {problem.clients.n} Flower nodes"):
             return self._stack.enter_context(simulated_fleet(self.experiment, problem))

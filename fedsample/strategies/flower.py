@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from fedsample.estimators import Downlink, Uplink
-    from fedsample.fleets.flower import FlowerFleet
+    from fedsample.fleets.flower.fleet import FlowerFleet
     from fedsample.fleets.remote import Dispatch
     from fedsample.strategies.base import State
     from fedsample.strategies.cohort import Cohort
@@ -199,7 +199,7 @@ class FlowerStrategy(Strategy):
 
     def _fleet_on(self, grid: Grid) -> FlowerFleet:
         if self._fleet is None or self._fleet.grid is not grid:
-            from fedsample.fleets.flower import FlowerFleet
+            from fedsample.fleets.flower.fleet import FlowerFleet
             from fedsample.fleets.remote import Federation
 
             n, chains = self.cohort.n, self.cohort.chains

@@ -26,7 +26,7 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
 
     from fedsample.assembly import assemble
     from fedsample.config import load
-    from fedsample.fleets.simulation import simulated_fleet
+    from fedsample.fleets.flower.simulation import simulated_fleet
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from fedsample.assembly import build_sampler
 from fedsample.config import dump_toml
 from fedsample.config.loading import of_run_config
 from fedsample.experiment import check
-from fedsample.fleets.flower import fleet_on
+from fedsample.fleets.flower.fleet import fleet_on
 from fedsample.monitor.draws import DrawStore
 from fedsample.monitor.progress import Progress
 from fedsample.preparation import prepare

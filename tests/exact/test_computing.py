@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from fedsample.fleets.computing import ComputingThread, Stopped
+from fedsample.fleets.compute_thread import ComputingThread, Stopped
 
 LEFT = """
 import threading, time
-from fedsample.fleets.computing import ComputingThread
+from fedsample.fleets.compute_thread import ComputingThread
 began, thread = threading.Event(), ComputingThread("compute")
 thread.submit(lambda: (began.set(), time.sleep(100)))
 began.wait()

@@ -669,8 +669,8 @@ def test_the_scan_allows_a_seeded_generator_where_asked() -> None:
 def test_no_file_of_the_package_uses_a_generator() -> None:
     root = Path(fedsample.__file__).parent
     # An installed package has the benchmarks in `bench`: what they compare with draws as its users would.
-    # Flower's apps draw from the global generators: `generators.py` keeps both sides' states apart, for them alone.
-    apart = root / "fleets" / "flower_grid" / "generators.py"
+    # Flower's apps draw from the global generators: `global_rng.py` keeps both sides' states apart, for them alone.
+    apart = root / "fleets" / "flower_grid" / "global_rng.py"
     files = sorted(each for each in root.rglob("*.py") if root / "bench" not in each.parents and each != apart)
     assert len(files) > 40
     assert root / "random" / "keys.py" in files

@@ -35,8 +35,8 @@ from fedsample.config.presets import PRESETS
 from fedsample.errors import ClientError, ConfigError, DataError, DivergenceError, QuorumError
 from fedsample.estimators import Diana, Ef21
 from fedsample.estimators.links import links
-from fedsample.fleets import simulation
-from fedsample.fleets.flower import FlowerFleet, fleet_on
+from fedsample.fleets.flower import simulation
+from fedsample.fleets.flower.fleet import FlowerFleet, fleet_on
 from fedsample.fleets.flower_grid.adapter import identity
 from fedsample.fleets.local import LocalFleet
 from fedsample.fleets.remote import Federation

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedsample.errors import ConfigError
-from fedsample.fleets.flower_grid import adapter, generators
+from fedsample.fleets.flower_grid import adapter, global_rng
 from fedsample.fleets.flower_grid.adapter import Value
 from fedsample.fleets.flower_grid.grid import Carrier, CarrierGrid
 from fedsample.fleets.flower_grid.in_process import InProcess
@@ -71,7 +71,7 @@ def run_flower(
             raise ConfigError(f"{what} = {number!r}, expected a number from 1 up")
     config = adapter.flat(run_config or {}, "run_config")
     nodes = InProcess(client_app, _node_configs(node_config, num_clients), config, workers)
-    with generators.kept_apart():
+    with global_rng.kept_apart():
         run = drive(server_app, nodes, config)
     clients = [nodes.context(node, run.context.run_id) for node in nodes.nodes()]
     return replace(run, clients=clients)

@@ -23,7 +23,7 @@ import grpc.aio
 import torch
 
 from fedsample.errors import ConfigError, DataError, FedSampleError, RunDirectoryError
-from fedsample.fleets.computing import ComputingThread
+from fedsample.fleets.compute_thread import ComputingThread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.frames import Assembler, Message, frames
 from fedsample.fleets.grpc.heads import Damaged

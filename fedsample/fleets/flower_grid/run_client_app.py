@@ -7,7 +7,7 @@ import logging
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedsample.fleets.computing import Stopped
+from fedsample.fleets.compute_thread import Stopped
 from fedsample.fleets.flower_grid import adapter
 
 _log = logging.getLogger("flwr")

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fedsample import protocol
 from fedsample.errors import RunDirectoryError
+from fedsample.fleets.flower.roster import Roster
 from fedsample.fleets.remote import Dispatch, Federation, RemoteFleet
-from fedsample.fleets.roster import Roster
 from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.protocol.wire import Parcel, header, pack_tensors, unpack_tensors
 from fedsample.targets import Metric

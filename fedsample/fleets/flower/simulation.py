@@ -24,7 +24,7 @@ from fedsample.fleets.flower_grid.adapter import identity
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.fleets.flower import FlowerFleet
+    from fedsample.fleets.flower.fleet import FlowerFleet
     from fedsample.problem import Problem
 
 _POLL = 0.02  # seconds between two looks for replies
@@ -43,7 +43,7 @@ def simulated_fleet(experiment: Experiment, problem: Problem) -> Iterator[Flower
         ConfigError: if Ray is not installed, or another simulation is running in this process.
     """
     from fedsample.clients.app import client_app
-    from fedsample.fleets.flower import fleet_on
+    from fedsample.fleets.flower.fleet import fleet_on
 
     clients = problem.clients
     with simulation(client_app(experiment), clients.n, gpu=clients.device.type == "cuda") as grid:
