@@ -16,7 +16,7 @@ from fedsample.errors import FedSampleError
 
 if TYPE_CHECKING:
     from fedsample.fleets.flower_grid import FlowerRun
-    from fedsample.fleets.grpc.host import Host
+    from fedsample.fleets.grpc.server.host import Host
 
 CLIENTS = 10  # unless said otherwise; Flower's own simulation has 2
 
@@ -68,7 +68,7 @@ def serve_app(
     """
     from fedsample.fleets.flower_grid import imported_server, read_app
     from fedsample.fleets.flower_grid.adapter import overridden
-    from fedsample.fleets.grpc import flower_host
+    from fedsample.fleets.grpc.flower_app import host as flower_host
 
     app = read_app(folder)
     config = overridden(app.config, run_config)

@@ -13,8 +13,8 @@ import typer
 from fedsample.cli_options import Debug
 
 if TYPE_CHECKING:
-    from fedsample.fleets.grpc.certs import Made
-    from fedsample.fleets.grpc.identity import Identity
+    from fedsample.fleets.grpc.security.cert_folders import Made
+    from fedsample.fleets.grpc.security.identity import Identity
 
 certs_app = typer.Typer(help="Make, request, sign and show keys and certificates for devices.", no_args_is_help=True)
 
@@ -48,9 +48,9 @@ def init(
     For a trial, or where you hand the folders over yourself. Where devices are far away, make their keys on them:
     `fedsample certs request`.
     """
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
-    _report(certs.init(folder, names or [], clients, days=days))
+    _report(cert_folders.init(folder, names or [], clients, days=days))
     typer.echo(f"{folder / 'ca'} signs for this fleet: keep it here, and private")
 
 
@@ -63,9 +63,9 @@ def issue(
     debug: Debug = False,
 ) -> None:
     """Add client folders to a folder that `certs init` made."""
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
-    _report(certs.issue(folder, first, clients, days=days))
+    _report(cert_folders.issue(folder, first, clients, days=days))
 
 
 @certs_app.command()
@@ -77,9 +77,9 @@ def request(
 ) -> None:
     """On the device: make a key, and DIR/request.csr to have signed. For a server, with --server-name."""
     identity = _identity(client, names)
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
-    path = certs.request(folder, identity, names or [])
+    path = cert_folders.request(folder, identity, names or [])
     what = f"--client {client}" if client is not None else " ".join(f"--server-name {name}" for name in names or [])
     typer.echo(f"wrote {path} for {identity}; {folder / 'key.pem'} stays here and is never sent")
     typer.echo(
@@ -103,9 +103,9 @@ def sign(
     Say whose it is: a request for another client, or for other names, is refused.
     """
     identity = _identity(client, names)
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
-    _report(certs.sign(ca, asked, identity, names or [], out, days=days))
+    _report(cert_folders.sign(ca, asked, identity, names or [], out, days=days))
     typer.echo(f"send back {out} and {out.parent / 'ca.pem'}; neither is secret")
 
 
@@ -121,7 +121,7 @@ def show(
     Exit code 1 where one cannot be used.
     """
     from fedsample.errors import CertificateError
-    from fedsample.fleets.grpc.certs import holders
+    from fedsample.fleets.grpc.security.cert_folders import holders
 
     failed = False
     for place in holders(folder):
@@ -136,8 +136,8 @@ def show(
 
 def _show(folder: Path) -> bool:
     """Print one folder; whether it can be used."""
-    from fedsample.fleets.grpc.certs import CA_KEY, load_authority
-    from fedsample.fleets.grpc.credentials import day, examine
+    from fedsample.fleets.grpc.security.cert_folders import CA_KEY, load_authority
+    from fedsample.fleets.grpc.security.credentials import day, examine
 
     if (folder / CA_KEY).exists():
         own = load_authority(folder).certificate
@@ -167,14 +167,14 @@ def _left(expires: datetime) -> str:
 def _identity(client: int | None, names: Sequence[str] | None) -> Identity:
     if (client is None) != bool(names):
         raise click.UsageError("give either --client N, or for a server --server-name NAME")
-    from fedsample.fleets.grpc.identity import ClientIdentity, ServerIdentity
+    from fedsample.fleets.grpc.security.identity import ClientIdentity, ServerIdentity
 
     return ServerIdentity() if client is None else ClientIdentity(client)
 
 
 def _report(made: Sequence[Made]) -> None:
     """One line a folder or file; of many clients the first and the last."""
-    from fedsample.fleets.grpc.credentials import day
+    from fedsample.fleets.grpc.security.credentials import day
 
     shown = list(made) if len(made) <= 12 else [*made[:4], None, made[-1]]
     for row in shown:

@@ -34,7 +34,7 @@ def net(
     """
     if (certs is None) != insecure:
         raise click.UsageError("give either --certs DIR, this client's folder, or --insecure on loopback")
-    from fedsample.fleets.grpc.doctor import examine_net
+    from fedsample.fleets.grpc.security.doctor import examine_net
 
     failed = []
     for step in examine_net(address, certs, insecure=insecure, timeout=timeout):

@@ -63,12 +63,12 @@ def server(
     if resume and (file is not None or settings):
         raise click.UsageError("--resume takes everything from config.toml in --out: drop FILE and --set")
     from fedsample.config import load
-    from fedsample.fleets.grpc.address import parse_address
+    from fedsample.fleets.grpc.security.address import parse_address
 
     address = parse_address(listen, listen=True)
     experiment = None if resume else load(file, [*(settings or []), "fleet.name=grpc"])
     from fedsample import experiment as experiments
-    from fedsample.fleets.grpc.host import Host, serve
+    from fedsample.fleets.grpc.server.host import Host, serve
     from fedsample.monitor.summary_table import summary_table
 
     if experiment is not None:
@@ -133,7 +133,7 @@ def client(
     others = [name for name, value in given.items() if value is not None]
     if app is not None and others:
         raise click.UsageError(f"{', '.join(others)}: not with --app, whose ClientApp finds its own data and device")
-    from fedsample.fleets.grpc.presence import Presence, take_part
+    from fedsample.fleets.grpc.device.process import Presence, take_part
 
     presence = Presence(
         address, certs, -1 if index is None else index, state or _state_home(), device, data, target, partition,
@@ -154,10 +154,10 @@ def _serve_app(
             f"{', '.join(others)}: not with --app, whose configuration is the app's own: --run-config 'key=value ...'"
         )
     from fedsample.cli_app import serve_app
-    from fedsample.fleets.grpc.address import parse_address
+    from fedsample.fleets.grpc.security.address import parse_address
 
     address = parse_address(listen, listen=True)
-    from fedsample.fleets.grpc.host import Host
+    from fedsample.fleets.grpc.server.host import Host
 
     serve_app(folder, clients, run_config, Host(address, certs), 60.0 if patience is None else patience, quiet=quiet)
 

@@ -21,6 +21,58 @@ from fedsample.problem.remote import device_problem, remote_problem
 if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.data import FederatedData
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fedsample.config import Experiment
+
+
+class Holding(Protocol):
+    """A device's own data, from its schema to a potential."""
+
+    @property
+    def schema(self) -> str:
+        """What the data are, as JSON."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data, for this device alone."""
+        ...
+
+    def fit(self, schema: str) -> None:
+        """Take the columns, categories and labels that all devices agreed on.
+
+        Raises:
+            DataError: if the data do not fit.
+        """
+        ...
+
+    def first_sums(self) -> Tensor:
+        """Counts and sums, for the means."""
+        ...
+
+    def second_sums(self, first: Tensor) -> Tensor:
+        """Squares about the means, from everyone's first sums."""
+        ...
+
+    def finish(self, first: Tensor | None, second: Tensor | None) -> Device:
+        """Standardise, if sums are given; then the client."""
+        ...
+
+    def score(self, draws: Tensor) -> Tensor:
+        """Add draws (S, d) to the predictions of the rows kept aside -> counts that sum over devices."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The predictions so far."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Back to a `state`; empty: no draws yet."""
+        ...
 
 
 class Source(NamedTuple):

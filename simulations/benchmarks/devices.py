@@ -37,7 +37,7 @@ async def bare_devices(target: str, certs: Path, count: int) -> None:
     """Answer every message with as many bytes as it says."""
     import grpc
 
-    from fedsample.fleets.grpc.credentials import client_credentials
+    from fedsample.fleets.grpc.security.credentials import client_credentials
 
     async def one(index: int) -> None:
         options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -76,10 +76,10 @@ def gradient(message: bytearray, d: int, up: int, index: int, kept: dict[tuple[i
 async def our_devices(target: str, certs: Path, count: int, file: Path, state: Path) -> None:
     """Take part in whatever runs there are."""
     from fedsample.clients.device_data import Held, Source
-    from fedsample.clients.resident import Resident
     from fedsample.config.loading import reread
-    from fedsample.fleets.grpc.attend import Attendant, prepare_threads
-    from fedsample.fleets.grpc.credentials import client_credentials
+    from fedsample.fleets.grpc.device.connection import Attendant, prepare_threads
+    from fedsample.fleets.grpc.device.replica import Resident
+    from fedsample.fleets.grpc.security.credentials import client_credentials
 
     def attendant(index: int) -> Attendant:
         def found(welcome: Any) -> Resident:
@@ -110,7 +110,7 @@ class Bare:
         """Listen -> the port."""
         import grpc
 
-        from fedsample.fleets.grpc.credentials import server_credentials
+        from fedsample.fleets.grpc.security.credentials import server_credentials
 
         async def connect(request: Any, context: Any) -> None:
             await context.read()
@@ -177,13 +177,13 @@ class Ours:
         from fedsample.config import dump_toml, load
         from fedsample.data.device_files import agreed_schema
         from fedsample.data.schema import Schema
-        from fedsample.fleets.grpc.credentials import server_credentials
-        from fedsample.fleets.grpc.desk import Desk
-        from fedsample.fleets.grpc.fleet import fleet_on, gather
-        from fedsample.fleets.grpc.host import _agree, _certified
-        from fedsample.fleets.grpc.hub import Hub
-        from fedsample.fleets.grpc.streams import Invitation
-        from fedsample.fleets.grpc.version import run_id
+        from fedsample.fleets.grpc.framing.version import run_id
+        from fedsample.fleets.grpc.security.credentials import server_credentials
+        from fedsample.fleets.grpc.server.dispatcher import Desk
+        from fedsample.fleets.grpc.server.fleet import fleet_on, gather
+        from fedsample.fleets.grpc.server.host import _agree, _certified
+        from fedsample.fleets.grpc.server.hub import Hub
+        from fedsample.fleets.grpc.server.streams import Invitation
         from fedsample.problem.remote import remote_problem
 
         values = {
@@ -231,11 +231,11 @@ def compare(count: int, d: int, rounds: int) -> dict[str, Any]:
     """One row: so many devices, points of d float32."""
     import numpy as np
 
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        certs.init(folder / "certs", ["localhost"], count)
+        cert_folders.init(folder / "certs", ["localhost"], count)
         file = folder / "potentials.npz"
         np.savez(file, lam=np.ones((count, d)), a=np.zeros((count, d)))
         bare, ours = Bare(folder / "certs", count), Ours(folder / "certs", count, d, file)

@@ -30,11 +30,11 @@ def one(count: int, d: int, rounds: int = 4) -> dict[str, Any]:
     """One row, measured in this process."""
     import numpy as np
 
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        certs.init(folder / "certs", ["localhost"], count)
+        cert_folders.init(folder / "certs", ["localhost"], count)
         file = folder / "potentials.npz"
         np.savez(file, lam=np.ones(count), a=np.zeros((count, d)))
         ours = Ours(folder / "certs", count, d, file)

@@ -13,13 +13,13 @@ import grpc.aio
 import pytest
 
 from fedsample.clients.message_handler import Trace
-from fedsample.clients.resident import Standing
 from fedsample.errors import ConfigError, DataError, FedSampleError, RunDirectoryError
-from fedsample.fleets.grpc import attend as attends
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.attend import Attendant, Refused, Watching
-from fedsample.fleets.grpc.frames import PIECE, Assembler, Message, Name, pieces
-from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+from fedsample.fleets.grpc.device import connection as attends
+from fedsample.fleets.grpc.device.connection import Attendant, Refused, Watching
+from fedsample.fleets.grpc.device.replica import Standing
+from fedsample.fleets.grpc.framing.frames import PIECE, Assembler, Message, Name, pieces
+from fedsample.fleets.grpc.framing.version import PROTOCOL, SERVICE
 from fedsample.protocol.wire import Array, Parcel
 
 RUN = b"r" * 16

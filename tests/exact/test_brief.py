@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedsample.fleets.grpc import attend
-from fedsample.fleets.grpc.attend import STEADY, Attendant
-from fedsample.fleets.grpc.frames import Message
-from fedsample.fleets.grpc.heads import Name
+from fedsample.fleets.grpc.device import connection
+from fedsample.fleets.grpc.device.connection import STEADY, Attendant
+from fedsample.fleets.grpc.framing.frames import Message
+from fedsample.fleets.grpc.framing.headers import Name
 from fedsample.protocol.wire import Parcel
 
 
@@ -31,7 +31,7 @@ class Half:
 
 
 def test_brief_estimates_are_made_where_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "BRIEF", 0.1)
+    monkeypatch.setattr(connection, "BRIEF", 0.1)
     half, before = Half(), torch.get_num_threads()
     device = Attendant("nowhere:1", None, 0, lambda _: None)  # type: ignore[arg-type, return-value]
 

@@ -21,9 +21,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedsample.cli import main
 from fedsample.errors import AddressError, CertificateError
-from fedsample.fleets.grpc import authority, certs, credentials
-from fedsample.fleets.grpc.address import Address, check_insecure, parse_address
-from fedsample.fleets.grpc.identity import ClientIdentity, Identity, ServerIdentity, identity_of
+from fedsample.fleets.grpc.security import authority, cert_folders, credentials
+from fedsample.fleets.grpc.security.address import Address, check_insecure, parse_address
+from fedsample.fleets.grpc.security.identity import ClientIdentity, Identity, ServerIdentity, identity_of
 
 NAMES = ["Sampler.Example.org", "192.0.2.7", "2001:db8::1"]
 
@@ -32,7 +32,7 @@ NAMES = ["Sampler.Example.org", "192.0.2.7", "2001:db8::1"]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fleet of two, never changed; tests that break something copy it."""
     folder = tmp_path_factory.mktemp("fleet") / "certs"
-    certs.init(folder, NAMES, 2)
+    cert_folders.init(folder, NAMES, 2)
     return folder
 
 
@@ -75,8 +75,8 @@ def test_layout_and_modes(made: Path) -> None:
 def test_keys_are_private_under_any_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        certs.init(tmp_path / "certs", [], 1)
-        certs.request(tmp_path / "device", ClientIdentity(4))
+        cert_folders.init(tmp_path / "certs", [], 1)
+        cert_folders.request(tmp_path / "device", ClientIdentity(4))
     finally:
         os.umask(before)
     assert {mode(path) for path in tmp_path.rglob("*key.pem")} == {0o600}
@@ -161,7 +161,7 @@ def test_no_client_is_a_server_and_no_server_a_client(made: Path) -> None:
 
 def test_days(tmp_path: Path) -> None:
     now = datetime.now(UTC)
-    rows = {row.holder: row.expires for row in certs.init(tmp_path / "c", [], 1, days=7, now=now)}
+    rows = {row.holder: row.expires for row in cert_folders.init(tmp_path / "c", [], 1, days=7, now=now)}
     assert rows["server"] == rows["client 0"] == (now + timedelta(days=7)).replace(microsecond=0)
     assert rows["certificate authority"] == (now + timedelta(days=3650)).replace(microsecond=0)
     old = authority.create(days=90, now=now - timedelta(days=80))
@@ -175,32 +175,32 @@ def test_days(tmp_path: Path) -> None:
 def test_existing_files_stay(copy: Path) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*.pem")}
     with pytest.raises(CertificateError, match=r"left as it is.*certs issue"):
-        certs.init(copy, [], 5)
+        cert_folders.init(copy, [], 5)
     with pytest.raises(CertificateError, match="client-1: exists"):
-        certs.issue(copy, 1, 3)
+        cert_folders.issue(copy, 1, 3)
     with pytest.raises(CertificateError, match="left as it is"):
-        certs.request(copy / "client-0", ClientIdentity(0))
+        cert_folders.request(copy / "client-0", ClientIdentity(0))
     assert {path: path.read_bytes() for path in copy.rglob("*.pem")} == before
     (copy / "empty").mkdir()
     with pytest.raises(CertificateError, match="empty: exists"):
-        certs.init(copy / "empty", [], 1)
+        cert_folders.init(copy / "empty", [], 1)
     (copy / "empty" / "request.csr").touch()
     with pytest.raises(CertificateError, match=r"request\.csr: exists.*to renew with the same key"):
-        certs.request(copy / "empty", ClientIdentity(0))
+        cert_folders.request(copy / "empty", ClientIdentity(0))
     assert not (copy / "empty" / "key.pem").exists()
 
 
 def test_more_clients(copy: Path) -> None:
-    assert [row.path.name for row in certs.issue(copy, 2, 2)] == ["client-2", "client-3"]
+    assert [row.path.name for row in cert_folders.issue(copy, 2, 2)] == ["client-2", "client-3"]
     assert credentials.load(copy / "client-3", ClientIdentity).identity == ClientIdentity(3)
     shake(copy, "server", "client-3", "localhost")
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="--days 5000"):
-        certs.init(tmp_path / "c", [], 1, days=5000)
+        cert_folders.init(tmp_path / "c", [], 1, days=5000)
     with pytest.raises(AddressError, match=r"server-name sampler:8443"):
-        certs.init(tmp_path / "c", ["sampler:8443"], 1)
+        cert_folders.init(tmp_path / "c", ["sampler:8443"], 1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,10 +209,10 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 def test_request_and_sign(copy: Path, tmp_path: Path) -> None:
     device, back = tmp_path / "device", tmp_path / "back"
-    asked = certs.request(device, ClientIdentity(4))
+    asked = cert_folders.request(device, ClientIdentity(4))
     key = (device / "key.pem").read_bytes()
     assert b"PRIVATE" not in asked.read_bytes()
-    certs.sign(copy / "ca", asked, ClientIdentity(4), (), back / "cert.pem")
+    cert_folders.sign(copy / "ca", asked, ClientIdentity(4), (), back / "cert.pem")
     assert sorted(path.name for path in back.iterdir()) == ["ca.pem", "cert.pem"]
     for path in back.iterdir():
         shutil.copy(path, device)
@@ -221,59 +221,61 @@ def test_request_and_sign(copy: Path, tmp_path: Path) -> None:
     shutil.copytree(device, copy / "client-4")
     shake(copy, "server", "client-4", "localhost")
     with pytest.raises(CertificateError, match=r"cert\.pem: exists"):
-        certs.sign(copy / "ca", asked, ClientIdentity(4), (), back / "cert.pem")
-    certs.sign(copy / "ca", asked, ClientIdentity(4), (), back / "renewed.pem")  # the same ca.pem beside it is fine
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(4), (), back / "cert.pem")
+    cert_folders.sign(
+        copy / "ca", asked, ClientIdentity(4), (), back / "renewed.pem"
+    )  # the same ca.pem beside it is fine
     (back / "ca.pem").write_text("another")
     with pytest.raises(CertificateError, match="another authority's"):
-        certs.sign(copy / "ca", asked, ClientIdentity(4), (), back / "again.pem")
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(4), (), back / "again.pem")
     with pytest.raises(CertificateError, match=r"--out .*is the authority's own"):
-        certs.sign(copy / "ca", asked, ClientIdentity(4), (), tmp_path / "elsewhere" / "ca.pem")
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(4), (), tmp_path / "elsewhere" / "ca.pem")
     assert not (back / "again.pem").exists()
 
 
 def test_a_server_requests_too(copy: Path, tmp_path: Path) -> None:
-    asked = certs.request(tmp_path / "device", ServerIdentity(), NAMES)
+    asked = cert_folders.request(tmp_path / "device", ServerIdentity(), NAMES)
     out = tmp_path / "device" / "cert.pem"
     with pytest.raises(CertificateError, match="give the same --server-name"):
-        certs.sign(copy / "ca", asked, ServerIdentity(), ["other.example.org"], out)
-    certs.sign(copy / "ca", asked, ServerIdentity(), NAMES[::-1], out)
+        cert_folders.sign(copy / "ca", asked, ServerIdentity(), ["other.example.org"], out)
+    cert_folders.sign(copy / "ca", asked, ServerIdentity(), NAMES[::-1], out)
     assert set(credentials.load(tmp_path / "device", ServerIdentity).names) >= {"sampler.example.org", "2001:db8::1"}
 
 
 def test_requests_that_are_refused(copy: Path, tmp_path: Path) -> None:
-    asked, out = certs.request(tmp_path / "device", ClientIdentity(4)), tmp_path / "out" / "cert.pem"
+    asked, out = cert_folders.request(tmp_path / "device", ClientIdentity(4)), tmp_path / "out" / "cert.pem"
     with pytest.raises(CertificateError, match="is for client 4, and you sign for client 5"):
-        certs.sign(copy / "ca", asked, ClientIdentity(5), (), out)
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(5), (), out)
     with pytest.raises(CertificateError, match="is for client 4, and you sign for server"):
-        certs.sign(copy / "ca", asked, ServerIdentity(), NAMES, out)
+        cert_folders.sign(copy / "ca", asked, ServerIdentity(), NAMES, out)
     csr = x509.load_pem_x509_csr(asked.read_bytes())
     forged = csr.public_bytes(Encoding.DER).replace(b"fedsample:client:4", b"fedsample:client:5")
     asked.write_bytes(x509.load_der_x509_csr(forged).public_bytes(Encoding.PEM))
     with pytest.raises(CertificateError, match="changed on its way"):
-        certs.sign(copy / "ca", asked, ClientIdentity(5), (), out)
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(5), (), out)
     plain = x509.CertificateSigningRequestBuilder(x509.Name([])).sign(authority.new_key(), hashes.SHA256())
     asked.write_bytes(plain.public_bytes(Encoding.PEM))
     with pytest.raises(CertificateError, match="not a request of fedsample"):
-        certs.sign(copy / "ca", asked, ClientIdentity(5), (), out)
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(5), (), out)
     weak = rsa.generate_private_key(65537, 2048)
     asked.write_bytes(
         x509.CertificateSigningRequestBuilder(x509.Name([])).sign(weak, hashes.SHA256()).public_bytes(Encoding.PEM)
     )
     with pytest.raises(CertificateError, match="P-256"):
-        certs.sign(copy / "ca", asked, ClientIdentity(5), (), out)
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(5), (), out)
     asked.write_text("hello")
     with pytest.raises(CertificateError, match="not a certificate request"):
-        certs.sign(copy / "ca", asked, ClientIdentity(5), (), out)
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(5), (), out)
     assert not out.parent.exists()
 
 
 def test_an_authority_that_is_none(copy: Path, tmp_path: Path) -> None:
-    asked, out = certs.request(tmp_path / "device", ClientIdentity(4)), tmp_path / "cert.pem"
+    asked, out = cert_folders.request(tmp_path / "device", ClientIdentity(4)), tmp_path / "cert.pem"
     with pytest.raises(CertificateError, match="there is no such file"):
-        certs.sign(copy / "server", asked, ClientIdentity(4), (), out)
+        cert_folders.sign(copy / "server", asked, ClientIdentity(4), (), out)
     shutil.copy(copy / "server" / "key.pem", copy / "ca" / "ca-key.pem")
     with pytest.raises(CertificateError, match="is not the key of"):
-        certs.sign(copy / "ca", asked, ClientIdentity(4), (), out)
+        cert_folders.sign(copy / "ca", asked, ClientIdentity(4), (), out)
 
 
 # --- identities -------------------------------------------------------------------------------------------------------
@@ -345,7 +347,7 @@ def test_a_key_that_others_can_read_is_refused(copy: Path) -> None:
             credentials.client_credentials(copy / "client-0")
     (copy / "ca" / "ca-key.pem").chmod(0o644)
     with pytest.raises(CertificateError, match="chmod 600"):
-        certs.issue(copy, 2, 1)
+        cert_folders.issue(copy, 2, 1)
 
 
 @pytest.mark.parametrize("name", ["ca.pem", "cert.pem", "key.pem"])
@@ -364,7 +366,7 @@ def test_a_missing_or_broken_file_is_named(copy: Path, name: str) -> None:
 
 
 def test_parts_that_do_not_belong_together(copy: Path, tmp_path: Path) -> None:
-    certs.init(tmp_path / "other", [], 1)
+    cert_folders.init(tmp_path / "other", [], 1)
     shutil.copy(copy / "client-1" / "key.pem", copy / "client-0" / "key.pem")
     with pytest.raises(CertificateError, match=r"key\.pem does not belong to cert\.pem"):
         credentials.client_credentials(copy / "client-0")
@@ -541,10 +543,10 @@ def test_show(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_show_warns_and_lists_all_problems(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    certs.init(tmp_path / "soon", [], 1, days=20)
+    cert_folders.init(tmp_path / "soon", [], 1, days=20)
     assert command(monkeypatch, "certs", "show", tmp_path / "soon" / "client-0") == 0
     assert "warning    " in capsys.readouterr().out
-    certs.init(tmp_path / "old", [], 1, now=datetime.now(UTC) - timedelta(days=400))
+    cert_folders.init(tmp_path / "old", [], 1, now=datetime.now(UTC) - timedelta(days=400))
     shutil.copy(tmp_path / "soon" / "ca" / "ca.pem", tmp_path / "old" / "client-0" / "ca.pem")
     assert command(monkeypatch, "certs", "show", tmp_path / "old" / "client-0") == 1
     out = capsys.readouterr().out

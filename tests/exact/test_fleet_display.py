@@ -12,12 +12,13 @@ from rich.console import Console
 from fedsample.errors import DataError, FedSampleError, Interrupted, QuorumError
 from fedsample.fleets.grpc import display
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.address import Address, check_free
-from fedsample.fleets.grpc.attend import Watching
+from fedsample.fleets.grpc.device.connection import Watching
+from fedsample.fleets.grpc.device.process import Presence, _source
 from fedsample.fleets.grpc.display import FleetProgress, device_display, device_table, fleet_table, span
-from fedsample.fleets.grpc.host import _farewell
-from fedsample.fleets.grpc.presence import Presence, _source
-from fedsample.fleets.grpc.seat import Seat, Stream
+from fedsample.fleets.grpc.security.address import Address, check_free
+from fedsample.fleets.grpc.server.client_record import Seat
+from fedsample.fleets.grpc.server.host import _farewell
+from fedsample.fleets.grpc.server.stream import Stream
 
 
 class Clock:

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import HEAD, PIECE, SMALL, Assembler, Damaged, Digests, Message, Name, pieces
+from fedsample.fleets.grpc.framing.frames import (
+    HEAD,
+    PIECE,
+    SMALL,
+    Assembler,
+    Damaged,
+    Digests,
+    Message,
+    Name,
+    pieces,
+)
 from fedsample.protocol.wire import Array, Parcel
 
 NAME = Name(b"r" * 16, 3, 41, 7, b"d" * 16, 1 << 40)

@@ -15,15 +15,16 @@ import pytest
 
 from fedsample.errors import ClientError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc import hub as hubs
-from fedsample.fleets.grpc import room, streams
-from fedsample.fleets.grpc.desk import Desk
-from fedsample.fleets.grpc.fleet import gather
-from fedsample.fleets.grpc.frames import PIECE, Assembler, Message, Name, pieces
-from fedsample.fleets.grpc.hub import Hub
-from fedsample.fleets.grpc.seat import Batch, Stream
-from fedsample.fleets.grpc.streams import Identified, Invitation
-from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+from fedsample.fleets.grpc.framing.frames import PIECE, Assembler, Message, Name, pieces
+from fedsample.fleets.grpc.framing.version import PROTOCOL, SERVICE
+from fedsample.fleets.grpc.server import backpressure, streams
+from fedsample.fleets.grpc.server import hub as hubs
+from fedsample.fleets.grpc.server.client_record import Batch
+from fedsample.fleets.grpc.server.dispatcher import Desk
+from fedsample.fleets.grpc.server.fleet import gather
+from fedsample.fleets.grpc.server.hub import Hub
+from fedsample.fleets.grpc.server.stream import Stream
+from fedsample.fleets.grpc.server.streams import Identified, Invitation
 from fedsample.protocol.recovery import Abandoned
 from fedsample.protocol.wire import Array, Parcel, header
 
@@ -541,7 +542,7 @@ def test_a_device_that_does_not_read_is_not_sent_more_and_more() -> None:
 def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for two: the last clients answer first, and the first, whom all wait for, has room all the same."""
     size = 3 * PIECE
-    monkeypatch.setattr(room, "STAGE", 2 * size)
+    monkeypatch.setattr(backpressure, "STAGE", 2 * size)
     monkeypatch.setattr(streams, "_PONG", 1.0)
     server = chain(5)
     stubs = server.gathered()
@@ -574,7 +575,7 @@ def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch:
 
 def test_half_an_answer_gives_its_room_back(chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch) -> None:
     size = 3 * PIECE
-    monkeypatch.setattr(room, "STAGE", size)
+    monkeypatch.setattr(backpressure, "STAGE", size)
     server = chain(1)
     (one,) = server.gathered()
     asked = server.do(lambda: list(server.desk.ask("train", {0: HELD}, 1, size)))
@@ -593,7 +594,7 @@ def test_what_a_newcomer_answers_has_room_whatever_waits(
     chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 3 * PIECE
-    monkeypatch.setattr(room, "STAGE", size)
+    monkeypatch.setattr(backpressure, "STAGE", size)
     server, stubs = all_fitted(chain, 4)
     stubs[3].close()
     asked = server.do(lambda: list(server.desk.ask("train", dict.fromkeys(range(4), HELD), 1, size)))

@@ -10,8 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.heads import Damaged, Form, Name, read_head, write_content, write_name
-from fedsample.fleets.grpc.packing import Piece, checksum, cut, device_frame, read, server_frame, varint, write, written
+from fedsample.fleets.grpc.framing.headers import Damaged, Form, Name, read_head, write_content, write_name
+from fedsample.fleets.grpc.framing.zero_copy import (
+    Piece,
+    checksum,
+    cut,
+    device_frame,
+    read,
+    server_frame,
+    varint,
+    write,
+    written,
+)
 from fedsample.protocol.wire import Array, Parcel
 
 offsets = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))

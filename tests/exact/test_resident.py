@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fedsample.clients.device_data import Held, Source
-from fedsample.clients.resident import Resident
 from fedsample.config import Experiment, load
 from fedsample.errors import DataError
-from fedsample.fleets.grpc.frames import Message, Name
+from fedsample.fleets.grpc.device.replica import Resident
+from fedsample.fleets.grpc.framing.frames import Message, Name
 from fedsample.protocol import EXACT_QUERY, TRAIN, Outgoing
 from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.protocol.names import FIT, REWIND, SCALE, SCORE, SNAPSHOT

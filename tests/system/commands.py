@@ -24,8 +24,8 @@ from typing import Any
 TRACEBACK = "Traceback (most recent call last)"
 _PRELOAD = ["fedsample.session", "fedsample.cli", "fedsample.targets.module", "sklearn.datasets", "scipy.optimize"]
 _PRELOAD += ["rich.progress", "rich.table", "flwr_datasets.partitioner", "datasets", "pyarrow.csv", "pyarrow.parquet"]
-_PRELOAD += ["tensorboard.compat.proto.event_pb2", "safetensors.torch", "fedsample.fleets.grpc.host"]
-_PRELOAD += ["fedsample.fleets.grpc.presence", __name__]
+_PRELOAD += ["tensorboard.compat.proto.event_pb2", "safetensors.torch", "fedsample.fleets.grpc.server.host"]
+_PRELOAD += ["fedsample.fleets.grpc.device.process", __name__]
 
 # Calls after which the disk has changed; a process that dies at one of them leaves what a power cut would.
 STEPS = ("os.replace", "os.rename", "os.fsync", "os.ftruncate", "shutil.rmtree", "pathlib.Path.unlink")

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from fedsample.clients.device_data import Held, Source
-from fedsample.clients.resident import Resident
 from fedsample.config.loading import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.attend import Attendant, prepare_threads
+from fedsample.fleets.grpc.device.connection import Attendant, prepare_threads
+from fedsample.fleets.grpc.device.replica import Resident
 
 
 def attendant(target: str, index: int, devices: int, state: Path, data: str) -> Attendant:

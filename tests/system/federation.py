@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from commands import Command, last_checkpoint, start
 
-from fedsample.fleets.grpc import certs
+from fedsample.fleets.grpc.security import cert_folders
 
 CONFIG = """
 preset = "{preset}"
@@ -31,7 +31,9 @@ snapshot_rounds = 20
 """
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-QUICK = {"fedsample.fleets.grpc.attend.FIRST": 0.05}  # seconds of back-off: a run of seconds need not wait for long
+QUICK = {
+    "fedsample.fleets.grpc.device.connection.FIRST": 0.05
+}  # seconds of back-off: a run of seconds need not wait for long
 
 
 def free_port() -> int:
@@ -54,7 +56,7 @@ class Federation:
         (folder / "experiment.toml").write_text(config)
         self.secure = secure
         if secure:
-            certs.init(folder / "certs", ["localhost"], devices)
+            cert_folders.init(folder / "certs", ["localhost"], devices)
 
     def start(self, who: str, *options: str, **how: Any) -> Command:
         """Start a process; see `commands.start` for how."""

@@ -20,10 +20,11 @@ import grpc
 import grpc.aio
 from device_pool import attendant
 
-from fedsample.fleets.grpc import attend, hub, streams
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.attend import Attendant
-from fedsample.fleets.grpc.version import SERVICE
+from fedsample.fleets.grpc.device import connection
+from fedsample.fleets.grpc.device.connection import Attendant
+from fedsample.fleets.grpc.framing.version import SERVICE
+from fedsample.fleets.grpc.server import hub, streams
 
 _SIZES = [("grpc.max_receive_message_length", 8 << 20)]
 
@@ -256,7 +257,7 @@ def troubles(chance: random.Random, share: float, done: Counter[str]) -> Meddlin
 def quick(monkeypatch: Any) -> None:
     """Waits in proportion: a run of a second need not wait for half a second."""
     constants: Mapping[Any, dict[str, float]] = {
-        attend: {"FIRST": 0.02, "LONGEST": 0.2},
+        connection: {"FIRST": 0.02, "LONGEST": 0.2},
         hub: {"COMPLAIN": 0.5},
         streams: {"_REPLACE": 1.0},
     }

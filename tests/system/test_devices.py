@@ -23,8 +23,8 @@ from fedsample.config import load
 from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, UnsoundError
 from fedsample.experiment import check
-from fedsample.fleets.grpc.address import Address
-from fedsample.fleets.grpc.host import Host, serve
+from fedsample.fleets.grpc.security.address import Address
+from fedsample.fleets.grpc.server.host import Host, serve
 from fedsample.monitor import load_draws, read_jsonl
 
 WIRE = "comm/wire_up_bytes/payload"
@@ -157,13 +157,16 @@ def test_a_lost_disk_forks_the_chain_and_the_fork_can_be_replayed(
 
 
 BAD_MOMENTS = (
-    (["fedsample.fleets.grpc.desk.Desk.tell"], 3),  # the devices have agreed on the schema, not on the scale
-    (["fedsample.fleets.grpc.fleet.GrpcFleet.exchange"], 2),  # while the mode is looked for
+    (
+        ["fedsample.fleets.grpc.server.dispatcher.Desk.tell"],
+        3,
+    ),  # the devices have agreed on the schema, not on the scale
+    (["fedsample.fleets.grpc.server.fleet.GrpcFleet.exchange"], 2),  # while the mode is looked for
     (["fedsample.monitor.checkpoint.CheckpointStore.save"], 1),  # the devices have a snapshot, the server none
     (["fedsample.monitor.checkpoint.CheckpointStore.save"], 3),  # the devices are one snapshot ahead
     (["fedsample.monitor.checkpoint.CheckpointStore.save"], 1),  # the same once more
-    (["fedsample.fleets.grpc.fleet.GrpcFleet.rewind"], 1),  # before all go back
-    (["fedsample.fleets.grpc.fleet.GrpcFleet.keep"], 1),  # after all have gone back
+    (["fedsample.fleets.grpc.server.fleet.GrpcFleet.rewind"], 1),  # before all go back
+    (["fedsample.fleets.grpc.server.fleet.GrpcFleet.keep"], 1),  # after all have gone back
     (["os.rename"], 2),  # in the middle of a checkpoint
 )
 

@@ -23,11 +23,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from fedsample.cli import main
-from fedsample.fleets.grpc import authority, certs, credentials, doctor
 from fedsample.fleets.grpc.fedsample_pb2 import ProbeRequest
-from fedsample.fleets.grpc.identity import ClientIdentity, ServerIdentity
-from fedsample.fleets.grpc.probe import probe_call, probe_handler
-from fedsample.fleets.grpc.version import PROTOCOL
+from fedsample.fleets.grpc.framing.probe import probe_call, probe_handler
+from fedsample.fleets.grpc.framing.version import PROTOCOL
+from fedsample.fleets.grpc.security import authority, cert_folders, credentials, doctor
+from fedsample.fleets.grpc.security.identity import ClientIdentity, ServerIdentity
 
 STEPS = ["certificates", "dns", "tcp", "tls", "service", "clock", "identity", "protocol", "round trip"]
 
@@ -35,7 +35,7 @@ STEPS = ["certificates", "dns", "tcp", "tls", "service", "clock", "identity", "p
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fleet") / "certs"
-    certs.init(folder, ["sampler.example.org"], 3)
+    cert_folders.init(folder, ["sampler.example.org"], 3)
     return folder
 
 
@@ -134,7 +134,9 @@ def raw(folder: Path, trusted: Path | None = None) -> Any:
 def own_server(folder: Path, names: list[str], out: Path, **options: Any) -> Path:
     """A server's folder for exactly these names: `certs` would add this machine's own."""
     key = authority.new_key()
-    leaf = authority.sign(certs.load_authority(folder / "ca"), key.public_key(), ServerIdentity(), names, **options)
+    leaf = authority.sign(
+        cert_folders.load_authority(folder / "ca"), key.public_key(), ServerIdentity(), names, **options
+    )
     out.mkdir()
     shutil.copy(folder / "ca" / "ca.pem", out)
     (out / "cert.pem").write_bytes(leaf.public_bytes(Encoding.PEM))
@@ -217,7 +219,7 @@ def test_not_tls(
 
 def test_wrong_authority(fleet: Path, examine: Callable[..., Examination], tmp_path: Path) -> None:
     other = tmp_path / "other"
-    certs.init(other, [], 1)
+    cert_folders.init(other, [], 1)
     issuer = x509.load_pem_x509_certificate((other / "ca" / "ca.pem").read_bytes()).subject.rfc4514_string()
     with serving(credentials.server_credentials(other / "server"), probe_handler()) as port:
         seen = examine(port, "--certs", fleet / "client-0")
@@ -237,8 +239,8 @@ def test_wrong_name(fleet: Path, examine: Callable[..., Examination], tmp_path: 
 
 def test_expired(fleet: Path, examine: Callable[..., Examination], tmp_path: Path) -> None:
     past, future = datetime.now(UTC) - timedelta(days=400), datetime.now(UTC) + timedelta(days=2)
-    certs.init(tmp_path / "old", [], 1, now=past)
-    certs.issue(tmp_path / "old", 1, 1)
+    cert_folders.init(tmp_path / "old", [], 1, now=past)
+    cert_folders.issue(tmp_path / "old", 1, 1)
     with serving(raw(tmp_path / "old" / "server"), probe_handler()) as port:
         examine(port, "--certs", tmp_path / "old" / "client-1").fails("tls", "expired: the server's certificate")
         seen = examine(port, "--certs", tmp_path / "old" / "client-0")

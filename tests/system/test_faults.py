@@ -23,10 +23,10 @@ import fedsample
 from fedsample import session
 from fedsample.config import load
 from fedsample.errors import DataError, FedSampleError, Interrupted, RunDirectoryError
-from fedsample.fleets.grpc.address import Address
-from fedsample.fleets.grpc.attend import Refused
-from fedsample.fleets.grpc.host import Host, serve
-from fedsample.fleets.grpc.hub import Hub
+from fedsample.fleets.grpc.device.connection import Refused
+from fedsample.fleets.grpc.security.address import Address
+from fedsample.fleets.grpc.server.host import Host, serve
+from fedsample.fleets.grpc.server.hub import Hub
 from fedsample.monitor import load_draws, read_jsonl
 from fedsample.protocol import METRIC, TRAIN
 from fedsample.protocol.names import REWIND, SCALE, SNAPSHOT, SPREAD

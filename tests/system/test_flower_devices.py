@@ -26,15 +26,16 @@ from fedsample import cli
 from fedsample.errors import ConfigError, QuorumError, RunDirectoryError
 from fedsample.fleets.flower_grid import AppFolder, FlowerRun, adapter, imported, node_id, read_app, run_flower
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc import frames, presence
-from fedsample.fleets.grpc.address import Address
-from fedsample.fleets.grpc.attend import Attendant, Watching
-from fedsample.fleets.grpc.flower_carrier import FLOWER, message_in, parcel_of
-from fedsample.fleets.grpc.flower_host import serve_app
-from fedsample.fleets.grpc.flower_node import FILE, FlowerNode, run_config_in
-from fedsample.fleets.grpc.host import Host
-from fedsample.fleets.grpc.hub import Hub
-from fedsample.fleets.grpc.presence import Presence
+from fedsample.fleets.grpc.device import process
+from fedsample.fleets.grpc.device.connection import Attendant, Watching
+from fedsample.fleets.grpc.device.process import Presence
+from fedsample.fleets.grpc.flower_app.carrier import FLOWER, message_in, parcel_of
+from fedsample.fleets.grpc.flower_app.host import serve_app
+from fedsample.fleets.grpc.flower_app.node import FILE, FlowerNode, run_config_in
+from fedsample.fleets.grpc.framing import frames
+from fedsample.fleets.grpc.security.address import Address
+from fedsample.fleets.grpc.server.host import Host
+from fedsample.fleets.grpc.server.hub import Hub
 
 RAISED, NODE_GONE = 2, 5  # Flower's codes
 
@@ -390,7 +391,7 @@ def test_a_device_that_cannot_remember_says_so(tmp_path: Path, monkeypatch: pyte
 
     def main(grid: Grid, context: Context) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("fedsample.fleets.grpc.flower_node.write_atomic", full)
+            patch.setattr("fedsample.fleets.grpc.flower_app.node.write_atomic", full)
             (reply,) = ask(grid)
         assert reply.error.code == RAISED
         assert "client 0 failed" in reply.error.reason
@@ -441,10 +442,10 @@ def test_each_side_says_when_the_other_runs_something_else(tmp_path: Path) -> No
     apps, samples = '[flower]\nname = "x"\n[config]\n', "rounds = 3\n"
     named = Presence("", None, 0, tmp_path, "cpu", "digits", None, None, None, None, True)
     with pytest.raises(ConfigError, match="add --app"):
-        presence._sampling(named, Watching(""), lambda welcome: tmp_path)(pb.Welcome(config=apps))
+        process._sampling(named, Watching(""), lambda welcome: tmp_path)(pb.Welcome(config=apps))
     (tmp_path / "stock.py").write_text("from flwr.clientapp import ClientApp\napp = ClientApp()\n")
     with contextlib.chdir(tmp_path), contextlib.ExitStack() as stack:
-        enter = presence._app("stock:app", lambda welcome: tmp_path, stack)
+        enter = process._app("stock:app", lambda welcome: tmp_path, stack)
         with pytest.raises(ConfigError, match="drop --app"):
             enter(pb.Welcome(config=samples))
         assert isinstance(enter(pb.Welcome(config=apps)), FlowerNode)
@@ -492,7 +493,7 @@ def test_a_disk_that_is_full_leaves_the_message_unhandled(tmp_path: Path, monkey
         raise RunDirectoryError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedsample.fleets.grpc.flower_node.write_atomic", full)
+        patch.setattr("fedsample.fleets.grpc.flower_app.node.write_atomic", full)
         with pytest.raises(RunDirectoryError):
             device.answer(request(2))
     assert count(device.answer(request(2))) == 2

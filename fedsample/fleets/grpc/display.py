@@ -13,8 +13,8 @@ from fedsample.monitor.progress import LIVE, Progress, size_of
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from fedsample.fleets.grpc.attend import Watching
-    from fedsample.fleets.grpc.seat import Seat
+    from fedsample.fleets.grpc.device.connection import Watching
+    from fedsample.fleets.grpc.server.client_record import Seat
 
 _ROWS = 40  # devices that fit on a screen; then those that need attention come first
 _ORDER = {"not here yet": 0, "away": 1, "joining": 2, "ready": 3, "working": 4, "idle": 5}

@@ -8,15 +8,16 @@ has, and replays.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from fedsample import protocol
+from fedsample.clients.device_data import Holding
 from fedsample.clients.message_handler import Device, Trace
 from fedsample.errors import DataError, RunDirectoryError
-from fedsample.fleets.grpc.frames import Message
-from fedsample.fleets.grpc.heads import Name
+from fedsample.fleets.grpc.framing.frames import Message
+from fedsample.fleets.grpc.framing.headers import Name
 from fedsample.monitor.atomic_files import disk_error, write_atomic
 from fedsample.monitor.checkpoint import KEPT, Checkpoint, CheckpointStore
 from fedsample.protocol.names import FIT, REWIND, SCALE, SCORE, SNAPSHOT, SPREAD
@@ -26,52 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fedsample.config import Experiment
-
-
-class Holding(Protocol):
-    """A device's own data, from its schema to a potential."""
-
-    @property
-    def schema(self) -> str:
-        """What the data are, as JSON."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the data, for this device alone."""
-        ...
-
-    def fit(self, schema: str) -> None:
-        """Take the columns, categories and labels that all devices agreed on.
-
-        Raises:
-            DataError: if the data do not fit.
-        """
-        ...
-
-    def first_sums(self) -> Tensor:
-        """Counts and sums, for the means."""
-        ...
-
-    def second_sums(self, first: Tensor) -> Tensor:
-        """Squares about the means, from everyone's first sums."""
-        ...
-
-    def finish(self, first: Tensor | None, second: Tensor | None) -> Device:
-        """Standardise, if sums are given; then the client."""
-        ...
-
-    def score(self, draws: Tensor) -> Tensor:
-        """Add draws (S, d) to the predictions of the rows kept aside -> counts that sum over devices."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """The predictions so far."""
-        ...
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Back to a `state`; empty: no draws yet."""
-        ...
 
 
 class Standing(NamedTuple):

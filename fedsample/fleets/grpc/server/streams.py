@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import grpc.aio
 
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import PIECE, Assembler, Message, frames
-from fedsample.fleets.grpc.heads import Damaged
-from fedsample.fleets.grpc.packing import Piece
-from fedsample.fleets.grpc.probe import SOFTWARE
-from fedsample.fleets.grpc.room import Room
-from fedsample.fleets.grpc.seat import Asked, Batch, Seat, Stream
-from fedsample.fleets.grpc.version import PROTOCOL
+from fedsample.fleets.grpc.framing.frames import PIECE, Assembler, Message, frames
+from fedsample.fleets.grpc.framing.headers import Damaged
+from fedsample.fleets.grpc.framing.probe import SOFTWARE
+from fedsample.fleets.grpc.framing.version import PROTOCOL
+from fedsample.fleets.grpc.framing.zero_copy import Piece
+from fedsample.fleets.grpc.server.backpressure import Room
+from fedsample.fleets.grpc.server.client_record import Asked, Batch, Seat
+from fedsample.fleets.grpc.server.stream import Stream
 
 _LINE = 500  # characters of a device's own words that are shown
 _HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong

@@ -13,8 +13,8 @@ from pathlib import Path
 from cryptography import x509
 
 from fedsample.errors import CertificateError
-from fedsample.fleets.grpc.credentials import certificate_names, day
-from fedsample.fleets.grpc.identity import ServerIdentity, identity_of
+from fedsample.fleets.grpc.security.credentials import certificate_names, day
+from fedsample.fleets.grpc.security.identity import ServerIdentity, identity_of
 
 # Connection preface and an empty SETTINGS frame (RFC 9113, sections 3.4 and 6.5): a server answers with its own.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"

@@ -16,10 +16,10 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.heads import Damaged as Damaged
-from fedsample.fleets.grpc.heads import Head, read_head, write_content, write_name
-from fedsample.fleets.grpc.heads import Name as Name
-from fedsample.fleets.grpc.packing import Data, Piece, checksum, write
+from fedsample.fleets.grpc.framing.headers import Damaged as Damaged
+from fedsample.fleets.grpc.framing.headers import Head, read_head, write_content, write_name
+from fedsample.fleets.grpc.framing.headers import Name as Name
+from fedsample.fleets.grpc.framing.zero_copy import Data, Piece, checksum, write
 from fedsample.protocol.wire import Array, Parcel
 
 PIECE = 1 << 20  # bytes of data in a piece

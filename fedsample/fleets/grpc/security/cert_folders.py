@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from fedsample.errors import CertificateError
-from fedsample.fleets.grpc import authority
-from fedsample.fleets.grpc.authority import DEFAULT_DAYS, MAX_DAYS, Authority, server_names
-from fedsample.fleets.grpc.credentials import private_key, read, signs
-from fedsample.fleets.grpc.identity import MAX_CLIENTS, ClientIdentity, Identity, ServerIdentity
+from fedsample.fleets.grpc.security import authority
+from fedsample.fleets.grpc.security.authority import DEFAULT_DAYS, MAX_DAYS, Authority, server_names
+from fedsample.fleets.grpc.security.credentials import private_key, read, signs
+from fedsample.fleets.grpc.security.identity import MAX_CLIENTS, ClientIdentity, Identity, ServerIdentity
 
 CA, CA_KEY, CERTIFICATE, KEY, REQUEST = "ca.pem", "ca-key.pem", "cert.pem", "key.pem", "request.csr"
 

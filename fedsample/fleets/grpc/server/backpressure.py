@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fedsample.fleets.grpc.seat import Stream
+from fedsample.fleets.grpc.server.stream import Stream
 
 STAGE, ANSWERS = 16 << 20, 2  # bytes of large answers that may wait, all clients together; or so many answers
 

@@ -11,11 +11,11 @@ from flwr.serverapp import ServerApp
 
 from fedsample.fleets.flower_grid import AppFolder, FlowerRun, drive
 from fedsample.fleets.flower_grid.adapter import Value
-from fedsample.fleets.grpc.fleet import gather
-from fedsample.fleets.grpc.flower_carrier import Devices
-from fedsample.fleets.grpc.host import Host, listening
-from fedsample.fleets.grpc.streams import Invitation
-from fedsample.fleets.grpc.version import run_id
+from fedsample.fleets.grpc.flower_app.carrier import Devices
+from fedsample.fleets.grpc.framing.version import run_id
+from fedsample.fleets.grpc.server.fleet import gather
+from fedsample.fleets.grpc.server.host import Host, listening
+from fedsample.fleets.grpc.server.streams import Invitation
 
 PATIENCE = 60.0  # seconds
 

@@ -17,13 +17,14 @@ import grpc.aio
 
 from fedsample.errors import ClientError, FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import PIECE, Message
-from fedsample.fleets.grpc.heads import Damaged
-from fedsample.fleets.grpc.packing import device_frame, written
-from fedsample.fleets.grpc.probe import probe_handler
-from fedsample.fleets.grpc.seat import Asked, Batch, Stream
-from fedsample.fleets.grpc.streams import LEAVE, Identified, Invitation, Streams
-from fedsample.fleets.grpc.version import SERVICE
+from fedsample.fleets.grpc.framing.frames import PIECE, Message
+from fedsample.fleets.grpc.framing.headers import Damaged
+from fedsample.fleets.grpc.framing.probe import probe_handler
+from fedsample.fleets.grpc.framing.version import SERVICE
+from fedsample.fleets.grpc.framing.zero_copy import device_frame, written
+from fedsample.fleets.grpc.server.client_record import Asked, Batch
+from fedsample.fleets.grpc.server.stream import Stream
+from fedsample.fleets.grpc.server.streams import LEAVE, Identified, Invitation, Streams
 from fedsample.protocol.recovery import Abandoned
 
 COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for

@@ -21,15 +21,15 @@ from fedsample.data.device_files import agreed_schema
 from fedsample.data.schema import Schema
 from fedsample.diagnostics.counts import scores
 from fedsample.errors import CertificateError, ConfigError, DataError, Interrupted, RunDirectoryError
-from fedsample.fleets.grpc.address import Address, check_free, check_insecure
-from fedsample.fleets.grpc.credentials import server_credentials
-from fedsample.fleets.grpc.desk import Desk
 from fedsample.fleets.grpc.display import FleetProgress
-from fedsample.fleets.grpc.fleet import GrpcFleet, fleet_on, gather, sums_of
-from fedsample.fleets.grpc.hub import Hub
-from fedsample.fleets.grpc.identity import ClientIdentity, identity_of
-from fedsample.fleets.grpc.streams import Identified, Invitation
-from fedsample.fleets.grpc.version import run_id
+from fedsample.fleets.grpc.framing.version import run_id
+from fedsample.fleets.grpc.security.address import Address, check_free, check_insecure
+from fedsample.fleets.grpc.security.credentials import server_credentials
+from fedsample.fleets.grpc.security.identity import ClientIdentity, identity_of
+from fedsample.fleets.grpc.server.dispatcher import Desk
+from fedsample.fleets.grpc.server.fleet import GrpcFleet, fleet_on, gather, sums_of
+from fedsample.fleets.grpc.server.hub import Hub
+from fedsample.fleets.grpc.server.streams import Identified, Invitation
 from fedsample.problem.remote import remote_problem
 from fedsample.protocol.names import FIT, SCALE, SPREAD
 from fedsample.protocol.wire import Parcel, header, pack_tensors

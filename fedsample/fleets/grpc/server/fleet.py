@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fedsample import protocol
 from fedsample.errors import QuorumError
-from fedsample.fleets.grpc.desk import SLACK, Desk
-from fedsample.fleets.grpc.hub import Hub
-from fedsample.fleets.grpc.seat import Stream
+from fedsample.fleets.grpc.server.dispatcher import SLACK, Desk
+from fedsample.fleets.grpc.server.hub import Hub
+from fedsample.fleets.grpc.server.stream import Stream
 from fedsample.fleets.remote import Federation, RemoteFleet
 from fedsample.monitor.tensorboard import quantiles
 from fedsample.numerics.tree_sum import TreeSum

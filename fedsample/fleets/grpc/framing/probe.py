@@ -13,8 +13,8 @@ import grpc
 
 from fedsample.errors import CertificateError
 from fedsample.fleets.grpc.fedsample_pb2 import ProbeReply, ProbeRequest
-from fedsample.fleets.grpc.identity import identity_of
-from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+from fedsample.fleets.grpc.framing.version import PROTOCOL, SERVICE
+from fedsample.fleets.grpc.security.identity import identity_of
 from fedsample.version import __version__
 
 SOFTWARE = f"fedsample {__version__}"

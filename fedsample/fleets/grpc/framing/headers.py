@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from fedsample.errors import FedSampleError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.packing import cut, varint
+from fedsample.fleets.grpc.framing.zero_copy import cut, varint
 from fedsample.protocol.wire import Field, Parcel
 
 _SHORT = 96  # bytes of a field that is remembered

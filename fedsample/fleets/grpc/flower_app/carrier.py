@@ -17,10 +17,10 @@ from flwr.app import Message
 
 from fedsample.errors import ClientError, DataError
 from fedsample.fleets.flower_grid import adapter, node_id
-from fedsample.fleets.grpc import frames
-from fedsample.fleets.grpc.attend import LIMIT
-from fedsample.fleets.grpc.hub import Hub
-from fedsample.fleets.grpc.streams import last_line
+from fedsample.fleets.grpc.device.connection import LIMIT
+from fedsample.fleets.grpc.framing import frames
+from fedsample.fleets.grpc.server.hub import Hub
+from fedsample.fleets.grpc.server.streams import last_line
 from fedsample.protocol.wire import DENSE, Array, Header, Parcel, header
 
 FLOWER = "flower.message"

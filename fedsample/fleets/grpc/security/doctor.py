@@ -19,13 +19,13 @@ from typing import NamedTuple
 import grpc
 
 from fedsample.errors import AddressError, CertificateError
-from fedsample.fleets.grpc.address import check_insecure, parse_address
-from fedsample.fleets.grpc.credentials import Material, client_credentials, day, examine, load
 from fedsample.fleets.grpc.fedsample_pb2 import ProbeReply, ProbeRequest
-from fedsample.fleets.grpc.handshake import HandshakeFailed, handshake
-from fedsample.fleets.grpc.identity import ClientIdentity
-from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE, probe_call
-from fedsample.fleets.grpc.version import PROTOCOL
+from fedsample.fleets.grpc.framing.probe import DIRECT, SOFTWARE, probe_call
+from fedsample.fleets.grpc.framing.version import PROTOCOL
+from fedsample.fleets.grpc.security.address import check_insecure, parse_address
+from fedsample.fleets.grpc.security.credentials import Material, client_credentials, day, examine, load
+from fedsample.fleets.grpc.security.handshake import HandshakeFailed, handshake
+from fedsample.fleets.grpc.security.identity import ClientIdentity
 
 # A certificate holds for hours and days; logs of two machines are compared in seconds.
 CLOCK_LIMIT_S = 60.0

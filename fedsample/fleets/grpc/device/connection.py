@@ -25,16 +25,16 @@ import torch
 from fedsample.errors import ConfigError, DataError, FedSampleError, RunDirectoryError
 from fedsample.fleets.compute_thread import ComputingThread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.frames import Assembler, Message, frames
-from fedsample.fleets.grpc.heads import Damaged
-from fedsample.fleets.grpc.packing import Piece, server_frame, written
-from fedsample.fleets.grpc.probe import DIRECT, SOFTWARE
-from fedsample.fleets.grpc.version import PROTOCOL, SERVICE
+from fedsample.fleets.grpc.framing.frames import Assembler, Message, frames
+from fedsample.fleets.grpc.framing.headers import Damaged
+from fedsample.fleets.grpc.framing.probe import DIRECT, SOFTWARE
+from fedsample.fleets.grpc.framing.version import PROTOCOL, SERVICE
+from fedsample.fleets.grpc.framing.zero_copy import Piece, server_frame, written
 from fedsample.protocol import TRAIN
 
 if TYPE_CHECKING:
     from fedsample.clients.message_handler import Trace
-    from fedsample.clients.resident import Standing
+    from fedsample.fleets.grpc.device.replica import Standing
 
 LIMIT = 1 << 33  # bytes that a request's arrays may have
 BRIEF, STEADY = 5e-3, 32  # seconds of an estimate, and how many in a row, from which on it is not handed over

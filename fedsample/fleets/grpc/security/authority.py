@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedsample.errors import CertificateError
-from fedsample.fleets.grpc.address import parse_host
-from fedsample.fleets.grpc.identity import Identity, ServerIdentity, parse_uri
+from fedsample.fleets.grpc.security.address import parse_host
+from fedsample.fleets.grpc.security.identity import Identity, ServerIdentity, parse_uri
 
 DEFAULT_DAYS = 365
 MAX_DAYS = 3650

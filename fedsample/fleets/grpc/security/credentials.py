@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fedsample.errors import CertificateError
-from fedsample.fleets.grpc.authority import names_of
-from fedsample.fleets.grpc.identity import ClientIdentity, Identity, ServerIdentity, identity_of
+from fedsample.fleets.grpc.security.authority import names_of
+from fedsample.fleets.grpc.security.identity import ClientIdentity, Identity, ServerIdentity, identity_of
 
 SOON = timedelta(days=30)
 

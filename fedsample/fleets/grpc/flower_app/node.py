@@ -14,14 +14,14 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsample.clients.message_handler import Trace
-from fedsample.clients.resident import Standing
 from fedsample.errors import ConfigError, DataError, RunDirectoryError
 from fedsample.fleets.flower_grid import adapter, answer
 from fedsample.fleets.flower_grid.adapter import Value
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.attend import LIMIT
-from fedsample.fleets.grpc.flower_carrier import FLOWER, message_in, parcel_of
-from fedsample.fleets.grpc.frames import Assembler, Damaged, Message, pieces
+from fedsample.fleets.grpc.device.connection import LIMIT
+from fedsample.fleets.grpc.device.replica import Standing
+from fedsample.fleets.grpc.flower_app.carrier import FLOWER, message_in, parcel_of
+from fedsample.fleets.grpc.framing.frames import Assembler, Damaged, Message, pieces
 from fedsample.monitor.atomic_files import write_atomic
 from fedsample.protocol.wire import DENSE, Array, Parcel
 

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedsample.clients.device_data import Held, Source
-from fedsample.clients.resident import Resident
 from fedsample.config.loading import reread
 from fedsample.data.device_files import check_source, is_builtin
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.address import check_insecure, parse_address
-from fedsample.fleets.grpc.attend import Answering, Attendant, Refused, Watching, prepare_threads
-from fedsample.fleets.grpc.credentials import client_credentials
+from fedsample.fleets.grpc.device.connection import Answering, Attendant, Refused, Watching, prepare_threads
+from fedsample.fleets.grpc.device.replica import Resident
 from fedsample.fleets.grpc.display import device_display
-from fedsample.fleets.grpc.version import run_id
+from fedsample.fleets.grpc.framing.version import run_id
+from fedsample.fleets.grpc.security.address import check_insecure, parse_address
+from fedsample.fleets.grpc.security.credentials import client_credentials
 from fedsample.problem import device_of
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _sampling(
 def _app(app: str, hold: Callable[[pb.Welcome], Path], stack: ExitStack) -> Callable[[pb.Welcome], Answering]:
     """What takes part in runs of a Flower app; its ClientApp is imported until the stack ends."""
     from fedsample.fleets.flower_grid import imported_client
-    from fedsample.fleets.grpc.flower_node import FlowerNode, run_config_in
+    from fedsample.fleets.grpc.flower_app.node import FlowerNode, run_config_in
 
     client_app = stack.enter_context(imported_client(app))
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 
 from fedsample.errors import ClientError
-from fedsample.fleets.grpc.frames import Digests, Message
-from fedsample.fleets.grpc.heads import Damaged, Name
-from fedsample.fleets.grpc.hub import Hub
-from fedsample.fleets.grpc.streams import last_line
+from fedsample.fleets.grpc.framing.frames import Digests, Message
+from fedsample.fleets.grpc.framing.headers import Damaged, Name
+from fedsample.fleets.grpc.server.hub import Hub
+from fedsample.fleets.grpc.server.streams import last_line
 from fedsample.protocol.wire import Parcel
 
 SLACK = 1 << 16  # bytes of an answer beyond what its arrays must have
