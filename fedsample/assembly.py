@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsample.config import Experiment, ScheduleConfig
+from fedsample.config import Experiment
 from fedsample.errors import ConfigError
 from fedsample.estimators.links import links, refresh_of
 from fedsample.fleets.engines import choose_engine
@@ -19,7 +19,7 @@ from fedsample.preparation import Prepared, prepare
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
-from fedsample.strategies.schedule import Constant, Cyclical, Polynomial, Schedule
+from fedsample.strategies.schedule import schedule_of
 from fedsample.targets.metric import MOST_DENSE
 
 
@@ -99,16 +99,6 @@ def check_size(experiment: Experiment, problem: Problem) -> None:
     uplink.bits(1, 0, problem.d, dtype)  # refuses settings that do not fit d
     downlink.bits(torch.ones(1, dtype=torch.int64), 1, problem.d, dtype)
     Cohort(problem.clients.n, experiment.chains, experiment.seed, experiment.fleet.participation)
-
-
-def schedule_of(experiment: Experiment, initial: float) -> Schedule:
-    """The steps of a run that begins with `initial`."""
-    section = experiment.step_size
-    if isinstance(section, ScheduleConfig) and section.schedule == "polynomial":
-        return Polynomial(initial, section.power, section.offset)
-    if isinstance(section, ScheduleConfig) and section.schedule == "cyclical":
-        return Cyclical(initial, section.period)
-    return Constant(initial)
 
 
 @dataclass

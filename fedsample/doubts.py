@@ -136,8 +136,7 @@ def _finite(value: float | None) -> bool:
 
 
 def _of_bias(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
-    from fedsample.assembly import schedule_of
-    from fedsample.strategies.schedule import Constant
+    from fedsample.strategies.schedule import Constant, schedule_of
 
     bias, step, limit = (summary[name] for name in ("predicted_variance_bias", "step_size", "largest_stable_step"))
     schedule = schedule_of(experiment, step)

@@ -4,9 +4,11 @@ if __name__ != "fedsample.strategies":
     raise ImportError(f"import this package as fedsample.strategies, not as {__name__}: it would exist twice")
 
 from fedsample.strategies.baoab import Baoab
-from fedsample.strategies.base import Sampler, Stability, State
+from fedsample.strategies.base import Sampler
 from fedsample.strategies.cohort import Cohort
+from fedsample.strategies.divergence import Stability
 from fedsample.strategies.langevin import Langevin
+from fedsample.strategies.state import State
 
 __all__ = ["Baoab", "Cohort", "Langevin", "Sampler", "Stability", "State", "table"]
 

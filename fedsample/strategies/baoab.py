@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fedsample.kernels import baoab_step
 from fedsample.random import SERVER, key
-from fedsample.strategies.base import Sampler, State
+from fedsample.strategies.base import Sampler
+from fedsample.strategies.state import State
 
 
 class Baoab(Sampler):

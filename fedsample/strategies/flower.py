@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from fedsample.estimators import Downlink, Uplink
     from fedsample.fleets.flower.fleet import FlowerFleet
     from fedsample.fleets.remote import Dispatch
-    from fedsample.strategies.base import State
     from fedsample.strategies.cohort import Cohort
+    from fedsample.strategies.state import State
     from fedsample.targets import Metric, MetricPrior
 
 PARAMS = "params"
@@ -113,7 +113,7 @@ class FlowerStrategy(Strategy):
         Raises:
             DataError: if the arrays are no chains of this target.
         """
-        from fedsample.strategies.base import State
+        from fedsample.strategies.state import State
 
         mean = self.metric.mean
         shape = (self.cohort.chains, len(mean))

@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedsample.kernels import langevin_step
-from fedsample.strategies.base import Sampler, State
+from fedsample.strategies.base import Sampler
+from fedsample.strategies.state import State
 
 
 class Langevin(Sampler):

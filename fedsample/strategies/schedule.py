@@ -12,6 +12,18 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from fedsample.config import Experiment, ScheduleConfig
+
+
+def schedule_of(experiment: Experiment, initial: float) -> Schedule:
+    """The steps of a run that begins with `initial`."""
+    section = experiment.step_size
+    if isinstance(section, ScheduleConfig) and section.schedule == "polynomial":
+        return Polynomial(initial, section.power, section.offset)
+    if isinstance(section, ScheduleConfig) and section.schedule == "cyclical":
+        return Cyclical(initial, section.period)
+    return Constant(initial)
+
 
 @dataclass(frozen=True)
 class Schedule(ABC):
