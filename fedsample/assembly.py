@@ -15,7 +15,8 @@ from fedsample.fleets.faults import Faults, Recorded
 from fedsample.fleets.local import LocalFleet
 from fedsample.monitor.progress import Progress
 from fedsample.numerics.dtypes import DTYPES
-from fedsample.preparation import Prepared, prepare
+from fedsample.preparation.prepare import prepare
+from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet
 from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedsample.monitor.draws import DrawStore
     from fedsample.monitor.progress import Progress
     from fedsample.monitor.tensorboard import Recorder
-    from fedsample.preparation import Prepared
+    from fedsample.preparation.prepared import Prepared
     from fedsample.session import Session
     from fedsample.watch import Watch
 

@@ -32,7 +32,8 @@ from fedsample.monitor.jsonl import read_jsonl
 from fedsample.monitor.progress import Mode, Progress
 from fedsample.monitor.tensorboard import LAZY_QUEUE, Recorder
 from fedsample.numerics.math_library import choose_paths
-from fedsample.preparation import Prepared, prepare, prepared_for, restore_prepared
+from fedsample.preparation.prepare import prepare
+from fedsample.preparation.prepared import Prepared, prepared_for, restore_prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet, Traffic
 from fedsample.protocol.recovery import Abandoned, Recovers, Rollback

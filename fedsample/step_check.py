@@ -131,7 +131,7 @@ def check(path: Path, experiment: Experiment, summary: dict[str, Any], other: di
             the run and of the one at half the step.
     """
     from fedsample.monitor.draws import load_draws
-    from fedsample.preparation import restore_prepared
+    from fedsample.preparation.prepared import restore_prepared
 
     geometry = restore_prepared(path, experiment).geometry
     draws, halved = (

@@ -22,7 +22,7 @@ from fedsample.protocol.exchange import Aggregate, Traffic
 if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.monitor.draws import DrawStore
-    from fedsample.preparation import Prepared
+    from fedsample.preparation.prepared import Prepared
     from fedsample.problem import Problem
     from fedsample.strategies import Sampler, State
 

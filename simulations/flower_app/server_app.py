@@ -15,7 +15,7 @@ from fedsample.experiment import check
 from fedsample.fleets.flower.fleet import fleet_on
 from fedsample.monitor.draws import DrawStore
 from fedsample.monitor.progress import Progress
-from fedsample.preparation import prepare
+from fedsample.preparation.prepare import prepare
 from fedsample.problem import build_problem
 from fedsample.session import SHARD_ROUNDS
 

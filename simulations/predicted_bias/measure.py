@@ -25,7 +25,8 @@ from torch import Tensor
 from fedsample.assembly import build_fleet, build_sampler
 from fedsample.config import Experiment, load
 from fedsample.monitor.progress import Progress
-from fedsample.preparation import Prepared, prepare
+from fedsample.preparation.prepare import prepare
+from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 
 HMC = Path(__file__).parents[2] / "tests" / "data" / "digits_hmc.npz"

@@ -25,7 +25,8 @@ from fedsample.errors import CompileError
 from fedsample.experiment import check
 from fedsample.fleets.local import LocalFleet
 from fedsample.monitor.progress import Progress
-from fedsample.preparation import Prepared, prepare
+from fedsample.preparation.prepare import prepare
+from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.random import key
 from fedsample.strategies import Sampler

@@ -15,9 +15,9 @@ from fedsample.compression import build as compressor_of
 from fedsample.config import Experiment
 from fedsample.estimators import DenseDownlink, build
 from fedsample.fleets.local import LocalFleet
-from fedsample.strategies.curvature import Terrain, explore, survey_geometry
-from fedsample.strategies.prepare import Survey
-from fedsample.strategies.step import solvable, step_rule, with_moments
+from fedsample.preparation.curvature import Terrain, explore, survey_geometry
+from fedsample.preparation.mode import Survey
+from fedsample.preparation.step_rule import solvable, step_rule, with_moments
 from fedsample.targets import GaussianPrior, Quadratic
 from fedsample.targets.metric import Identity
 

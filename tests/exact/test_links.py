@@ -27,7 +27,7 @@ from fedsample.estimators.soundness import RULES
 from fedsample.experiment import check as check_experiment
 from fedsample.experiment import plan
 from fedsample.monitor.progress import Progress
-from fedsample.preparation import prepare
+from fedsample.preparation.prepare import prepare
 from fedsample.problem import build_problem
 from fedsample.protocol.exchange import Aggregate, Request
 from fedsample.strategies import State

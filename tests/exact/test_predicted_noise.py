@@ -13,8 +13,8 @@ from moment_maps import Array, Chain, coordinate, independent_pairs
 
 import fedsample
 from fedsample.compression import QSGD, LinkKeys, Natural, PermK, build
-from fedsample.strategies.curvature import Terrain
-from fedsample.strategies.step import _weighted
+from fedsample.preparation.curvature import Terrain
+from fedsample.preparation.step_rule import _weighted
 from fedsample.theory.covariance import Covariance
 from fedsample.theory.moments import Coordinate
 

@@ -41,7 +41,8 @@ from fedsample.fleets.flower_grid.adapter import identity
 from fedsample.fleets.local import LocalFleet
 from fedsample.fleets.remote import Federation
 from fedsample.monitor.progress import Progress
-from fedsample.preparation import Prepared, prepare
+from fedsample.preparation.prepare import prepare
+from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet, Request, Traffic
 from fedsample.strategies import SAMPLERS, Sampler, State

@@ -243,8 +243,8 @@ def test_killed_at_every_write_the_run_is_the_same(data: Path, tmp_path: Path, u
     ("name", "where"),
     [
         ("reading the data", "fedsample.data.quadratic.read_archive"),
-        ("finding the mode", "fedsample.preparation.find_mode"),
-        ("measuring the curvature", "fedsample.preparation.survey_geometry"),
+        ("finding the mode", "fedsample.preparation.prepare.find_mode"),
+        ("measuring the curvature", "fedsample.preparation.prepare.survey_geometry"),
         ("summing up", "fedsample.session.summarise"),
         ("writing the summary", "fedsample.monitor.directory.RunDirectory.write_json"),
     ],
@@ -354,7 +354,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     ("stage", "where", "when"),
     [
         ("reading the data", "fedsample.session.build_problem", "while it was being prepared"),
-        ("finding the mode", "fedsample.preparation.find_mode", "while it was being prepared"),
+        ("finding the mode", "fedsample.preparation.prepare.find_mode", "while it was being prepared"),
         ("summing up", "fedsample.session.summarise", "after the last round"),
     ],
 )

@@ -26,7 +26,7 @@ from fedsample.theory.moments import Coordinate
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.strategies.curvature import Geometry, Terrain
+    from fedsample.preparation.curvature import Geometry, Terrain
 
 MOST_MOMENTS = 1000  # parameters up to which all d x d moments are solved for
 _EVALUATIONS = 16

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsample.kernels import baoab_step
+from fedsample.preparation.mode import Survey
 from fedsample.protocol.exchange import Traffic
 from fedsample.random import SERVER, Key, key
-from fedsample.strategies.prepare import Survey
 from fedsample.targets import Metric
 from fedsample.targets.metric import Identity
 
