@@ -24,8 +24,8 @@ from fedsample.version import __version__
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.experiment import Run, build_target, run
     from fedsample.fleets.flower_grid import FlowerRun, run_flower
+    from fedsample.runs.api import Run, build_target, run
 
 __all__ = [
     "ClientError",
@@ -50,9 +50,9 @@ __all__ = [
 _LAZY = {
     "Experiment": "fedsample.config",
     "FlowerRun": "fedsample.fleets.flower_grid",
-    "Run": "fedsample.experiment",
-    "build_target": "fedsample.experiment",
-    "run": "fedsample.experiment",
+    "Run": "fedsample.runs.api",
+    "build_target": "fedsample.runs.api",
+    "run": "fedsample.runs.api",
     "run_flower": "fedsample.fleets.flower_grid",
 }
 

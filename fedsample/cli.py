@@ -1,4 +1,4 @@
-"""The `fedsample` command: a thin shell over `fedsample.experiment`.
+"""The `fedsample` command: a thin shell over `fedsample.runs.api`.
 
 Nothing heavy is imported before a command needs it: `fedsample --help` loads no torch, no Flower and no pydantic.
 Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 quorum lost, 130 interrupted.
@@ -149,9 +149,9 @@ def check(file: File = None, settings: Set = None, debug: Debug = False) -> None
     from fedsample.config import load
 
     configured = load(file, settings or [])
-    from fedsample import experiment
+    from fedsample.runs import checks
 
-    experiment.check(configured)
+    checks.check(configured)
     typer.echo(f"ok: {file or 'the default job'}, preset {configured.preset}")
 
 

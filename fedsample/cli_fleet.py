@@ -67,12 +67,14 @@ def server(
 
     address = parse_address(listen, listen=True)
     experiment = None if resume else load(file, [*(settings or []), "fleet.name=grpc"])
-    from fedsample import experiment as experiments
-    from fedsample.fleets.grpc.server.host import Host, serve
+    from fedsample.fleets.grpc.server.host import Host
     from fedsample.monitor.summary_table import summary_table
+    from fedsample.runs import api as experiments
+    from fedsample.runs import checks
+    from fedsample.runs.serve import serve
 
     if experiment is not None:
-        experiments.check(experiment)
+        checks.check(experiment)
         out = out or experiments.default_path(experiment)
     if out is None:  # click has refused this above
         raise click.UsageError("--out DIR is missing")

@@ -102,9 +102,9 @@ def _agree(
 
 def _plan(configured: Experiment, *, as_json: bool) -> None:
     """Say what would run and what it would send."""
-    from fedsample import experiment
+    from fedsample.runs.plan import plan as planned
 
-    plan = experiment.plan(configured, [])
+    plan = planned(configured, [])
     if as_json:
         print_json(plan)
     else:
@@ -120,10 +120,10 @@ def _sample(
     Args:
         configured: the experiment; None: that of the run in `out` or `replay`. changes: to its settings, of a replay.
     """
-    from fedsample import experiment
+    from fedsample.runs import api
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        run = experiment.run(
+        run = api.run(
             configured, out=out, resume=resume, overrides=changes, progress="quiet" if quiet else "auto", replay=replay,
             check_step=check_step,
         )  # fmt: skip

@@ -30,6 +30,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+def _convergence(functionals: Tensor, rhat_name: str, ess_name: str) -> dict[str, float]:
+    """Worst R-hat and smallest bulk ESS over functionals (C, n, F), constant ones left out."""
+    worst, smallest = (torch.from_numpy(each) for each in rhat_and_ess(functionals))
+    worst, smallest = worst[worst.isfinite()], smallest[smallest.isfinite()]
+    return {
+        rhat_name: float(worst.max()) if len(worst) else math.nan,
+        ess_name: float(smallest.min()) if len(smallest) else math.nan,
+    }
+
 
 BLOCK = 64  # functionals a pass: bounds memory, and keeps a block of a usual run inside the cache
 _CACHED = 1 << 16  # numbers of a block that stays in the cache through all its passes

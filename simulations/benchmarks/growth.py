@@ -38,8 +38,8 @@ def alone(file: Path, engine: str, rounds: int, long: int) -> dict[str, Any]:
     import torch
     from workload_a import settings
 
-    from fedsample.assembly import assemble
     from fedsample.config import load
+    from fedsample.runs.build import assemble
 
     torch.set_num_threads(1)
     experiment = load(settings(file, engine), environment={})

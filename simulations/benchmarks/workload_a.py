@@ -33,10 +33,10 @@ import torch
 from agreement import agreement, plainly
 from torch import Tensor
 
-from fedsample.assembly import assemble
 from fedsample.config import load
 from fedsample.errors import CompileError
 from fedsample.problem import Problem, build_problem
+from fedsample.runs.build import assemble
 from fedsample.targets import GeneralizedLinear
 
 D, ROWS, SHARE = 123, 300, 0.1

@@ -24,9 +24,9 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
     import torch
     from workload_a import settings, write_data
 
-    from fedsample.assembly import assemble
     from fedsample.config import load
     from fedsample.fleets.flower.simulation import simulated_fleet
+    from fedsample.runs.build import assemble
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

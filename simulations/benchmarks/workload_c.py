@@ -27,10 +27,10 @@ from agreement import agreement, plainly
 from rows import show
 from torch import Tensor, nn
 
-from fedsample.assembly import build_fleet
 from fedsample.config import load
 from fedsample.problem import Problem, build_problem
 from fedsample.random import Key, key
+from fedsample.runs.build import build_fleet
 from fedsample.strategies import Cohort, Langevin, Stability
 from fedsample.targets.metric import Identity
 from fedsample.targets.module import ModuleClients, skeleton

@@ -8,16 +8,16 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedsample.assembly import build_sampler
 from fedsample.config import dump_toml
 from fedsample.config.loading import of_run_config
-from fedsample.experiment import check
 from fedsample.fleets.flower.fleet import fleet_on
 from fedsample.monitor.draws import DrawStore
 from fedsample.monitor.progress import Progress
 from fedsample.preparation.prepare import prepare
 from fedsample.problem import build_problem
-from fedsample.session import SHARD_ROUNDS
+from fedsample.runs.build import build_sampler
+from fedsample.runs.checks import check
+from fedsample.runs.session import SHARD_ROUNDS
 
 app = ServerApp()
 

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsample.assembly import build_fleet, build_sampler
 from fedsample.config import Experiment, load
 from fedsample.monitor.progress import Progress
 from fedsample.preparation.prepare import prepare
 from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
+from fedsample.runs.build import build_fleet, build_sampler
 
 HMC = Path(__file__).parents[2] / "tests" / "data" / "digits_hmc.npz"
 REFERENCE = ["preset=underdamped-diana", "uplink.name=dense", "uplink.compressor=identity", "step_size=0.25"]

@@ -200,8 +200,8 @@ def gradients() -> None:
 
 def rounds(preset: str, model: str, rounds: int, fleet: dict[str, Any], **more: Any) -> None:
     """Rounds on the GPU and on the CPU, preparation included."""
-    from fedsample.assembly import assemble
     from fedsample.config import load
+    from fedsample.runs.build import assemble
 
     data = {"name": "breast_cancer" if model == "logistic" else "wine", "clients": 4}
     ends = []

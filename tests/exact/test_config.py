@@ -486,11 +486,11 @@ def test_public_names(monkeypatch: pytest.MonkeyPatch) -> None:
             "run_flower",
         ],
     ]
-    engine = types.ModuleType("fedsample.experiment")
+    engine = types.ModuleType("fedsample.runs.api")
     for name in ("Run", "build_target", "run"):
         setattr(engine, name, name)
         monkeypatch.delitem(vars(fedsample), name, raising=False)
-    monkeypatch.setitem(sys.modules, "fedsample.experiment", engine)
+    monkeypatch.setitem(sys.modules, "fedsample.runs.api", engine)
     for name in fedsample.__all__:
         assert getattr(fedsample, name) is not None
         assert name in dir(fedsample)

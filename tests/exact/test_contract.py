@@ -18,17 +18,17 @@ from rounding import SEES, assert_within
 from running_error import RunningError
 from torch import Tensor
 
-from fedsample.assembly import build_fleet, build_sampler
 from fedsample.config import Experiment, load
 from fedsample.config.presets import PRESETS
 from fedsample.errors import CompileError
-from fedsample.experiment import check
 from fedsample.fleets.local import LocalFleet
 from fedsample.monitor.progress import Progress
 from fedsample.preparation.prepare import prepare
 from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.random import key
+from fedsample.runs.build import build_fleet, build_sampler
+from fedsample.runs.checks import check
 from fedsample.strategies import Sampler
 
 ROUNDS, CHAINS = 20, 2

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import fedsample
-from fedsample.doubts import doubts
 from fedsample.errors import ConfigError, DeviceMemoryError, DivergenceError
-from fedsample.experiment import plan
 from fedsample.monitor import summary_table
+from fedsample.runs.plan import plan
+from fedsample.runs.verdict import doubts
 
 SHORT = {"rounds": 60, "warmup": 10, "monitor": {"tensorboard": False}}
 SUMMARY = {

@@ -17,19 +17,19 @@ from running_error import RunningError
 from torch import Tensor
 
 from fedsample import compression
-from fedsample.assembly import build_fleet, build_sampler
 from fedsample.compression import Compressor, Packet
 from fedsample.config import Experiment, load
 from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, RunDirectoryError, UnsoundError
 from fedsample.estimators import Direct, Ef21P, build_downlink, check
 from fedsample.estimators.soundness import RULES
-from fedsample.experiment import check as check_experiment
-from fedsample.experiment import plan
 from fedsample.monitor.progress import Progress
 from fedsample.preparation.prepare import prepare
 from fedsample.problem import build_problem
 from fedsample.protocol.exchange import Aggregate, Request
+from fedsample.runs.build import build_fleet, build_sampler
+from fedsample.runs.checks import check as check_experiment
+from fedsample.runs.plan import plan
 from fedsample.strategies import State
 from fedsample.targets import GeneralizedLinear
 

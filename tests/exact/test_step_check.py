@@ -19,7 +19,7 @@ from fedsample.config import load
 from fedsample.errors import ConfigError
 from fedsample.monitor.summary_table import summary_table
 from fedsample.random import key
-from fedsample.step_check import compare, half, verdict
+from fedsample.runs.step_check import compare, half, verdict
 
 
 def normal(variance: float, seed: int, count: int = 4000) -> Tensor:

@@ -77,7 +77,7 @@ app = client_app(mods=[measured])
 SERVER = """
 from dataclasses import replace
 import sampling
-from fedsample.assembly import build_fleet
+from fedsample.runs.build import build_fleet
 from fedsample.protocol.exchange import Traffic
 
 over_messages = sampling.prepare

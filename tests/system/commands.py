@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TRACEBACK = "Traceback (most recent call last)"
-_PRELOAD = ["fedsample.session", "fedsample.cli", "fedsample.targets.module", "sklearn.datasets", "scipy.optimize"]
+_PRELOAD = ["fedsample.runs.session", "fedsample.cli", "fedsample.targets.module", "sklearn.datasets", "scipy.optimize"]
 _PRELOAD += ["rich.progress", "rich.table", "flwr_datasets.partitioner", "datasets", "pyarrow.csv", "pyarrow.parquet"]
 _PRELOAD += ["tensorboard.compat.proto.event_pb2", "safetensors.torch", "fedsample.fleets.grpc.server.host"]
 _PRELOAD += ["fedsample.fleets.grpc.device.process", __name__]

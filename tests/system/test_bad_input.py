@@ -29,7 +29,7 @@ from fedsample.errors import (
 from fedsample.monitor import load_draws
 
 SHORT: dict[str, object] = {"rounds": 60, "warmup": 10, "monitor__every": 10}
-OFTEN = {"fedsample.chain._CHECKPOINT_SHARE": 0.5}  # with checkpoint_seconds = 0: every few rounds
+OFTEN = {"fedsample.runs.loop._CHECKPOINT_SHARE": 0.5}  # with checkpoint_seconds = 0: every few rounds
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +380,7 @@ def test_debug_shows_the_traceback_and_the_message(
 
 def test_a_defect_is_named_as_one(data: Path, tmp_path: Path) -> None:
     settings = sets(**named(data, {"data__kind": "quadratic", "data__file": "quadratic.npz"}))
-    broken = {"fedsample.session.build_fleet": None}
+    broken = {"fedsample.runs.session.build_fleet": None}
     done = call(tmp_path, "simulate", "--out", "run", *settings, constants=broken)
     assert done.code == 1
     assert "unexpected TypeError: 'NoneType' object is not callable (a defect of fedsample; --debug" in done.error
@@ -600,7 +600,7 @@ def test_other_data_under_the_same_name_are_found_out(data: Path, tmp_path: Path
     file = tmp_path / "mine.npz"
     shutil.copy(data / "quadratic.npz", file)
     arguments = sets(**SHORT, data__kind="quadratic", data__file=file)
-    killed = call(tmp_path, "simulate", "--out", "run", *arguments, die_at=(["fedsample.session.summarise"], 1))
+    killed = call(tmp_path, "simulate", "--out", "run", *arguments, die_at=(["fedsample.runs.session.summarise"], 1))
     assert killed.code == -signal.SIGKILL
     with np.load(file) as arrays:
         changed = dict(arrays)

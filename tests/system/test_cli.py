@@ -46,10 +46,10 @@ def call(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
 
 
 class Engine(types.ModuleType):
-    """Stands in for `fedsample.experiment`: remembers what it was asked, and fails if told to."""
+    """Stands in for `fedsample.runs.api`: remembers what it was asked, and fails if told to."""
 
     def __init__(self, error: BaseException | None = None) -> None:
-        super().__init__("fedsample.experiment")
+        super().__init__("fedsample.runs.api")
         self.error = error
         self.asked: list[tuple[Any, dict[str, Any]]] = []
 
@@ -74,7 +74,7 @@ class Engine(types.ModuleType):
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     stand_in = Engine()
-    monkeypatch.setitem(sys.modules, "fedsample.experiment", stand_in)
+    monkeypatch.setitem(sys.modules, "fedsample.runs.api", stand_in)
     monkeypatch.setattr(fedsample, "experiment", stand_in, raising=False)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("FEDSAMPLE_")]:

@@ -22,10 +22,11 @@ import fedsample
 from fedsample.config import load
 from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, UnsoundError
-from fedsample.experiment import check
 from fedsample.fleets.grpc.security.address import Address
-from fedsample.fleets.grpc.server.host import Host, serve
+from fedsample.fleets.grpc.server.host import Host
 from fedsample.monitor import load_draws, read_jsonl
+from fedsample.runs.checks import check
+from fedsample.runs.serve import serve
 
 WIRE = "comm/wire_up_bytes/payload"
 

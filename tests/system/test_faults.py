@@ -20,16 +20,17 @@ from federation import free_port
 from laboratory import TROUBLES, Cut, Laboratory, Meddling, Passing, nothing, quick, troubles
 
 import fedsample
-from fedsample import session
 from fedsample.config import load
 from fedsample.errors import DataError, FedSampleError, Interrupted, RunDirectoryError
 from fedsample.fleets.grpc.device.connection import Refused
 from fedsample.fleets.grpc.security.address import Address
-from fedsample.fleets.grpc.server.host import Host, serve
+from fedsample.fleets.grpc.server.host import Host
 from fedsample.fleets.grpc.server.hub import Hub
 from fedsample.monitor import load_draws, read_jsonl
 from fedsample.protocol import METRIC, TRAIN
 from fedsample.protocol.names import REWIND, SCALE, SNAPSHOT, SPREAD
+from fedsample.runs import session
+from fedsample.runs.serve import serve
 
 pytestmark = pytest.mark.slow
 

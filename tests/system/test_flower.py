@@ -24,7 +24,6 @@ from torch import Tensor
 
 import fedsample
 from fedsample import protocol
-from fedsample.assembly import build_sampler
 from fedsample.clients import app as client_module
 from fedsample.clients.app import client_app
 from fedsample.clients.client_stack import Worker
@@ -45,6 +44,7 @@ from fedsample.preparation.prepare import prepare
 from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet, Request, Traffic
+from fedsample.runs.build import build_sampler
 from fedsample.strategies import SAMPLERS, Sampler, State
 from fedsample.targets.metric import Identity
 

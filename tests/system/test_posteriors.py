@@ -11,8 +11,8 @@ import torch
 
 import fedsample
 from fedsample.diagnostics.convergence import ess_bulk
-from fedsample.experiment import Run
 from fedsample.problem import build_problem
+from fedsample.runs.api import Run
 
 REFERENCE = Path(__file__).parents[1] / "data" / "digits_hmc.npz"
 

@@ -27,7 +27,7 @@ Undisturbed = Callable[[list[str]], Path]
 # Written in threads whenever they come round to it, or measured with a clock.
 TIMED = ("time/", "mcmc/rhat/", "mcmc/ess/")
 AVERAGED = ("round/",)  # sums over draws, in portions that a kill changes
-OFTEN = {"fedsample.chain._CHECKPOINT_SHARE": 0.5}  # a checkpoint every few rounds, whatever that costs
+OFTEN = {"fedsample.runs.loop._CHECKPOINT_SHARE": 0.5}  # a checkpoint every few rounds, whatever that costs
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_killed_at_every_write_the_run_is_the_same(data: Path, tmp_path: Path, u
         ("reading the data", "fedsample.data.quadratic.read_archive"),
         ("finding the mode", "fedsample.preparation.prepare.find_mode"),
         ("measuring the curvature", "fedsample.preparation.prepare.survey_geometry"),
-        ("summing up", "fedsample.session.summarise"),
+        ("summing up", "fedsample.runs.session.summarise"),
         ("writing the summary", "fedsample.monitor.directory.RunDirectory.write_json"),
     ],
 )
@@ -353,9 +353,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
 @pytest.mark.parametrize(
     ("stage", "where", "when"),
     [
-        ("reading the data", "fedsample.session.build_problem", "while it was being prepared"),
+        ("reading the data", "fedsample.runs.session.build_problem", "while it was being prepared"),
         ("finding the mode", "fedsample.preparation.prepare.find_mode", "while it was being prepared"),
-        ("summing up", "fedsample.session.summarise", "after the last round"),
+        ("summing up", "fedsample.runs.session.summarise", "after the last round"),
     ],
 )
 def test_an_interrupt_outside_the_rounds_ends_it_at_once(
@@ -392,7 +392,7 @@ def test_a_second_interrupt_ends_a_round_that_does_not_end(data: Path, tmp_path:
 
 def test_a_directory_has_one_writer(data: Path, tmp_path: Path) -> None:
     arguments = settings(data, "quadratic", rounds=200)
-    first = start(tmp_path, "simulate", "--out", "run", *arguments, wait_at="fedsample.session.summarise")
+    first = start(tmp_path, "simulate", "--out", "run", *arguments, wait_at="fedsample.runs.session.summarise")
     assert first.until(lambda: last_checkpoint(tmp_path / "run") == 200)
     before = load_draws(tmp_path / "run")
     refused = resume(tmp_path, "run")
@@ -492,7 +492,7 @@ def test_a_run_can_move_and_be_resumed_under_another_environment(
 ) -> None:
     arguments = settings(data, "quadratic")
     whole = undisturbed(arguments)
-    assert simulate(tmp_path, "here", *arguments, die_at=(["fedsample.session.Session.save"], 3)).code == -9
+    assert simulate(tmp_path, "here", *arguments, die_at=(["fedsample.runs.session.Session.save"], 3)).code == -9
     (tmp_path / "there").mkdir()
     (tmp_path / "here").rename(tmp_path / "there" / "moved")
     environment = {"FEDSAMPLE_SEED": "9", "FEDSAMPLE_ROUNDS": "7", "OMP_NUM_THREADS": "2"}
@@ -503,7 +503,7 @@ def test_a_run_can_move_and_be_resumed_under_another_environment(
 @pytest.mark.slow
 def test_a_run_that_goes_on_with_another_torch_says_so(data: Path, tmp_path: Path) -> None:
     arguments = settings(data, "quadratic")
-    assert simulate(tmp_path, "run", *arguments, die_at=(["fedsample.session.Session.save"], 3)).code == -9
+    assert simulate(tmp_path, "run", *arguments, die_at=(["fedsample.runs.session.Session.save"], 3)).code == -9
     kept = json.loads((tmp_path / "run" / "env.json").read_text())
     kept["versions"]["torch"] = "2.0.1"
     (tmp_path / "run" / "env.json").write_text(json.dumps(kept))

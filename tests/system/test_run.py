@@ -19,13 +19,13 @@ import torch
 from commands import call, sets
 
 import fedsample
-from fedsample import session
 from fedsample.config import Experiment, dump_toml, load
 from fedsample.config.presets import PRESETS
 from fedsample.diagnostics.convergence import ess_bulk
-from fedsample.experiment import Run
 from fedsample.monitor import load_rounds, read_jsonl
 from fedsample.problem import build_problem
+from fedsample.runs import session
+from fedsample.runs.api import Run
 
 # What `summary.json` holds whatever the data are; accuracy, nll and ece, or rmse and nll, come on top.
 ALWAYS = {

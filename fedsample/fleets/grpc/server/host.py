@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedsample.assembly import check_size
 from fedsample.config import dump_toml
 from fedsample.config.loading import digest, reread
 from fedsample.data.device_files import agreed_schema
@@ -33,12 +31,12 @@ from fedsample.fleets.grpc.server.streams import Identified, Invitation
 from fedsample.problem.remote import remote_problem
 from fedsample.protocol.names import FIT, SCALE, SPREAD
 from fedsample.protocol.wire import Parcel, header, pack_tensors
+from fedsample.runs.build import check_size
 
 if TYPE_CHECKING:
-    from fedsample.config import Experiment
-    from fedsample.monitor.progress import Mode, Progress
+    from fedsample.monitor.progress import Progress
     from fedsample.problem import Problem
-    from fedsample.session import Session
+    from fedsample.runs.session import Session
 
 _RUN, _SETUP = "run.json", "setup.json"
 _SUMS = 1 << 24  # bytes of sums over rows that one device may send
@@ -199,29 +197,3 @@ def _certified(context: Any, claimed: int) -> Identified:
     if not isinstance(identity, ClientIdentity):
         return Identified(-1, "a server's certificate: a device needs a client's")
     return Identified(identity.client)
-
-
-def serve(
-    experiment: Experiment | None, path: Path, host: Host, mode: Mode = "auto"
-) -> tuple[Path, dict[str, Any], Experiment]:
-    """Sample with the devices that connect -> the run directory, its summary, the resolved configuration.
-
-    Args:
-        experiment: the configuration; None: go on with the run in `path`. path: the run directory. host: where to
-            listen. mode: how much is shown.
-
-    Raises:
-        FedSampleError: whatever went wrong, in words. Interrupted: on Ctrl-C or SIGTERM.
-    """
-    from fedsample.session import Session
-
-    if experiment is None:
-        manager = Session.reopen(path, mode, opener=host.open)
-    else:
-        manager = Session.create(experiment, path, mode, opener=host.open)
-    with manager as session:
-        session.display = FleetProgress
-        session.command = f"fedsample server --listen {host.address} " + (
-            "--insecure" if host.certs is None else f"--certs {shlex.quote(str(host.certs))}"
-        )
-        return session.path, session.sample(), session.experiment

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fedsample.config import ScheduleConfig
-from fedsample.doubts import MIXED
 from fedsample.errors import ConfigError
+from fedsample.runs.verdict import MIXED
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment

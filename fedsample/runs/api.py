@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsample import step_check
 from fedsample.config import Experiment, Source, dump_toml, load
 from fedsample.config.loading import reread
-from fedsample.errors import ConfigError, DeviceMemoryError, Interrupted, RunDirectoryError, UnsoundError
-from fedsample.estimators.links import build_downlink, build_uplink, links
+from fedsample.errors import ConfigError, DeviceMemoryError, Interrupted, RunDirectoryError
+from fedsample.runs import step_check
+from fedsample.runs.checks import check
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,14 +79,14 @@ def run(
             default runs/<time>-<preset>. resume: go on with the run in `out`, as configured there. overrides:
             "section.key=value" strings, as `--set` takes them. progress: a live bar, plain lines, or nothing.
             check_step: sample again at half the step, in `out`/check-step, and say in the summary's `step_check`
-            whether that confirms the step; see `fedsample.step_check`.
+            whether that confirms the step; see `fedsample.runs.step_check`.
 
     Raises:
         FedSampleError: whatever went wrong, in words; see `fedsample.errors`.
     """
     for name, value in _FLOWER.items():
         os.environ.setdefault(name, value)
-    from fedsample.session import Session
+    from fedsample.runs.session import Session
 
     if resume:
         if out is None or source is not None or overrides:
@@ -119,7 +119,7 @@ def run(
 def _check_step(done: Run, progress: Mode) -> Run:
     """Sample at half the step, below the run's directory, and add the verdict to its summary."""
     from fedsample.monitor.directory import RunDirectory
-    from fedsample.session import Session
+    from fedsample.runs.session import Session
 
     below = done.path / step_check.DIRECTORY
     try:
@@ -136,45 +136,6 @@ def _check_step(done: Run, progress: Mode) -> Run:
     with RunDirectory.open(done.path) as directory:
         directory.write_json("summary.json", summary)
     return Run(done.path, summary, done.experiment)
-
-
-def check(experiment: Experiment) -> None:
-    """Refuse what would not sample the posterior.
-
-    Raises:
-        UnsoundError: with the reason and the nearest sound choice.
-    """
-    build_uplink(experiment)
-    build_downlink(experiment)
-    section = experiment.fleet
-    if section.name == "grpc":
-        _check_devices(experiment)
-    if section.name == "flower" and (section.loss or section.dropout):
-        raise ConfigError(
-            'fleet.loss and fleet.dropout simulate faults in fleet "local"; Flower\'s are real: set both to 0'
-        )
-
-
-def hasty(experiment: Experiment) -> bool:
-    """Whether rounds go on without devices that are slow."""
-    quorum = experiment.fleet.quorum
-    return not (isinstance(quorum, float) and quorum == 1.0)
-
-
-def _check_devices(experiment: Experiment) -> None:
-    """Refuse what real devices cannot do, and rounds without some of them where that changes the law."""
-    section, uplink = experiment.fleet, experiment.uplink.name
-    if section.dropout or (section.loss and not hasty(experiment)):
-        raise ConfigError(
-            'fleet.loss and fleet.dropout simulate faults in fleet "local"; those of devices are real: set both to 0 '
-            "(with a quorum, fleet.loss states how likely an answer is late)"
-        )
-    if hasty(experiment) and uplink not in ("diana", "ef21") and not section.loss:
-        raise UnsoundError(
-            f"fleet.quorum = {section.quorum}: without knowing how likely a device is late, {uplink} samples another "
-            'posterior, because nothing stands in for who is missing; take uplink.name = "diana", whose memories do, '
-            "or state that probability as fleet.loss"
-        )
 
 
 def build_target(source: Source = None, overrides: Sequence[str] = ()) -> Posterior:
@@ -202,44 +163,6 @@ def _within_memory() -> Iterator[None]:
             "out of memory on cpu: take fewer chains, clients or draws, a smaller model, or metric.name = 'diagonal'; "
             f"PyTorch says: {said}"
         ) from None
-
-
-def plan(source: Source = None, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """What a configuration would run, and what it would send, without sampling."""
-    import torch
-
-    from fedsample.numerics.dtypes import DTYPES
-    from fedsample.problem import build_problem
-
-    experiment = load(source, overrides)
-    check(experiment)
-    with _within_memory():
-        problem = build_problem(experiment)
-    uplink, downlink = links(experiment, problem)
-    dtype, d, chains = DTYPES[experiment.dtype], problem.d, experiment.chains
-    p = uplink.sync_probability(2, d)
-    packet = (1 - p) * uplink.bits(chains, 0, d, dtype) + p * uplink.bits(chains, chains, d, dtype)
-    dense = 8 * d * chains * (4 if experiment.dtype == "float32" else 8)
-    down = downlink.bits(torch.ones(1, dtype=torch.int64), chains, d, dtype)
-    rows = problem.clients.rows.tolist()
-    return {
-        "target": f"{experiment.model.name} on {experiment.data.name or experiment.data.file}, {d} parameters",
-        "clients": f"{problem.clients.n}, rows {_shortened(rows)}",
-        "sampler": f"{experiment.sampler.name}, {chains} chains, temperature {experiment.temperature:g}",
-        "metric": experiment.metric.name,
-        "uplink": f"{experiment.uplink.name} + {uplink.compressor.name}",
-        "step": str(experiment.step_size),
-        "rounds": f"{experiment.rounds} ({experiment.warmup} of warm-up), {experiment.draws} draws a chain",
-        "uplink a client and round": f"{packet / 8:,.0f} bytes (dense: {dense / 8:,.0f})",
-        "downlink a client and round": f"{down / 8:,.0f} bytes (dense: {dense / 8:,.0f})",
-        "uplink a client in all": f"{packet / 8e6 * experiment.rounds:,.2f} MB, preparation not counted",
-    }
-
-
-def _shortened(rows: list[int]) -> str:
-    if len(rows) <= 16:
-        return " ".join(map(str, rows))
-    return f"{' '.join(map(str, rows[:12]))} ... (from {min(rows)} to {max(rows)})"
 
 
 def _config_of(path: Path) -> str:

@@ -20,7 +20,7 @@ def doubts(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
     """Why the draws of a run are not to be trusted yet, each with what to do; empty where nothing says so.
 
     Args:
-        experiment: what was run. summary: of it, see `fedsample.watch.summarise`.
+        experiment: what was run. summary: of it, see `fedsample.runs.summary.summarise`.
     """
     if experiment.temperature == 0:
         return []

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fedsample.monitor.progress import Progress
     from fedsample.monitor.tensorboard import Recorder
     from fedsample.preparation.prepared import Prepared
-    from fedsample.session import Session
-    from fedsample.watch import Watch
+    from fedsample.runs.live_metrics import Watch
+    from fedsample.runs.session import Session
 
 _CHECKPOINT_SHARE = 0.02  # of the time, at most, spent on checkpoints
 

@@ -20,8 +20,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fedsample.assembly import build_fleet, build_sampler, check_size
-from fedsample.chain import Chain, Clock
 from fedsample.config import Experiment, ScheduleConfig, dump_toml
 from fedsample.config.loading import digest, reread
 from fedsample.errors import Interrupted, RunDirectoryError
@@ -37,8 +35,11 @@ from fedsample.preparation.prepared import Prepared, prepared_for, restore_prepa
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet, Traffic
 from fedsample.protocol.recovery import Abandoned, Recovers, Rollback
+from fedsample.runs.build import build_fleet, build_sampler, check_size
+from fedsample.runs.live_metrics import Watch
+from fedsample.runs.loop import Chain, Clock
+from fedsample.runs.summary import summarise
 from fedsample.strategies import Sampler, State
-from fedsample.watch import Watch, summarise
 
 SHARD_ROUNDS = 1000
 
