@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from fedsample.cli import main
+from fedsample.cli.main import main
 from fedsample.errors import AddressError, CertificateError
 from fedsample.fleets.grpc.security import authority, cert_folders, credentials
 from fedsample.fleets.grpc.security.address import Address, check_insecure, parse_address
@@ -556,8 +556,8 @@ def test_show_warns_and_lists_all_problems(
 
 def test_help_loads_no_cryptography() -> None:
     code = (
-        "import sys, fedsample.cli\nsys.argv = ['fedsample', 'certs', 'init', '--help']\n"
-        "try:\n    fedsample.cli.main()\n"
+        "import sys, fedsample.cli.main\nsys.argv = ['fedsample', 'certs', 'init', '--help']\n"
+        "try:\n    fedsample.cli.main.main()\n"
         "finally:\n    print('HEAVY', {'cryptography', 'grpc', 'torch', 'google.protobuf'} & set(sys.modules) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ import pytest
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedsample.cli import main
+from fedsample.cli.main import main
 from fedsample.errors import ConfigError
 from fedsample.fleets.flower_grid import imported, read_app
 from fedsample.fleets.flower_grid.adapter import overridden

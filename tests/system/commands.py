@@ -1,6 +1,6 @@
 """Real processes of the `fedsample` command, for the system tests, started in milliseconds.
 
-A server process imports torch and the rest once and forks; each fork runs `fedsample.cli.main` with its own arguments,
+A server process imports torch and the rest once and forks; each fork runs `fedsample.cli.main.main` with its own
 folder, environment and output files, and can be killed like any other process. Where to die can also be said exactly:
 `die_at` kills the process with SIGKILL at its k-th call of a function, between two system calls if need be, and
 `wait_at` makes it wait there.
@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 TRACEBACK = "Traceback (most recent call last)"
-_PRELOAD = ["fedsample.runs.session", "fedsample.cli", "fedsample.targets.module", "sklearn.datasets", "scipy.optimize"]
+_PRELOAD = [
+    "fedsample.runs.session",
+    "fedsample.cli.main",
+    "fedsample.targets.module",
+    "sklearn.datasets",
+    "scipy.optimize",
+]
 _PRELOAD += ["rich.progress", "rich.table", "flwr_datasets.partitioner", "datasets", "pyarrow.csv", "pyarrow.parquet"]
 _PRELOAD += ["tensorboard.compat.proto.event_pb2", "safetensors.torch", "fedsample.fleets.grpc.server.host"]
 _PRELOAD += ["fedsample.fleets.grpc.device.process", __name__]
@@ -167,7 +173,7 @@ def _run(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = ["fedsample", *arguments]
-    from fedsample.cli import main
+    from fedsample.cli.main import main
 
     main()
 

@@ -72,7 +72,7 @@ def hide(names: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     hide()
-    from fedsample.cli import main
+    from fedsample.cli.main import main
 
     sys.argv[0] = "fedsample"
     main()

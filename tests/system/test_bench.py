@@ -14,8 +14,8 @@ import pytest
 import torch
 from commands import call
 
-from fedsample import benchmark_table, benchmarks
-from fedsample.cli_bench import bench
+from fedsample.cli import bench_runner, bench_table
+from fedsample.cli.bench import bench
 from fedsample.errors import ConfigError, FedSampleError
 
 
@@ -62,7 +62,7 @@ def test_ratios_and_targets_of_every_part() -> None:
         ],
         "devices": [{"devices": 2, "parameters": 1000, "bare_ms": 2.0, "ours_ms": 3.0}],
     }
-    table = benchmark_table.lines(parts, {})
+    table = bench_table.lines(parts, {})
     found = [(line.workload, line.clients, line.ratio, line.reached) for line in table if line.target or line.over]
     assert found == [
         ("a", 100, 1.0, None),
@@ -76,8 +76,8 @@ def test_ratios_and_targets_of_every_part() -> None:
         ("growth", 1000, None, True),
         ("devices", 2, 1.5, None),
     ]
-    assert benchmark_table.READERS.keys() == benchmarks.PARTS.keys()
-    lines = benchmark_table.markdown(table).splitlines()
+    assert bench_table.READERS.keys() == bench_runner.PARTS.keys()
+    lines = bench_table.markdown(table).splitlines()
     assert "| a | 100 | gradient: torch.compile |  |  |  |  | no \\| compiler |" in lines
     assert "| a | 100 | round: stacked | 2.5 | 2.5 x fastest gradient | at most 2 x | no |  |" in lines
 
@@ -105,7 +105,7 @@ def test_agreement_with_the_cpu_and_cuda_graphs_have_lines() -> None:
             ),
         ],
     }
-    table = benchmark_table.lines(parts, {})
+    table = bench_table.lines(parts, {})
     assert [(line.what, line.ratio, line.target, line.reached) for line in table] == [
         ("gradient: cuda-graph", 1.0, "", None),
         ("round: cuda-graph", 1.5, "at most 2 x", True),
@@ -120,22 +120,22 @@ def test_agreement_with_the_cpu_and_cuda_graphs_have_lines() -> None:
 
 def test_what_is_missing_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    why = benchmarks.why_not("a-flower", "cpu")
+    why = bench_runner.why_not("a-flower", "cpu")
     assert "pip install" in why
-    assert benchmarks.why_not("a", "cpu") == ""
-    (line,) = benchmark_table.lines({}, {"a-flower": why})
+    assert bench_runner.why_not("a", "cpu") == ""
+    (line,) = bench_table.lines({}, {"a-flower": why})
     assert line == ("a-flower", None, "not measured", None, None, "", "", None, why)
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no GPU that PyTorch can use; choose cpu") as caught:
-        benchmarks.check_device("cuda")
+        bench_runner.check_device("cuda")
     assert caught.value.exit_code == 2
     with pytest.raises(ConfigError, match="got 'tpu', expected cpu or cuda"):
-        benchmarks.check_device("tpu")
-    assert benchmarks.why_not("growth", "cuda") == "measured on the CPU only"
-    assert [name for name in "abc" if not benchmarks.why_not(name, "cuda")] == ["a", "b", "c"]
+        bench_runner.check_device("tpu")
+    assert bench_runner.why_not("growth", "cuda") == "measured on the CPU only"
+    assert [name for name in "abc" if not bench_runner.why_not(name, "cuda")] == ["a", "b", "c"]
 
 
 def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monk
             }
         ]
 
-    monkeypatch.setattr(benchmarks, "measure", measure)
+    monkeypatch.setattr(bench_runner, "measure", measure)
     with pytest.raises(FedSampleError, match="failed: c; "):
         bench(parts="c,growth", out=tmp_path)
     table = json.loads((tmp_path / "bench.json").read_text())["table"]
@@ -165,13 +165,13 @@ def test_a_part_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monk
 
 
 def test_every_part_has_its_script() -> None:
-    assert all((benchmarks.scripts() / part.script).is_file() for part in benchmarks.PARTS.values())
+    assert all((bench_runner.scripts() / part.script).is_file() for part in bench_runner.PARTS.values())
 
 
 @pytest.mark.slow
 def test_the_script_for_a_bare_gpu_machine_needs_torch_and_numpy_alone() -> None:
     """Here without a GPU: everything but the CUDA graphs, which have lines that say why."""
-    script = benchmarks.scripts() / "gpu.py"
+    script = bench_runner.scripts() / "gpu.py"
     options = ["gpu.py", "--device", "cpu", "--quick", "--json"]
     code = (
         f"import runpy, sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(script.parent)!r}]; import slim; "
@@ -188,7 +188,7 @@ def test_the_script_for_a_bare_gpu_machine_needs_torch_and_numpy_alone() -> None
 
 
 def test_a_bare_machine_without_a_gpu_is_told() -> None:
-    script = benchmarks.scripts() / "gpu.py"
+    script = bench_runner.scripts() / "gpu.py"
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
@@ -197,8 +197,8 @@ def test_a_bare_machine_without_a_gpu_is_told() -> None:
 
 
 def test_parts_are_chosen_by_name() -> None:
-    assert benchmarks.chosen(" c, a") == ["c", "a"]
+    assert bench_runner.chosen(" c, a") == ["c", "a"]
     with pytest.raises(ConfigError, match="no part 'z'; expected some of a, "):
-        benchmarks.chosen("a,z")
+        bench_runner.chosen("a,z")
     with pytest.raises(ConfigError, match="no part ''"):
-        benchmarks.chosen("")
+        bench_runner.chosen("")

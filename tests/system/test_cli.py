@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import fedsample
-from fedsample.cli import main
+from fedsample.cli.main import main
 from fedsample.config import Experiment, keys, load
 from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, DivergenceError, Interrupted, QuorumError
@@ -98,7 +98,7 @@ def here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_help_is_light_and_quick(tmp_path: Path) -> None:
     code = (
-        "import sys, fedsample.cli\nsys.argv = ['fedsample', '--help']\ntry:\n    fedsample.cli.main()\n"
+        "import sys, fedsample.cli.main\nsys.argv = ['fedsample', '--help']\ntry:\n    fedsample.cli.main.main()\n"
         "finally:\n    heavy = {'torch', 'flwr', 'ray', 'opacus', 'transformers', 'tensorboard', 'sklearn', "
         "'datasets', 'pydantic', 'numpy'} & set(sys.modules)\n    print('HEAVY', heavy or None)"
     )
@@ -354,7 +354,8 @@ def test_a_full_disk_under_standard_output(tmp_path: Path) -> None:
 
 def test_flowers_telemetry_is_off_unless_the_user_says_otherwise(tmp_path: Path) -> None:
     code = (
-        "import os, sys, fedsample.cli\nsys.argv = ['fedsample', '--version']\ntry:\n    fedsample.cli.main()\n"
+        "import os, sys, fedsample.cli.main\nsys.argv = ['fedsample', '--version']\n"
+        "try:\n    fedsample.cli.main.main()\n"
         "finally:\n    print(os.environ['FLWR_TELEMETRY_ENABLED'], os.environ['FLWR_DISABLE_UPDATE_CHECK'])"
     )
     for given, want in ({}, "0 1"), ({"FLWR_TELEMETRY_ENABLED": "1"}, "1 1"):
@@ -379,7 +380,8 @@ def test_monitor_takes_its_process_with_it(tmp_path: Path) -> None:
     """Whoever ends `fedsample monitor` must not leave a server behind."""
     child = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
     code = (
-        f"import sys; from fedsample.cli import _foreground; sys.exit(_foreground([sys.executable, '-c', {child!r}]))"
+        "import sys; from fedsample.cli.main import _foreground; "
+        f"sys.exit(_foreground([sys.executable, '-c', {child!r}]))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as parent:
         assert parent.stdout is not None

@@ -22,7 +22,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from fedsample.cli import main
+from fedsample.cli.main import main
 from fedsample.fleets.grpc.fedsample_pb2 import ProbeRequest
 from fedsample.fleets.grpc.framing.probe import probe_call, probe_handler
 from fedsample.fleets.grpc.framing.version import PROTOCOL

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from typer.testing import CliRunner
 
-from fedsample import cli
+from fedsample.cli import main
 from fedsample.errors import ConfigError, QuorumError, RunDirectoryError
 from fedsample.fleets.flower_grid import AppFolder, FlowerRun, adapter, imported, node_id, read_app, run_flower
 from fedsample.fleets.grpc import fedsample_pb2 as pb
@@ -426,7 +426,7 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
         ([*server, "--app", "x", "--clients", "2", "--out", "y"], "--out: not with --app"),
         ([*client, "--app", "a:b", "--data", "d"], "--data: not with --app"),
     ):
-        done = run(cli.app, line)
+        done = run(main.app, line)
         assert done.exit_code == 2
         assert text in " ".join(done.output.replace("│", " ").split())
     for line, text in (
@@ -435,7 +435,7 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
         ([*client, "--app", "averages_that_are_not_here:app"], "cannot be imported"),
     ):
         with pytest.raises(ConfigError, match=text):
-            run(cli.app, line, catch_exceptions=False)
+            run(main.app, line, catch_exceptions=False)
 
 
 def test_each_side_says_when_the_other_runs_something_else(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedsample.cli_options import Debug
+from fedsample.cli.options import Debug
 
 doctor_app = typer.Typer(help="Find what is wrong, and say what to do.", no_args_is_help=True)
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsample import benchmark_table as table
+from fedsample.cli import bench_table as table
 from fedsample.errors import ConfigError, FedSampleError
 
 
@@ -86,7 +86,7 @@ def scripts() -> Path:
     Raises:
         FedSampleError: if they are nowhere.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "bench", package.parent / "simulations" / "benchmarks"):
         if (folder / "workload_a.py").is_file():
             return folder

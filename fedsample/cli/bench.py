@@ -26,29 +26,29 @@ def bench(
     Prints one table and writes it as JSON and Markdown. All parts take about ten minutes on two quiet cores; keep other
     work away meanwhile. A part that cannot be measured here has a line that says why.
     """
-    from fedsample import benchmark_table, benchmarks
+    from fedsample.cli import bench_runner, bench_table
 
-    names = list(benchmarks.PARTS) if parts is None else benchmarks.chosen(parts)
-    benchmarks.check_device(device)
+    names = list(bench_runner.PARTS) if parts is None else bench_runner.chosen(parts)
+    bench_runner.check_device(device)
     out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, list[dict[str, Any]]] = {}
     absent: dict[str, str] = {}
-    machine, failed = benchmarks.machine(), []
+    machine, failed = bench_runner.machine(), []
     report: dict[str, Any] = {"machine": machine, "quick": quick, "device": device, "parts": measured, "absent": absent}
-    report["quoted"] = [each._asdict() | {"when": benchmark_table.QUOTED_AT} for each in benchmark_table.QUOTED]
+    report["quoted"] = [each._asdict() | {"when": bench_table.QUOTED_AT} for each in bench_table.QUOTED]
     for name in names:
-        why = benchmarks.why_not(name, device)
+        why = bench_runner.why_not(name, device)
         try:
             if why:
                 absent[name] = why
             else:
-                measured[name] = benchmarks.measure(name, quick=quick, device=device)
+                measured[name] = bench_runner.measure(name, quick=quick, device=device)
         except FedSampleError as error:  # the other parts are not lost with it
             absent[name] = str(error)
             failed.append(name)
         machine["load_end"] = [round(each, 2) for each in os.getloadavg()]
-        report["table"] = [benchmark_table.rounded(line) for line in benchmark_table.lines(measured, absent)]
-        text = benchmarks.markdown(report)
+        report["table"] = [bench_table.rounded(line) for line in bench_table.lines(measured, absent)]
+        text = bench_runner.markdown(report)
         (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (out / "bench.md").write_text(text, encoding="utf-8")
     typer.echo(text)

@@ -24,13 +24,13 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from fedsample.cli_bench import bench
-from fedsample.cli_certs import certs_app
-from fedsample.cli_doctor import doctor_app
-from fedsample.cli_fleet import client, server
-from fedsample.cli_options import Debug, File, Json, Set
-from fedsample.cli_print import cards, grid, print_json, print_rich
-from fedsample.cli_simulate import simulate
+from fedsample.cli.bench import bench
+from fedsample.cli.certs import certs_app
+from fedsample.cli.devices import client, server
+from fedsample.cli.doctor import doctor_app
+from fedsample.cli.options import Debug, File, Json, Set
+from fedsample.cli.printing import cards, grid, print_json, print_rich
+from fedsample.cli.simulate import simulate
 from fedsample.errors import ConfigError, FedSampleError, RunDirectoryError
 
 app = typer.Typer(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from fedsample.cli_options import Debug, File, Json, RunConfig, Set
-from fedsample.cli_print import grid, print_json, print_rich
+from fedsample.cli.options import Debug, File, Json, RunConfig, Set
+from fedsample.cli.printing import grid, print_json, print_rich
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -51,7 +51,7 @@ def simulate(
     With --app any Flower app runs in this process, as it is.
     """
     if folder is not None or clients is not None or run_config:
-        from fedsample.cli_app import simulate_app
+        from fedsample.cli.flower_app import simulate_app
 
         given: dict[str, object] = {"FILE": file, "--set": settings or None, "--out": out, "--preset": preset}
         given |= {"--device": device, "--seed": seed, "--rounds": rounds, "--resume": resume or None}

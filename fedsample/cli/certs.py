@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from fedsample.cli_options import Debug
+from fedsample.cli.options import Debug
 
 if TYPE_CHECKING:
     from fedsample.fleets.grpc.security.cert_folders import Made

@@ -11,8 +11,8 @@ from typing import Annotated
 import click
 import typer
 
-from fedsample.cli_options import Debug, File, RunConfig, Set
-from fedsample.cli_print import print_json, print_rich
+from fedsample.cli.options import Debug, File, RunConfig, Set
+from fedsample.cli.printing import print_json, print_rich
 from fedsample.errors import ConfigError
 
 PORT = 9092
@@ -155,7 +155,7 @@ def _serve_app(
         raise click.UsageError(
             f"{', '.join(others)}: not with --app, whose configuration is the app's own: --run-config 'key=value ...'"
         )
-    from fedsample.cli_app import serve_app
+    from fedsample.cli.flower_app import serve_app
     from fedsample.fleets.grpc.security.address import parse_address
 
     address = parse_address(listen, listen=True)
