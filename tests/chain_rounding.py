@@ -27,7 +27,7 @@ from running_error import RunningError
 from torch import Tensor
 
 from fedsample.random import Key
-from fedsample.strategies import SAMPLERS
+from fedsample.strategies import SAMPLERS, Driver
 from fedsample.targets import GeneralizedLinear, MetricClients, ModuleClients, Quadratic
 from fedsample.targets.metric import Dense
 
@@ -121,8 +121,8 @@ class _Noise:
 
         patch.setattr(MetricClients, "gradient", rounded)
         for kind in SAMPLERS.values():
-            patch.setattr(kind, "kernel_step", self._updated(kind.kernel_step))
-            patch.setattr(kind, "gradient", self._estimated(kind.gradient))
+            patch.setattr(kind, "step", self._updated(kind.step))
+        patch.setattr(Driver, "gradient", self._estimated(Driver.gradient))
 
     def move(self, value: Tensor, error: Tensor) -> Tensor:
         signs = torch.randint(0, 2, value.shape, generator=self.generator) * 2.0 - 1.0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsample.compression import PacketKeys
 from fedsample.fleets.local import LocalFleet
-from fedsample.strategies import Sampler, State
+from fedsample.strategies import Driver, State
 
 SUM = {"diana": "shift", "ef21": "estimate"}  # what the server calls its sum of the clients' memories
 
@@ -137,7 +137,7 @@ def signs(d: int) -> Tensor:
     return torch.cat([root, -root])
 
 
-def advance(sampler: Sampler, fleet: LocalFleet, state: State) -> State:
+def advance(sampler: Driver, fleet: LocalFleet, state: State) -> State:
     """One round."""
     request = sampler.request(state)
     return sampler.update(state, request, fleet.exchange(request))

@@ -158,13 +158,13 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
-    import fedsample
+    from fedsample.version import __version__
 
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "processor": _processor(),
         "cores": os.cpu_count(), "load": [round(each, 2) for each in os.getloadavg()],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(), "torch": torch.__version__, "fedsample": fedsample.__version__,
+        "python": platform.python_version(), "torch": torch.__version__, "fedsample": __version__,
         "flwr": _version("flwr"), "ray": _version("ray"),
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ from fedsample.compression import LinkKeys
 from fedsample.estimators import Memory, Turn, Uplink, Upload
 from fedsample.protocol.answers import Answer
 from fedsample.protocol.exchange import ESTIMATE, Request
-from fedsample.protocol.quantities import evaluate
+from fedsample.protocol.quantities import evaluate, widest
 from fedsample.random import key
 from fedsample.targets import Clients, Metric, MetricClients
 from fedsample.targets.memory_limits import on_device
@@ -78,23 +78,12 @@ class Worker:
         Raises:
             DeviceMemoryError: if the device's memory does not hold those of a run.
         """
-        most = max(1, _ENTRIES // self._widest(request.outputs))
+        most = max(1, _ENTRIES // widest(self.clients, request.outputs))
         if most >= self.base.n:
             yield self._evaluate(self.clients, request)
             return
         for run in torch.arange(self.base.n, device=self.indices.device).split(most):
             yield self._evaluate(self.clients.subset(run), request)
-
-    def _widest(self, outputs: frozenset[str]) -> int:
-        """Entries of the largest matrix of a client that these need, 1 for none."""
-        metric, d = self.clients.metric, self.base.d
-        if "hessian" in outputs or (
-            outputs & {"diagonal", "cubed_hvp", "factors"} and not isinstance(metric, Identity)
-        ):
-            return d * d
-        if "factors" in outputs:
-            return sum(rows**2 + columns**2 for rows, columns in (block.shape for block in self.base.blocks()))
-        return 1
 
     def _evaluate(self, clients: MetricClients, request: Request) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -16,66 +16,15 @@ from fedsample.data.schema import Schema
 from fedsample.data.standardize import Scale, first_sums, second_sums
 from fedsample.diagnostics.counts import Evaluator
 from fedsample.errors import DataError
+from fedsample.models import task_of
 from fedsample.problem.remote import device_problem, remote_problem
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.data import FederatedData
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from fedsample.config import Experiment
 
 
-class Holding(Protocol):
-    """A device's own data, from its schema to a potential."""
-
-    @property
-    def schema(self) -> str:
-        """What the data are, as JSON."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the data, for this device alone."""
-        ...
-
-    def fit(self, schema: str) -> None:
-        """Take the columns, categories and labels that all devices agreed on.
-
-        Raises:
-            DataError: if the data do not fit.
-        """
-        ...
-
-    def first_sums(self) -> Tensor:
-        """Counts and sums, for the means."""
-        ...
-
-    def second_sums(self, first: Tensor) -> Tensor:
-        """Squares about the means, from everyone's first sums."""
-        ...
-
-    def finish(self, first: Tensor | None, second: Tensor | None) -> Device:
-        """Standardise, if sums are given; then the client."""
-        ...
-
-    def score(self, draws: Tensor) -> Tensor:
-        """Add draws (S, d) to the predictions of the rows kept aside -> counts that sum over devices."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """The predictions so far."""
-        ...
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Back to a `state`; empty: no draws yet."""
-        ...
-
-
-class Source(NamedTuple):
+class DataSource(NamedTuple):
     """Where a device's rows come from; see `fedsample.data.device_files.read_device`."""
 
     data: str | None = None
@@ -84,21 +33,23 @@ class Source(NamedTuple):
     partitions: int | None = None
 
 
-class Held:
+class DeviceData:
     """The data of one device in one run.
 
     Args:
-        experiment: the server's configuration, with the device on which this one computes. index: which client. n: how
-            many there are. source: where the rows come from.
+        experiment: the server's configuration, with the device on which this one computes.
+        index: which client.
+        n: how many there are.
+        source: where the rows come from.
 
     Raises:
         ConfigError, DataError: if they cannot be read.
     """
 
-    def __init__(self, experiment: Experiment, index: int, n: int, source: Source) -> None:
+    def __init__(self, experiment: Experiment, index: int, n: int, source: DataSource) -> None:
         """Read what is there."""
         self.experiment, self.index, self.n = experiment, index, n
-        self._holding = read_device(experiment, index, **source._asdict())
+        self._own = read_device(experiment, index, task=task_of(experiment.model.name), **source._asdict())
         self._agreed: Schema | None = None
         self._share: FederatedData | Potential | None = None
         self._evaluator: Evaluator | None = None
@@ -106,13 +57,13 @@ class Held:
     @property
     def schema(self) -> str:
         """What the data are, as JSON."""
-        return self._holding.schema.to_json()
+        return self._own.schema.to_json()
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the data, and what their columns and labels are called; it never leaves the device."""
-        holding = self._holding
-        arrays = [holding.lam, holding.a] if isinstance(holding, Potential) else list(holding.arrays)
+        own = self._own
+        arrays = [own.lam, own.a] if isinstance(own, Potential) else list(own.arrays)
         found = hashlib.sha256(self.schema.encode())
         for array in arrays:
             found.update(f"{array.dtype.str}{array.shape}".encode())
@@ -122,7 +73,7 @@ class Held:
     def fit(self, schema: str) -> None:
         """Take the columns, categories and labels that all devices agreed on."""
         self._agreed = Schema.from_json(schema)
-        self._share = self._holding.fit(self._agreed)
+        self._share = self._own.fit(self._agreed)
 
     def first_sums(self) -> Tensor:
         """Counts and sums, for the means."""

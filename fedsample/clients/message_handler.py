@@ -16,8 +16,8 @@ from torch import Tensor
 from fedsample import protocol
 from fedsample.clients.client_stack import Worker
 from fedsample.errors import DataError
-from fedsample.estimators import Memory
-from fedsample.estimators.links import links, refresh_of
+from fedsample.estimators import Memory, build_links
+from fedsample.estimators.links import refresh_of
 from fedsample.protocol import Recall
 from fedsample.protocol.exchange import ESTIMATE
 from fedsample.protocol.wire import Header, Parcel, header, pack_tensors, unpack_tensors
@@ -49,7 +49,8 @@ class Device:
     def __init__(self, experiment: Experiment, problem: Problem, clients: Clients, index: int, n: int) -> None:
         """Nothing is remembered yet."""
         self.experiment, self.index, self.n = experiment, index, n
-        uplink, self.downlink = links(experiment, problem)
+        links = build_links(experiment, problem.clients)
+        uplink, self.downlink = links.uplink, links.downlink
         indices = torch.tensor([index], device=clients.device)
         self.worker = Worker(clients, uplink, experiment.seed, experiment.chains, indices, experiment.batch_size)
         self.origin = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)

@@ -2,9 +2,9 @@
 
 The way of a device's rows to its likelihood, of which only the schema and the sums leave the device:
 
-    holding = read_device(...)            what is there
-    schema = holding.schema               -> server; all of them merge into the agreed one
-    data = holding.fit(agreed)            columns, categories and labels as agreed
+    own = read_device(...)            what is there
+    schema = own.schema                   -> server; all of them merge into the agreed one
+    data = own.fit(agreed)                columns, categories and labels as agreed
     first = first_sums(data)              -> server; the sum of all comes back; only if agreed.standardize
     second = second_sums(data, total)     -> server; the sum of all comes back
     data = Scale.of(total, squares).apply(data)
@@ -33,6 +33,7 @@ from fedsample.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fedsample.config import DataConfig, Experiment
+    from fedsample.data.base import Task
 
 _SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".npz": "npz"}
 
@@ -99,18 +100,19 @@ class Potential:
         return self
 
 
-Holding = Rows | Potential
+DeviceRows = Rows | Potential
 
 
 def read_device(
     experiment: Experiment,
     index: int,
     *,
+    task: Task | None,
     data: str | None = None,
     target: str | None = None,
     partition: int | None = None,
     partitions: int | None = None,
-) -> Holding:
+) -> DeviceRows:
     """Read what this device holds.
 
     | data | what is read |
@@ -123,6 +125,7 @@ def read_device(
     Args:
         experiment: the server's configuration.
         index: which client this device is; keys what it holds out of a file.
+        task: what the model predicts; None: the data decide.
         data: a path or the name of a built-in set.
         target: the column to predict, of a csv or parquet file; None: the experiment's.
         partition: which share; from 0.
@@ -139,17 +142,16 @@ def read_device(
         if known and partitions not in (None, given.clients):
             raise ConfigError(f"--partitions {partitions}, but data.clients = {given.clients}: leave --partitions out")
         _no_target(target, "the experiment's own data")
-        return _share(experiment, given, partition, partitions)
+        return _share(experiment, given, task, partition, partitions)
     if is_builtin(data):
         if partition is None or partitions is None:
             raise ConfigError(
                 f"--data {data} is a built-in set, of which a device takes one share: pass --partition and --partitions"
             )
         changes = {"kind": "builtin", "name": data, "file": None, "clients": partitions, "target": None}
-        return _share(
-            experiment, experiment.data.model_copy(update={**changes, "client_column": None}), partition, partitions
-        )
-    return _file(experiment, index, str(data), target, partition, partitions)
+        config = experiment.data.model_copy(update={**changes, "client_column": None})
+        return _share(experiment, config, task, partition, partitions)
+    return _file(experiment, index, str(data), target, task, partition, partitions)
 
 
 def check_source(data: str | None, target: str | None, partition: int | None, partitions: int | None) -> None:
@@ -191,13 +193,12 @@ def agreed_schema(experiment: Experiment, schemas: list[Schema]) -> Schema:
     return agreed
 
 
-def _share(experiment: Experiment, config: DataConfig, partition: int, partitions: int | None) -> Holding:
+def _share(
+    experiment: Experiment, config: DataConfig, task: Task | None, partition: int, partitions: int | None
+) -> DeviceRows:
     """One client's share of a set that everybody has."""
-    from fedsample.models import task_of
-
     if config.kind == "quadratic":
         return _potential(source_path(config.file, "quadratic"), partition, partitions)
-    task = task_of(experiment.model.name)
     table = read_table(config)
     whole = table_schema(table, task, config.standardize)
     agreed = merge([whole], config.features, config.labels, [table.name])
@@ -208,11 +209,15 @@ def _share(experiment: Experiment, config: DataConfig, partition: int, partition
 
 
 def _file(
-    experiment: Experiment, index: int, data: str, target: str | None, partition: int | None, partitions: int | None
-) -> Holding:
+    experiment: Experiment,
+    index: int,
+    data: str,
+    target: str | None,
+    task: Task | None,
+    partition: int | None,
+    partitions: int | None,
+) -> DeviceRows:
     """A file of this device's own."""
-    from fedsample.models import task_of
-
     kind, path = _kind(data), _path(data)
     if kind == "npz" and experiment.model.name == "quadratic":
         _no_target(target, "a quadratic")
@@ -231,7 +236,7 @@ def _file(
     else:
         table = read_columns(path, kind, target or experiment.data.target, None)
     settings = experiment.data
-    schema = table_schema(table, task_of(experiment.model.name), settings.standardize)
+    schema = table_schema(table, task, settings.standardize)
     own = keyed_split(table, np.arange(len(table.x)), settings.test_fraction, experiment.seed, index)
     return Rows(table, own, schema)
 

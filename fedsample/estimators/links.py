@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fedsample import compression, estimators
+from fedsample import compression
 from fedsample.compression import Compressor
-from fedsample.estimators import Downlink, Ef21P, Uplink
+from fedsample.estimators import soundness
+from fedsample.estimators.base import Uplink
+from fedsample.estimators.downlink import DenseDownlink, Downlink, Ef21P
 
 if TYPE_CHECKING:
     from fedsample.config import DownlinkConfig, Experiment, UplinkConfig
-    from fedsample.problem import Problem
+    from fedsample.targets import Clients
 
 
-def links(experiment: Experiment, problem: Problem) -> tuple[Uplink, Downlink]:
+@dataclass(frozen=True)
+class Links:
+    """Both links of an experiment: made once, and handed to all who compress, decompress or count bits.
+
+    Attributes:
+        uplink: the gradient estimator.
+        downlink: what clients see of the iterate.
+    """
+
+    uplink: Uplink
+    downlink: Downlink = field(default_factory=DenseDownlink)
+
+    def packet_bits(self, chains: int, d: int, dtype: torch.dtype) -> float:
+        """Expected bits per client and round of the uplink, synchronising rounds included."""
+        p = self.uplink.sync_probability(2, d)
+        return (1 - p) * self.uplink.bits(chains, 0, d, dtype) + p * self.uplink.bits(chains, chains, d, dtype)
+
+
+def build_links(experiment: Experiment, clients: Clients) -> Links:
     """Both links, once the clients and the model's parameter matrices are known.
 
     Raises:
         UnsoundError: if one does not fit its compressor or the participation.
         ConfigError: if a setting is out of range.
     """
-    clients = problem.clients
     blocks = clients.blocks() if "lowrank" in experiment.uplink.compressor + experiment.downlink.compressor else None
     uplink = build_uplink(experiment, clients.n, blocks)
     downlink = build_downlink(experiment, clients.n, blocks, clients.device)
     for compressor in (uplink.compressor, *([downlink.compressor] if isinstance(downlink, Ef21P) else [])):
         compressor.inclusion(clients.d)  # refuses settings that do not fit d
-    return uplink, downlink
+    return Links(uplink, downlink)
 
 
 def build_uplink(experiment: Experiment, clients: int | None = None, blocks: Sequence[Tensor] | None = None) -> Uplink:
@@ -43,7 +63,7 @@ def build_uplink(experiment: Experiment, clients: int | None = None, blocks: Seq
     present = fleet.participation == 1.0 and isinstance(fleet.participation, float)
     if isinstance(fleet.participation, int):  # how many there are may be known from the data only
         present = clients is None or fleet.participation == clients
-    return estimators.build(
+    return soundness.build(
         section.name,
         _compressor(section, clients or experiment.data.clients, blocks),
         section.p,
@@ -65,7 +85,7 @@ def build_downlink(
     """
     section = experiment.downlink
     inner = _compressor(section, clients or experiment.data.clients, blocks)
-    return estimators.build_downlink(section.name, inner, experiment.seed, experiment.chains, device)
+    return soundness.build_downlink(section.name, inner, experiment.seed, experiment.chains, device)
 
 
 def refresh_of(experiment: Experiment) -> int | None:

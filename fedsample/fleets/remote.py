@@ -19,8 +19,7 @@ from fedsample import protocol
 from fedsample.compression import LinkKeys
 from fedsample.compression.base import finite
 from fedsample.errors import ConfigError, DivergenceError
-from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Turn, Uplink
-from fedsample.estimators.links import links
+from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Links, Turn, Uplink
 from fedsample.numerics.tree_sum import TreeSum
 from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.protocol.quantities import exact_bits
@@ -28,7 +27,7 @@ from fedsample.protocol.wire import Form, Parcel
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.problem import Problem
+    from fedsample.targets import Clients
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,12 @@ class Federation:
             raise ConfigError(f"arrival = {self.arrival}: the probability with which a reply comes must lie in (0, 1]")
 
     @classmethod
-    def of(cls, experiment: Experiment, problem: Problem, arrival: float | None = None) -> Federation:
-        """The clients of an experiment, once their number and the model's parameters are known.
-
-        Raises:
-            UnsoundError: if a link does not fit its compressor or the participation. ConfigError: if a setting is out
-                of range.
-        """
-        clients = problem.clients
+    def of(cls, experiment: Experiment, clients: Clients, links: Links, arrival: float | None = None) -> Federation:
+        """The clients of an experiment, once their number and the model's parameters are known."""
         like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
-        uplink, downlink = links(experiment, problem)
-        return cls(clients.n, uplink, experiment.seed, experiment.chains, like, downlink, clients.blocks, arrival)
+        return cls(
+            clients.n, links.uplink, experiment.seed, experiment.chains, like, links.downlink, clients.blocks, arrival
+        )
 
 
 @dataclass(frozen=True)

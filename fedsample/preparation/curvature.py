@@ -24,10 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsample.kernels import baoab_step
 from fedsample.preparation.mode import Survey
 from fedsample.protocol.exchange import Traffic
 from fedsample.random import SERVER, Key, key
+from fedsample.strategies.baoab import baoab_step
 from fedsample.targets import Metric
 from fedsample.targets.metric import Identity
 

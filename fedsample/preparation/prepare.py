@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import ConfigError
-from fedsample.estimators import Uplink
-from fedsample.estimators.links import links
+from fedsample.estimators import Links
 from fedsample.preparation.checks import check_mode, check_separable, check_spacing
 from fedsample.preparation.curvature import Geometry, explore, survey_geometry
 from fedsample.preparation.mode import Survey, build_metric, find_mode, polish
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 _WORTH = 0.25  # share of the chains' planned uploads that the Hessian at the mode may cost
 
 
-def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Progress) -> Prepared:
+def prepare(experiment: Experiment, problem: Problem, links: Links, fleet: Fleet, progress: Progress) -> Prepared:
     """Find the mode, fix the metric, measure the geometry, choose the step, place the chains.
 
     Raises:
@@ -49,13 +48,13 @@ def prepare(experiment: Experiment, problem: Problem, fleet: Fleet, progress: Pr
     survey = Survey(fleet, problem.prior, clients.dtype, clients.device)
     metric, hessian = _metric(experiment, problem, survey, progress)
     survey.send(metric)
-    uplink, downlink = links(experiment, problem)
+    uplink, downlink = links.uplink, links.downlink
     participation = _participation(experiment, fleet.n)
     with progress.stage("measuring the curvature"):
         whole = solvable(experiment, downlink, participation, clients.d)
         if hessian is not None:
             hessian = metric.scale(metric.scale(hessian).T)
-        elif whole and _pays(experiment, uplink, clients):
+        elif whole and _pays(experiment, links, clients):
             hessian = survey.ask(torch.zeros_like(metric.mean).unsqueeze(0), "hessian")["hessian"]
         shared = shared_masks(uplink, clients.d)
         terrain = explore(survey, metric, experiment.seed, experiment.temperature, hessian, shared)
@@ -90,11 +89,9 @@ def _participation(experiment: Experiment, n: int) -> float:
     return (asked / n if isinstance(asked, int) else asked) * (1 - section.loss) / (1 + away)
 
 
-def _pays(experiment: Experiment, uplink: Uplink, clients: Clients) -> bool:
+def _pays(experiment: Experiment, links: Links, clients: Clients) -> bool:
     """Whether the Hessian at the mode is small beside what the chains will send."""
-    p = uplink.sync_probability(2, clients.d)
-    packet = (1 - p) * uplink.bits(experiment.chains, 0, clients.d, clients.dtype)
-    packet += p * uplink.bits(experiment.chains, experiment.chains, clients.d, clients.dtype)
+    packet = links.packet_bits(experiment.chains, clients.d, clients.dtype)
     width = 8 * torch.empty((), dtype=clients.dtype).element_size()
     return width * clients.d * (clients.d + 1) / 2 <= _WORTH * experiment.rounds * packet
 

@@ -21,7 +21,7 @@ from fedsample.protocol.exchange import Traffic
 from fedsample.targets.metric import restore
 
 if TYPE_CHECKING:
-    from fedsample.config import Experiment
+    pass
 
 _TENSORS, _NUMBERS = "geometry.safetensors", "geometry.json"
 _MEASURED = ("curvature", "flattest", "mean_curvature", "share", "exchanges")
@@ -93,8 +93,12 @@ def prepared_for(path: Path, configuration: str) -> bool:
         return False
 
 
-def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
+def restore_prepared(path: Path, device: str) -> Prepared:
     """What `Prepared.save` stored in a run directory.
+
+    Args:
+        path: of the run.
+        device: where its tensors are put.
 
     Raises:
         RunDirectoryError: if it is missing or damaged.
@@ -102,12 +106,12 @@ def restore_prepared(path: Path, experiment: Experiment) -> Prepared:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    device = torch.device(experiment.fleet.device)
+    place = torch.device(device)
     try:
         data, n = (path / _TENSORS).read_bytes(), json.loads((path / _NUMBERS).read_bytes())
         if n.pop("sha256", None) != _checksum(n, data):
             raise ValueError("the checksum does not match")
-        tensors = {name: each.to(device) for name, each in load(data).items()}
+        tensors = {name: each.to(place) for name, each in load(data).items()}
         mean, start, gradient, stiffest = (tensors.pop(name) for name in ("mean", "start", "gradient", "stiffest"))
         mixing, force = tensors.pop("mixing").cpu(), tensors.pop("force").cpu()
         geometry = Geometry(

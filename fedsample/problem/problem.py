@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import ConfigError
-from fedsample.random import SERVER, key
+from fedsample.problem.functionals import Functionals
 from fedsample.targets import Clients, GaussianPrior, GeneralizedLinear, Posterior, Quadratic
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from fedsample.data import FederatedData
 
 _POINTS = 32  # rows whose predictions are followed as functionals
-_PROJECTIONS = 32
 _CHUNK = 1 << 24  # entries of the largest array of predictions
-_CACHED = 1 << 19  # the same of a CPU, where what stays in the cache takes two thirds of the time
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,16 @@ class Problem:
     """What an experiment samples.
 
     Attributes:
-        clients: the likelihood, in the model's parameters. prior: U_0. start_mean, start_scale: (d,) where an optimiser
-            begins. layout: name, shape and offset of each parameter. data, module, likelihood: None for quadratics.
+        clients: the likelihood, in the model's parameters.
+        prior: U_0.
+        start_mean: (d,) where an optimiser begins.
+        start_scale: (d,) the spread of where it begins.
+        layout: name, shape and offset of each parameter.
+        data: the rows; None for quadratics.
+        module: the model; None for quadratics.
+        likelihood: of the model's outputs; None for quadratics.
+        noise_scale: standard deviation of a Gaussian likelihood.
+        client_names: as the data call them.
     """
 
     clients: Clients
@@ -127,63 +133,21 @@ class Problem:
         return torch.softmax(outputs, dim=-2)
 
     def functionals(self, draws: Tensor) -> Tensor:
-        """What convergence is judged by, for draws (S, d) -> (S, F) float64.
-
-        Predictions at fixed held-out rows (centred logits and the true class's probability, or the mean), the test
-        negative log-likelihood, U, |theta|^2, and 32 fixed projections of the parameters (of what the data can inform:
-        softmax weights are centred over classes and constant features left out). A few parameters are followed one
-        by one.
-        """
-        parts = [self._energies(draws), self._projections(draws)]
-        if self.points is not None:
-            parts.append(torch.cat([self._predictions(chunk) for chunk in draws.split(self._chunk)]))
-        return torch.cat([part.to(torch.float64).cpu() for part in parts], dim=-1)
-
-    def _energies(self, draws: Tensor) -> Tensor:
-        at_once = _CACHED if self.clients.device.type == "cpu" else _CHUNK
-        size = max(1, at_once // max(1, int(self.clients.rows.sum()) * self._classes + self.d))
-        potential = torch.cat([self.posterior.potential(chunk) for chunk in draws.split(size)])
-        return torch.stack([potential, draws.to(torch.float64).square().sum(-1)], dim=-1)
-
-    def _projections(self, draws: Tensor) -> Tensor:
-        return draws if self.d <= _PROJECTIONS else draws @ self._directions
+        """What convergence is judged by, for draws (S, d) -> (S, F) float64; see `Functionals`."""
+        return self._functionals(draws)
 
     @cached_property
-    def _directions(self) -> Tensor:
-        """(d, 32) fixed directions, in the clients' dtype and on their device."""
-        directions = key(0, client=SERVER, chain=torch.arange(_PROJECTIONS), purpose="projections").normal(self.d)
-        directions = self._informed(directions) / math.sqrt(self.d)
-        return directions.to(self.clients.dtype).to(self.clients.device).T.contiguous()
-
-    def _informed(self, directions: Tensor) -> Tensor:
-        """Directions (F, d) without what a softmax's likelihood cannot see."""
-        if not isinstance(self.clients, GeneralizedLinear) or self.likelihood != "categorical":
-            return directions
-        matrix = self.clients.matrix(directions)  # (F, k, q)
-        matrix = matrix - matrix.mean(-2, keepdim=True)
-        design = self.clients.design
-        if len(design):
-            varies = (design.amax(0) > design.amin(0)).to(matrix.dtype).cpu()
-            if self.clients.intercept:
-                varies[-1] = 1.0
-            matrix = matrix * varies
-        return self.clients.flat(matrix)
-
-    def _predictions(self, draws: Tensor) -> Tensor:
-        if self.points is None:
-            return draws.new_zeros(len(draws), 0)
-        outputs = self.outputs(draws, self.points[0])  # (S, K, M)
-        parts = []
-        if self.likelihood == "gaussian":
-            parts.append(outputs.flatten(1))
-        else:
-            labels = self.points[1].to(torch.int64).expand(len(draws), 1, -1)
-            parts.append(self.probabilities(outputs).gather(-2, labels).squeeze(-2))
-            centred = outputs if outputs.shape[-2] == 1 else outputs - outputs.mean(-2, keepdim=True)
-            parts.append(centred.flatten(1))
-        if self.test is not None:
-            parts.append(self.test_nll(draws).unsqueeze(-1))
-        return torch.cat([part.to(torch.float64) for part in parts], dim=-1)
+    def _functionals(self) -> Functionals:
+        return Functionals(
+            self.posterior,
+            self.likelihood,
+            self._classes,
+            self._chunk,
+            self.points,
+            self.outputs,
+            self.probabilities,
+            None if self.test is None else self.test_nll,
+        )
 
     def test_nll(self, draws: Tensor) -> Tensor:
         """Mean negative log-likelihood of the held-out rows under each draw: (S, d) -> (S,) float64."""

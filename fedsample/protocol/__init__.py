@@ -9,9 +9,10 @@ The bits that a fleet counts are the bytes of a message's arrays: an upload is w
 `fedsample.<compressor>.v1`. Round, epoch, acknowledgement and which chains ask are the header, which is not counted.
 """
 
-from fedsample.protocol.answers import exact_forms, pack_answer, unpack_answer
+from fedsample.protocol.answers import pack_answer, unpack_answer
 from fedsample.protocol.metrics import metric_tag, pack_metric, unpack_metric
 from fedsample.protocol.names import EVALUATE, EXACT_QUERY, HELLO, METRIC, RESTORE, SAVE, TRAIN, UPLOAD, packet_stype
+from fedsample.protocol.quantities import exact_forms
 from fedsample.protocol.requests import Missed, Outgoing, Recall, unpack_request, with_previous
 from fedsample.protocol.status import Failure, terms
 from fedsample.protocol.tensors import unpack_points, unpack_vector

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedsample.compression import Packet
 from fedsample.errors import DataError
 from fedsample.estimators import Turn, Uplink, Upload
-from fedsample.protocol.exchange import ESTIMATE, Request
+from fedsample.protocol.exchange import Request
 from fedsample.protocol.names import UPLOAD, packet_stype
 from fedsample.protocol.quantities import is_symmetric
 from fedsample.protocol.wire import (
-    DENSE,
-    TRIANGLE,
     Array,
     Form,
     Header,
@@ -89,31 +85,6 @@ def unpack_answer(
         array, Form(packet_stype(uplink.compressor), (len(array.data) // dtype.itemsize,), dtype), f"{what}: {UPLOAD}"
     )
     return uplink.from_bytes(array.data, turn, turn.point.shape[-1], dtype), outputs
-
-
-def exact_forms(request: Request, blocks: Sequence[Tensor]) -> dict[str, Form]:
-    """The arrays in which exact outputs arrive from one client.
-
-    Args:
-        request: what was asked. blocks: the parameter matrices, needed for factors only.
-    """
-    c, d = request.points.shape
-    dtype = request.points.dtype
-    forms = {}
-    for name in request.outputs - {ESTIMATE}:
-        if name == "value":
-            forms[name] = Form(DENSE, (c,), torch.float64)
-        elif name == "hessian":
-            forms[name] = Form(TRIANGLE, (d, d), dtype)
-        elif name in ("diagonal", "squared_hvp", "cubed_hvp", "gradient_variance"):
-            forms[name] = Form(DENSE, (d,), dtype)
-        elif name == "factors":
-            for b, positions in enumerate(blocks):
-                for side, size in zip(("outer", "inner"), positions.shape, strict=True):
-                    forms[f"{side}{b}"] = Form(TRIANGLE, (size, size), dtype)
-        else:
-            forms[name] = Form(DENSE, (c, d), dtype)
-    return forms
 
 
 def _first(upload: Upload) -> Upload:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from fedsample.targets import Clients
-from fedsample.targets.metric import mirrored
+from fedsample.protocol.exchange import ESTIMATE, Request
+from fedsample.protocol.wire import DENSE, TRIANGLE, Form
+from fedsample.targets import Clients, MetricClients
+from fedsample.targets.metric import Identity, mirrored
 
 
 def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None) -> dict[str, Tensor]:
@@ -57,3 +62,39 @@ def exact_bits(name: str, tensor: Tensor) -> int:
 def point_bits(points: Tensor) -> int:
     """Bits of points on the downlink."""
     return 8 * points.element_size() * points.numel()
+
+
+def exact_forms(request: Request, blocks: Sequence[Tensor]) -> dict[str, Form]:
+    """The arrays in which exact outputs arrive from one client.
+
+    Args:
+        request: what was asked.
+        blocks: the parameter matrices, needed for factors only.
+    """
+    c, d = request.points.shape
+    dtype = request.points.dtype
+    forms = {}
+    for name in request.outputs - {ESTIMATE}:
+        if name == "value":
+            forms[name] = Form(DENSE, (c,), torch.float64)
+        elif name == "hessian":
+            forms[name] = Form(TRIANGLE, (d, d), dtype)
+        elif name in ("diagonal", "squared_hvp", "cubed_hvp", "gradient_variance"):
+            forms[name] = Form(DENSE, (d,), dtype)
+        elif name == "factors":
+            for b, positions in enumerate(blocks):
+                for side, size in zip(("outer", "inner"), positions.shape, strict=True):
+                    forms[f"{side}{b}"] = Form(TRIANGLE, (size, size), dtype)
+        else:
+            forms[name] = Form(DENSE, (c, d), dtype)
+    return forms
+
+
+def widest(clients: MetricClients, outputs: frozenset[str]) -> int:
+    """Entries of the largest matrix of one client that these outputs need; 1 for none."""
+    metric, d = clients.metric, clients.base.d
+    if "hessian" in outputs or (outputs & {"diagonal", "cubed_hvp", "factors"} and not isinstance(metric, Identity)):
+        return d * d
+    if "factors" in outputs:
+        return sum(rows**2 + columns**2 for rows, columns in (block.shape for block in clients.base.blocks()))
+    return 1

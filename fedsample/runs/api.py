@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedsample.config import Experiment, Source, dump_toml, load
 from fedsample.config.loading import reread
-from fedsample.errors import ConfigError, DeviceMemoryError, Interrupted, RunDirectoryError
+from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.runs import step_check
 from fedsample.runs.checks import check
+from fedsample.runs.memory import within_memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,7 +91,7 @@ def run(
     if resume:
         if out is None or source is not None or overrides:
             raise ConfigError("resume takes everything from the run directory: give `out`, and no configuration")
-        with _within_memory(), Session.reopen(Path(out), progress) as session:
+        with within_memory(), Session.reopen(Path(out), progress) as session:
             if check_step:
                 step_check.half(session.experiment)  # refuses before the chain goes on
             done = Run(session.path, session.sample(), session.experiment)
@@ -109,7 +109,7 @@ def run(
         step_check.half(experiment)
     path = Path(out) if out is not None else default_path(experiment)
     with (
-        _within_memory(),
+        within_memory(),
         Session.create(experiment, path, progress, replay=None if replay is None else Path(replay)) as session,
     ):
         done = Run(session.path, session.sample(), session.experiment)
@@ -142,27 +142,8 @@ def build_target(source: Source = None, overrides: Sequence[str] = ()) -> Poster
     """The posterior of a configuration, without any sampling."""
     from fedsample.problem import build_problem
 
-    with _within_memory():
+    with within_memory():
         return build_problem(load(source, overrides)).posterior
-
-
-@contextmanager
-def _within_memory() -> Iterator[None]:
-    """Say of what the processor's memory does not hold that it does not, and not that it is a defect.
-
-    Raises:
-        DeviceMemoryError: PyTorch, or Python, could not allocate what was asked for.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
-            raise
-        said = next(iter(str(error).splitlines()), "no memory").removesuffix(" (Cannot allocate memory)")
-        raise DeviceMemoryError(
-            "out of memory on cpu: take fewer chains, clients or draws, a smaller model, or metric.name = 'diagonal'; "
-            f"PyTorch says: {said}"
-        ) from None
 
 
 def _config_of(path: Path) -> str:

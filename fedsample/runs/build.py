@@ -1,4 +1,4 @@
-"""The parts of an experiment put together: the simulated fleet, the sampler, and what of them does not fit."""
+"""The parts of an experiment put together: the simulated fleet, the driver of its chains, and what does not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from fedsample.config import Experiment
 from fedsample.errors import ConfigError
-from fedsample.estimators.links import links, refresh_of
+from fedsample.estimators import Links, build_links
+from fedsample.estimators.links import refresh_of
 from fedsample.fleets.engines import choose_engine
 from fedsample.fleets.faults import Faults, Recorded
 from fedsample.fleets.local import LocalFleet
@@ -19,7 +20,7 @@ from fedsample.preparation.prepare import prepare
 from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet
-from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability, State
+from fedsample.strategies import SAMPLERS, Cohort, Driver, Stability, State
 from fedsample.strategies.schedule import schedule_of
 from fedsample.targets.metric import MOST_DENSE
 
@@ -27,6 +28,7 @@ from fedsample.targets.metric import MOST_DENSE
 def build_fleet(
     experiment: Experiment,
     problem: Problem,
+    links: Links,
     arrivals: Mapping[int, Sequence[int]] | None = None,
     *,
     strict: bool = False,
@@ -34,15 +36,17 @@ def build_fleet(
     """The simulated federation of an experiment.
 
     Args:
-        experiment: its settings. problem: its clients. arrivals: the clients that took part in rounds by number; None:
-            as the settings say. strict: as for `choose_engine`.
+        experiment: its settings.
+        problem: its clients.
+        links: its links.
+        arrivals: the clients that took part in rounds by number; None: as the settings say.
+        strict: as for `choose_engine`.
     """
     section = experiment.fleet
     clients = problem.clients
     faults = Faults(clients.n, experiment.seed, section.loss, section.dropout, section.dropout_rounds)
     if arrivals is not None:
         faults = Recorded(**vars(faults), arrivals=arrivals)
-    uplink, downlink = links(experiment, problem)
     engine = choose_engine(
         clients,
         section.engine,
@@ -53,37 +57,38 @@ def build_fleet(
     )
     return LocalFleet(
         clients,
-        uplink,
+        links.uplink,
         experiment.seed,
         experiment.chains,
         batch_size=experiment.batch_size,
         engine=engine,
         faults=faults,
-        downlink=downlink,
+        downlink=links.downlink,
     )
 
 
-def build_sampler(experiment: Experiment, problem: Problem, prepared: Prepared, n: int) -> Sampler:
+def build_driver(experiment: Experiment, problem: Problem, links: Links, prepared: Prepared, n: int) -> Driver:
     """The server's half of an experiment, once its geometry is known."""
     extra = {"friction": experiment.sampler.friction} if experiment.sampler.name == "baoab" else {}
-    uplink, downlink = links(experiment, problem)
-    return SAMPLERS[experiment.sampler.name](
-        uplink,
-        problem.prior,
-        prepared.geometry.metric,
-        step_size=schedule_of(experiment, prepared.step_size),
+    sampler = SAMPLERS[experiment.sampler.name](
+        step_size=schedule_of(experiment.step_size, prepared.step_size),
         temperature=experiment.temperature,
         seed=experiment.seed,
+        **extra,
+    )
+    return Driver(
+        sampler,
+        links,
+        problem.prior,
+        prepared.geometry.metric,
         cohort=Cohort(n, experiment.chains, experiment.seed, experiment.fleet.participation),
         stability=Stability(prepared.geometry.curvature, prepared.forecast.limit, prepared.radius),
-        downlink=downlink,
         refresh=refresh_of(experiment),
         anchor=prepared.geometry.gradient,
-        **extra,
     )
 
 
-def check_size(experiment: Experiment, problem: Problem) -> None:
+def check_size(experiment: Experiment, problem: Problem, links: Links) -> None:
     """Refuse what does not fit the number of parameters or of clients.
 
     Raises:
@@ -95,10 +100,9 @@ def check_size(experiment: Experiment, problem: Problem) -> None:
             f"metric.name = 'hessian' needs a matrix of {problem.d} x {problem.d} entries on every client; "
             f"choose kronecker or diagonal above {MOST_DENSE:,} parameters"
         )
-    uplink, downlink = links(experiment, problem)
     dtype = DTYPES[experiment.dtype]
-    uplink.bits(1, 0, problem.d, dtype)  # refuses settings that do not fit d
-    downlink.bits(torch.ones(1, dtype=torch.int64), 1, problem.d, dtype)
+    links.uplink.bits(1, 0, problem.d, dtype)  # refuses settings that do not fit d
+    links.downlink.bits(torch.ones(1, dtype=torch.int64), 1, problem.d, dtype)
     Cohort(problem.clients.n, experiment.chains, experiment.seed, experiment.fleet.participation)
 
 
@@ -107,19 +111,25 @@ class Assembled:
     """A simulated chain before its first round, without a run directory: for benchmarks and studies.
 
     Attributes:
-        problem: what is sampled. fleet: the clients. prepared: what is fixed. sampler: the server. state: now.
+        problem: what is sampled.
+        links: its links.
+        fleet: the clients.
+        prepared: what is fixed.
+        driver: the server.
+        state: now.
     """
 
     problem: Problem
+    links: Links
     fleet: LocalFleet
     prepared: Prepared
-    sampler: Sampler
+    driver: Driver
     state: State
 
     def round(self, fleet: Fleet | None = None) -> None:
         """One round, with its own clients or with others that stand for the same."""
-        request = self.sampler.request(self.state)
-        self.state = self.sampler.update(self.state, request, (fleet or self.fleet).exchange(request))
+        request = self.driver.request(self.state)
+        self.state = self.driver.update(self.state, request, (fleet or self.fleet).exchange(request))
 
 
 def assemble(experiment: Experiment) -> Assembled:
@@ -129,8 +139,9 @@ def assemble(experiment: Experiment) -> Assembled:
         DataError, ConfigError: as for a run.
     """
     problem = build_problem(experiment)
-    check_size(experiment, problem)
-    fleet = build_fleet(experiment, problem)
-    prepared = prepare(experiment, problem, fleet, Progress(1, 0, "quiet"))
-    sampler = build_sampler(experiment, problem, prepared, fleet.n)
-    return Assembled(problem, fleet, prepared, sampler, sampler.begin(prepared.start))
+    links = build_links(experiment, problem.clients)
+    check_size(experiment, problem, links)
+    fleet = build_fleet(experiment, problem, links)
+    prepared = prepare(experiment, problem, links, fleet, Progress(1, 0, "quiet"))
+    driver = build_driver(experiment, problem, links, prepared, fleet.n)
+    return Assembled(problem, links, fleet, prepared, driver, driver.begin(prepared.start))

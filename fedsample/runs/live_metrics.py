@@ -20,13 +20,13 @@ from fedsample.protocol.exchange import Aggregate
 if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.problem import Problem
-    from fedsample.strategies import Sampler, State
+    from fedsample.strategies import Driver, State
 
 _GROWTH = 2.0  # R-hat and ESS are renewed when there are so many times more draws
 _PENDING = 4096  # draws that may wait for the thread that looks at them
 
 
-class Watch:
+class LiveMetrics:
     """Follows the draws of a running chain; the costly part runs in the recorder's thread.
 
     Args:
@@ -57,21 +57,22 @@ class Watch:
         self._fresh.append((round, draw))
 
     def scalars(
-        self, sampler: Sampler, before: State, state: State, aggregate: Aggregate, clients: int
+        self, driver: Driver, before: State, state: State, aggregate: Aggregate, clients: int
     ) -> dict[str, float]:
         """What costs nothing: log posterior, step, drift against noise, quantiles over clients."""
         result = {
-            "mcmc/step_size": sampler.step_at(state.round),
+            "mcmc/step_size": driver.sampler.step_at(state.round),
             "fleet/arrived": float(aggregate.arrived.sum()) / clients,
         }
         if "value" in aggregate.sums:
-            potential = aggregate.sums["value"].cpu() + sampler.prior.potential(before.seen).cpu()
+            potential = aggregate.sums["value"].cpu() + driver.prior.potential(before.seen).cpu()
             result["mcmc/log_posterior"] = -float(potential.mean())
-        if sampler.temperature > 0:
+        if driver.sampler.temperature > 0:
             move = (state.params - before.params).to(torch.float64)
-            noise = math.sqrt(2 * sampler.step_at(state.round) * sampler.temperature * move.shape[-1])
+            scale = driver.sampler.noise_scale(driver.sampler.step_at(state.round))
+            noise = scale * math.sqrt(move.shape[-1])  # root mean square length of a step's noise
             result["mcmc/move_to_noise"] = float(move.norm(dim=-1).mean()) / noise
-            result["mcmc/drift_to_noise"] = sampler.drift(before, state) / noise
+            result["mcmc/drift_to_noise"] = driver.drift(before, state) / noise
         if aggregate.norms is not None:
             result |= quantiles("client/upload_norm", aggregate.norms)
         return result

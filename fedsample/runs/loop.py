@@ -1,24 +1,27 @@
-"""The loop over rounds: ask, move, record, now and then save."""
+"""The loop over rounds: ask the clients, move the chains, record, and now and then save."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fedsample.errors import Interrupted
-from fedsample.protocol.exchange import Aggregate, Fleet, Request, Traffic
+from fedsample.protocol.exchange import Aggregate, Fleet, Traffic
 from fedsample.protocol.recovery import Fork, Recovers
-from fedsample.strategies import Sampler, State
+from fedsample.strategies import Driver, State
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedsample.config import Experiment
     from fedsample.monitor.checkpoint import CheckpointStore
+    from fedsample.monitor.directory import RunDirectory
     from fedsample.monitor.draws import DrawStore
     from fedsample.monitor.progress import Progress
     from fedsample.monitor.tensorboard import Recorder
-    from fedsample.preparation.prepared import Prepared
-    from fedsample.runs.live_metrics import Watch
-    from fedsample.runs.session import Session
+    from fedsample.runs.live_metrics import LiveMetrics
 
 _CHECKPOINT_SHARE = 0.02  # of the time, at most, spent on checkpoints
 
@@ -38,28 +41,94 @@ class Clock:
         return self.exchange + self.server + self.record + self.before
 
 
-class Chain:
-    """The loop over rounds."""
+@dataclass(frozen=True)
+class Parts:
+    """What works together in a round.
 
-    def __init__(
+    Attributes:
+        driver: the server's half of the chains.
+        fleet: the clients.
+        checkpoints: where checkpoints go.
+        draws: where draws go.
+        recorder: where curves go.
+        metrics: what is seen of the draws while they are made.
+        progress: what the user sees.
+    """
+
+    driver: Driver
+    fleet: Fleet
+    checkpoints: CheckpointStore
+    draws: DrawStore
+    recorder: Recorder
+    metrics: LiveMetrics
+    progress: Progress
+
+
+class Keeper(Protocol):
+    """The run that a loop belongs to: it can be stopped, keeps checkpoints, and logs forks."""
+
+    scores: dict[str, float]
+
+    @property
+    def experiment(self) -> Experiment:
+        """What is sampled."""
+        ...
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The run directory."""
+        ...
+
+    @property
+    def forks(self) -> frozenset[int]:
+        """Rounds before which the chain forks, in a run that follows another."""
+        ...
+
+    @property
+    def stopped(self) -> str | None:
+        """The name of the signal that asked the run to end."""
+        ...
+
+    @property
+    def advice(self) -> str:
+        """How to go on."""
+        ...
+
+    def forked(self, driver: Driver, state: State, clients: Sequence[int]) -> State:
+        """The state after some clients have lost their memories for good; logged, if it changes the chain."""
+        ...
+
+    def save(
         self,
-        session: Session,
-        sampler: Sampler,
-        fleet: Fleet,
-        checkpoints: CheckpointStore,
-        draws: DrawStore,
-        recorder: Recorder,
-        watch: Watch,
-        progress: Progress,
-        prepared: Prepared,
+        store: CheckpointStore,
+        state: State,
+        kept: dict[str, Tensor],
+        traffic: Traffic,
+        clock: Clock,
+        rows: Sequence[tuple[int, int, dict[str, float]]] = (),
     ) -> None:
-        """Keep the parts."""
-        self.session, self.experiment = session, session.experiment
-        self.sampler, self.fleet, self.checkpoints, self.draws = sampler, fleet, checkpoints, draws
-        self.recorder, self.watch, self.progress, self.prepared = recorder, watch, progress, prepared
-        self._setup = prepared.geometry.traffic
-        self._recovers = fleet if isinstance(fleet, Recovers) else None
-        self._forks = session.forks
+        """Write a checkpoint; `kept` is what the fleet remembers."""
+        ...
+
+
+class RoundLoop:
+    """The loop over rounds.
+
+    Args:
+        run: the run that it belongs to.
+        parts: what works together in a round.
+        setup: what preparation has sent.
+    """
+
+    def __init__(self, run: Keeper, parts: Parts, setup: Traffic) -> None:
+        self.session, self.experiment = run, run.experiment
+        self.driver, self.fleet, self.checkpoints, self.draws = (
+            parts.driver, parts.fleet, parts.checkpoints, parts.draws
+        )  # fmt: skip
+        self.recorder, self.metrics, self.progress = parts.recorder, parts.metrics, parts.progress
+        self._setup = setup
+        self._recovers = parts.fleet if isinstance(parts.fleet, Recovers) else None
+        self._forks = run.forks
 
     def run(self, state: State, traffic: Traffic, clock: Clock) -> tuple[State, Traffic, Clock]:
         """All remaining rounds.
@@ -71,10 +140,10 @@ class Chain:
         saved_at, saved_round, cost = time.perf_counter(), state.round, 0.0
         while state.round < experiment.rounds:
             if state.round + 1 in self._forks:
-                state = self.sampler.forked(state)
+                state = self.driver.forked(state)
             observe = (state.round + 1) % experiment.monitor.every == 0 or state.round + 1 == experiment.rounds
             t0 = time.perf_counter()
-            request = self.sampler.request(state, observe=observe)
+            request = self.driver.request(state, observe=observe)
             t1 = time.perf_counter()
             try:
                 aggregate = self.fleet.exchange(request)
@@ -82,19 +151,19 @@ class Chain:
                 state = self._fork(state, fork)
                 continue
             t2 = time.perf_counter()
-            before, state = state, self.sampler.update(state, request, aggregate)
+            before, state = state, self.driver.update(state, request, aggregate)
             traffic = traffic.plus(aggregate.traffic)
             t3 = time.perf_counter()
             if not bool(aggregate.arrived.all()):
                 self.session.directory.append_participation(state.round, aggregate.arrived.nonzero().flatten().tolist())
             kept = state.round - experiment.warmup
             if kept > 0 and kept % experiment.thin == 0:
-                draw = self.sampler.draw(state)
-                self.sampler.check(state.params, state.round)
+                draw = self.driver.draw(state)
+                self.driver.check(state.params, state.round)
                 self.draws.append(state.round, draw)
-                self.watch.see(state.round, draw)
+                self.metrics.see(state.round, draw)
             if observe:
-                state = self._log(before, state, request, aggregate, traffic, clock)
+                state = self._log(before, state, aggregate, traffic, clock)
             self.progress.update(state.round, self._sent(traffic), (traffic.down + self._setup.down) // 8)
             now = time.perf_counter()
             clock.exchange += t2 - t1
@@ -124,7 +193,7 @@ class Chain:
         if self._recovers is None:
             raise fork
         lost = self._recovers.rally(fork.clients)
-        return self.session.forked(self.sampler, state, lost)
+        return self.session.forked(self.driver, state, lost)
 
     def _save(self, state: State, traffic: Traffic, clock: Clock) -> State:
         """Draws and logs first, then the checkpoint that counts on them -> the state, forked if need be."""
@@ -139,11 +208,9 @@ class Chain:
         self.session.save(self.checkpoints, state, kept, traffic, clock, self.recorder.unwritten())
         return state
 
-    def _log(
-        self, before: State, state: State, request: Request, aggregate: Aggregate, traffic: Traffic, clock: Clock
-    ) -> State:
+    def _log(self, before: State, state: State, aggregate: Aggregate, traffic: Traffic, clock: Clock) -> State:
         """One row of the curves -> the state, forked if need be."""
-        scalars = self.watch.scalars(self.sampler, before, state, aggregate, self.fleet.n)
+        scalars = self.metrics.scalars(self.driver, before, state, aggregate, self.fleet.n)
         n = self.fleet.n
         scalars |= {
             "comm/up_bytes": self._sent(traffic) / n,
@@ -157,12 +224,12 @@ class Chain:
             scalars |= self._recovers.scalars()
             if state.round > self.experiment.warmup:
                 try:
-                    scores = self._recovers.score(self.sampler.draw(state), state.round)
+                    scores = self._recovers.score(self.driver.draw(state), state.round)
                 except Fork as fork:
                     state, scores = self._fork(state, fork), {}
                 scalars |= {f"round/{name}": value for name, value in scores.items()}
                 self.session.scores = scores or self.session.scores
-        self.recorder.submit(state.round, self._sent(traffic) // n, scalars, lazy=self.watch.job(state.round))
+        self.recorder.submit(state.round, self._sent(traffic) // n, scalars, lazy=self.metrics.job(state.round))
         return state
 
     def _sent(self, traffic: Traffic) -> int:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsample.fleets.grpc.display import FleetProgress
+from fedsample.fleets.grpc.server.host import Host
+from fedsample.runs.session import Session
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.monitor.progress import Mode
-from fedsample.fleets.grpc.server.host import Host
 
 
 def serve(
@@ -20,14 +21,14 @@ def serve(
     """Sample with the devices that connect -> the run directory, its summary, the resolved configuration.
 
     Args:
-        experiment: the configuration; None: go on with the run in `path`. path: the run directory. host: where to
-            listen. mode: how much is shown.
+        experiment: the configuration; None: go on with the run in `path`.
+        path: the run directory.
+        host: where to listen.
+        mode: how much is shown.
 
     Raises:
         FedSampleError: whatever went wrong, in words. Interrupted: on Ctrl-C or SIGTERM.
     """
-    from fedsample.runs.session import Session
-
     if experiment is None:
         manager = Session.reopen(path, mode, opener=host.open)
     else:

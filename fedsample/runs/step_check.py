@@ -133,7 +133,7 @@ def check(path: Path, experiment: Experiment, summary: dict[str, Any], other: di
     from fedsample.monitor.draws import load_draws
     from fedsample.preparation.prepared import restore_prepared
 
-    geometry = restore_prepared(path, experiment).geometry
+    geometry = restore_prepared(path, experiment.fleet.device).geometry
     draws, halved = (
         geometry.metric.invert(load_draws(each).to(geometry.metric.mean)) for each in (path, path / DIRECTORY)
     )

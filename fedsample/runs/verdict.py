@@ -55,7 +55,7 @@ def _of_bias(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
     from fedsample.strategies.schedule import Constant, schedule_of
 
     bias, step, limit = (summary[name] for name in ("predicted_variance_bias", "step_size", "largest_stable_step"))
-    schedule = schedule_of(experiment, step)
+    schedule = schedule_of(experiment.step_size, step)
     constant = isinstance(schedule, Constant)
     if not constant:  # the prediction is of the first step: what counts is the largest while draws are kept
         step, bias = schedule.largest(experiment.warmup + 1, experiment.rounds), None

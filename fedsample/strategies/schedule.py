@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fedsample.config import Experiment, ScheduleConfig
+if TYPE_CHECKING:
+    from fedsample.config import ScheduleConfig
 
 
-def schedule_of(experiment: Experiment, initial: float) -> Schedule:
-    """The steps of a run that begins with `initial`."""
-    section = experiment.step_size
+def schedule_of(section: float | str | ScheduleConfig, initial: float) -> Schedule:
+    """The steps of a run whose setting is `step_size = section` and which begins with `initial`."""
+    from fedsample.config import ScheduleConfig  # needs pydantic, which a bare machine with torch lacks
+
     if isinstance(section, ScheduleConfig) and section.schedule == "polynomial":
         return Polynomial(initial, section.power, section.offset)
     if isinstance(section, ScheduleConfig) and section.schedule == "cyclical":

@@ -75,7 +75,7 @@ def gradient(message: bytearray, d: int, up: int, index: int, kept: dict[tuple[i
 
 async def our_devices(target: str, certs: Path, count: int, file: Path, state: Path) -> None:
     """Take part in whatever runs there are."""
-    from fedsample.clients.device_data import Held, Source
+    from fedsample.clients.device_data import DataSource, DeviceData
     from fedsample.config.loading import reread
     from fedsample.fleets.grpc.device.connection import Attendant, prepare_threads
     from fedsample.fleets.grpc.device.replica import Resident
@@ -85,7 +85,7 @@ async def our_devices(target: str, certs: Path, count: int, file: Path, state: P
         def found(welcome: Any) -> Resident:
             prepare_threads(1)
             experiment = reread(welcome.config)
-            held = Held(experiment, index, count, Source(str(file), None, index, count))
+            held = DeviceData(experiment, index, count, DataSource(str(file), None, index, count))
             return Resident(state / str(index), welcome.run, experiment, index, count, held)
 
         return Attendant(target, client_credentials(certs / f"client-{index}"), index, found)
@@ -177,6 +177,7 @@ class Ours:
         from fedsample.config import dump_toml, load
         from fedsample.data.device_files import agreed_schema
         from fedsample.data.schema import Schema
+        from fedsample.estimators import build_links
         from fedsample.fleets.grpc.framing.version import run_id
         from fedsample.fleets.grpc.security.credentials import server_credentials
         from fedsample.fleets.grpc.server.dispatcher import Desk
@@ -203,7 +204,8 @@ class Ours:
             schemas = gather(self.hub)
             agreed = agreed_schema(self.experiment, [Schema.from_json(text) for text in schemas.values()])
             _agree(desk, agreed)
-            self.fleet = fleet_on(desk, self.experiment, remote_problem(self.experiment, agreed, count))
+            clients = remote_problem(self.experiment, agreed, count).clients
+            self.fleet = fleet_on(desk, self.experiment, clients, build_links(self.experiment, clients))
 
         self.begin = begin
 

@@ -37,11 +37,11 @@ from fedsample.compression import QSGD, RandBlock
 from fedsample.errors import CompileError, FedSampleError
 from fedsample.estimators import Diana, Marina, Uplink
 from fedsample.fleets.local import LocalFleet
-from fedsample.kernels import langevin_step
 from fedsample.models.lenet import LeNet5
 from fedsample.models.resnet import ResNet20
 from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.random import SERVER, key
+from fedsample.strategies.langevin import langevin_step
 from fedsample.targets import Clients, GeneralizedLinear, ModuleClients
 from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 

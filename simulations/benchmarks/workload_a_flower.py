@@ -46,7 +46,7 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
             return float(np.median(spent[1:]))  # the first round is dense, and finds everything cold
 
         ours = spend(chain.fleet, 200)
-        with simulated_fleet(experiment, chain.problem) as fleet:
+        with simulated_fleet(experiment, chain.problem.clients, chain.links) as fleet:
             theirs = spend(fleet, rounds)
     return {
         "clients": clients, "engine": chain.fleet.engine, "flower_ms": round(1e3 * theirs, 1),

@@ -21,15 +21,16 @@ from torch import Tensor
 from fedsample.config import Experiment, load
 from fedsample.config.presets import PRESETS
 from fedsample.errors import CompileError
+from fedsample.estimators import build_links
 from fedsample.fleets.local import LocalFleet
 from fedsample.monitor.progress import Progress
 from fedsample.preparation.prepare import prepare
 from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.random import key
-from fedsample.runs.build import build_fleet, build_sampler
+from fedsample.runs.build import build_driver, build_fleet
 from fedsample.runs.checks import check
-from fedsample.strategies import Sampler
+from fedsample.strategies import Driver
 
 ROUNDS, CHAINS = 20, 2
 DATA = {"logistic": "breast_cancer", "linear": "diabetes", "softmax": "wine"}
@@ -71,20 +72,23 @@ def prepared(preset: str, model: str) -> tuple[Problem, Prepared]:
     """One preparation for all engines, by the clients one by one."""
     experiment = experiment_of(preset, model, "by-client")
     problem = build_problem(experiment)
-    return problem, prepare(experiment, problem, build_fleet(experiment, problem), Progress(1, mode="quiet"))
+    links = build_links(experiment, problem.clients)
+    fleet = build_fleet(experiment, problem, links)
+    return problem, prepare(experiment, problem, links, fleet, Progress(1, mode="quiet"))
 
 
 def chain(preset: str, model: str, engine: str) -> Chain:
     """Twenty rounds."""
     problem, geometry = prepared(preset, model)
     experiment = experiment_of(preset, model, engine)
-    fleet = build_fleet(experiment, problem)
+    links = build_links(experiment, problem.clients)
+    fleet = build_fleet(experiment, problem, links)
     assert fleet.engine == engine
     fleet.set_metric(geometry.geometry.metric)
-    return advanced(build_sampler(experiment, problem, geometry, fleet.n), fleet, problem.d)
+    return advanced(build_driver(experiment, problem, links, geometry, fleet.n), fleet, problem.d)
 
 
-def advanced(sampler: Sampler, fleet: LocalFleet, d: int) -> Chain:
+def advanced(sampler: Driver, fleet: LocalFleet, d: int) -> Chain:
     state = sampler.begin(0.1 * key(1, chain=torch.arange(CHAINS), purpose="start").normal(d))
     draws, decided, masks = [], [], []
     for round in range(1, ROUNDS + 1):

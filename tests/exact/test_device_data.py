@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedsample.clients.device_data import Held, Source
+from fedsample.clients.device_data import DataSource, DeviceData
 from fedsample.config import Experiment, load
-from fedsample.data import FederatedData
+from fedsample.data import FederatedData, device_files
 from fedsample.data import load as load_data
-from fedsample.data.device_files import Holding, Potential, Rows, agreed_schema, read_device
+from fedsample.data.device_files import DeviceRows, Potential, Rows, agreed_schema
 from fedsample.data.schema import Feature, Schema, Target
 from fedsample.data.schema_merge import merge
 from fedsample.data.standardize import Scale, first_sums, second_sums
@@ -43,7 +43,12 @@ def total(terms: list[torch.Tensor]) -> torch.Tensor:
     return tree.total()
 
 
-def federate(settings: Experiment, holdings: list[Holding]) -> tuple[Schema, list[FederatedData | Potential]]:
+def read_device(settings: Experiment, index: int, **source: Any) -> DeviceRows:
+    """What a device holds, for the experiment's model."""
+    return device_files.read_device(settings, index, task=task_of(settings.model.name), **source)
+
+
+def federate(settings: Experiment, holdings: list[DeviceRows]) -> tuple[Schema, list[FederatedData | Potential]]:
     """What server and devices do together, every message of it."""
     agreed = agreed_schema(settings, [Schema.from_json(holding.schema.to_json()) for holding in holdings])
     agreed = Schema.from_json(agreed.to_json())
@@ -148,7 +153,7 @@ def test_the_same_numbers_under_other_names_are_other_data(tmp_path: Path) -> No
     for number, names in enumerate(("a,b,c,y", "b,a,c,y", "a,b,c,y")):
         file = tmp_path / f"{number}.csv"
         file.write_text(f"{names}\n{rows}")
-        found.append(Held(settings, 0, 1, Source(str(file))).fingerprint)
+        found.append(DeviceData(settings, 0, 1, DataSource(str(file))).fingerprint)
     assert found[0] == found[2] != found[1]
 
 
@@ -209,18 +214,18 @@ def test_what_is_predicted_does_not_depend_on_who_asks(tmp_path: Path) -> None:
 # --- problems -------------------------------------------------------------------------------------------------------
 
 
-def _digits(folder: Path) -> tuple[Experiment, list[Holding]]:
+def _digits(folder: Path) -> tuple[Experiment, list[DeviceRows]]:
     settings = experiment(data={"clients": 3})
     return settings, [read_device(settings, i, data="digits", partition=i, partitions=3) for i in range(3)]
 
 
-def _iris_network(folder: Path) -> tuple[Experiment, list[Holding]]:
+def _iris_network(folder: Path) -> tuple[Experiment, list[DeviceRows]]:
     settings = experiment(data={"name": "iris", "clients": 3}, model={"name": "mlp", "hidden": [5]})
     return settings, [read_device(settings, i, partition=i) for i in range(3)]
 
 
-def _files(model: str, target: str) -> Callable[[Path], tuple[Experiment, list[Holding]]]:
-    def make(folder: Path) -> tuple[Experiment, list[Holding]]:
+def _files(model: str, target: str) -> Callable[[Path], tuple[Experiment, list[DeviceRows]]]:
+    def make(folder: Path) -> tuple[Experiment, list[DeviceRows]]:
         file, files, parts = write(folder, "parquet", target)
         if model == "logistic":
             import pyarrow
@@ -238,7 +243,7 @@ def _files(model: str, target: str) -> Callable[[Path], tuple[Experiment, list[H
     return make
 
 
-def _quadratic(folder: Path) -> tuple[Experiment, list[Holding]]:
+def _quadratic(folder: Path) -> tuple[Experiment, list[DeviceRows]]:
     rng = np.random.default_rng(0)
     np.savez(folder / "q.npz", lam=rng.uniform(0, 2, size=(3, 4)), a=rng.normal(size=(3, 4)))
     np.savez(folder / "q0.npz", **{name: value[:1] for name, value in np.load(folder / "q.npz").items()})
@@ -602,7 +607,7 @@ from fedsample.data.standardize import Scale, first_sums, second_sums
 from fedsample.diagnostics.counts import Evaluator
 from fedsample.problem.remote import device_problem, remote_problem
 settings = load({}, environment={})
-holding = read_device(settings, 0, data="own.csv", target="y")
+holding = read_device(settings, 0, task=None, data="own.csv", target="y")
 agreed = agreed_schema(settings, [holding.schema])
 share = holding.fit(agreed)
 first = first_sums(share)

@@ -29,6 +29,7 @@ from fedsample.estimators import (
     Direct,
     Ef21,
     Ef21P,
+    Links,
     Marina,
     Memory,
     Oracle,
@@ -39,8 +40,9 @@ from fedsample.estimators import (
 )
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
-from fedsample.kernels import baoab_step, langevin_step
-from fedsample.strategies import Baoab, Cohort, Langevin, Sampler, Stability, State
+from fedsample.strategies import Baoab, Cohort, Driver, Langevin, Stability, State
+from fedsample.strategies.baoab import baoab_step
+from fedsample.strategies.langevin import langevin_step
 from fedsample.targets import GaussianPrior, Metric, Quadratic
 from fedsample.targets.metric import Dense as DenseMetric
 from fedsample.targets.metric import Identity as IdentityMetric
@@ -103,7 +105,7 @@ class Case:
     def order(self) -> list[int]:
         return [int(j) for j in np.random.default_rng(1).permutation(self.d)]
 
-    def build(self) -> tuple[Callable[[int], Sampler], Callable[[int], LocalFleet]]:
+    def build(self) -> tuple[Callable[[int], Driver], Callable[[int], LocalFleet]]:
         sparse: Compressor = RandK(self.k) if self.compressor == "randk" else RandBlock(self.k)
         inner = {"dense": Identity(), "ef21": Scaled(sparse)}.get(self.uplink, sparse)
         uplink = build(self.uplink, inner, SYNC if self.uplink == "marina" else None, anchored=self.anchored)
@@ -115,19 +117,20 @@ class Case:
             made.set_metric(metric)
             return made
 
-        def sampler(chains: int) -> Sampler:
-            common: dict[str, Any] = {
-                "step_size": STEP,
-                "temperature": TEMPERATURE,
-                "seed": 0,
-                "cohort": Cohort(self.n, chains, 0, self.participation),
-                "stability": Stability(1.0, 1.0, math.inf),
-                "downlink": build_downlink("ef21-p", Scaled(sparse), 0, chains) if self.downlink else None,
-                "anchor": self.anchor() if self.anchored else None,
-            }
-            if self.sampler == "baoab":
-                return Baoab(uplink, GaussianPrior(PRIOR), metric, friction=FRICTION, **common)
-            return Langevin(uplink, GaussianPrior(PRIOR), metric, **common)
+        def sampler(chains: int) -> Driver:
+            common: dict[str, Any] = {"step_size": STEP, "temperature": TEMPERATURE, "seed": 0}
+            links = Links(uplink)
+            if self.downlink:
+                links = Links(uplink, build_downlink("ef21-p", Scaled(sparse), 0, chains))
+            return Driver(
+                Baoab(friction=FRICTION, **common) if self.sampler == "baoab" else Langevin(**common),
+                links,
+                GaussianPrior(PRIOR),
+                metric,
+                cohort=Cohort(self.n, chains, 0, self.participation),
+                stability=Stability(1.0, 1.0, math.inf),
+                anchor=self.anchor() if self.anchored else None,
+            )
 
         return sampler, fleet
 
@@ -284,7 +287,7 @@ def enumerate_rounds(
         with monkeypatch.context() as patch:
             dice.rule(patch)
             sampler, fleet = sampler_of(chains), fleet_of(chains)
-            patch.setattr(sampler, "_draw_noise", dice.noise)
+            patch.setattr(sampler.noise, "at", dice.noise)
             state, memory = start(case, chains)
             if fresh:
                 begun = sampler.begin(state.params)
@@ -488,20 +491,20 @@ def forgotten_increments(patch: Patch) -> None:
 
 def blind_increments(patch: Patch) -> None:
     """The increment of the iterate, not its distance to what clients see: what a mask drops is lost for good."""
-    update = Sampler.update
+    update = Driver.update
     see = Ef21P.see
 
-    def watched(self: Sampler, state: State, request: Any, aggregate: Any) -> State:
+    def watched(self: Driver, state: State, request: Any, aggregate: Any) -> State:
         before = state.params
         patch.setattr(Ef21P, "see", lambda link, seen, params, round: see(link, seen, seen + params - before, round))
         return update(self, state, request, aggregate)
 
-    patch.setattr(Sampler, "update", watched)
+    patch.setattr(Driver, "update", watched)
 
 
 def clients_see_the_iterate(patch: Patch) -> None:
-    request = Sampler.request
-    patch.setattr(Sampler, "request", lambda self, state: request(self, state._replace(seen=state.params)))
+    request = Driver.request
+    patch.setattr(Driver, "request", lambda self, state: request(self, state._replace(seen=state.params)))
 
 
 def sync_keeps_the_estimate(patch: Patch) -> None:
@@ -522,12 +525,12 @@ def prior_from_every_client(patch: Patch) -> None:
 
 
 def prior_at_what_clients_see(patch: Patch) -> None:
-    gradient = Sampler.gradient
+    gradient = Driver.gradient
 
-    def lagged(self: Sampler, state: State, request: Any, aggregate: Any) -> tuple[Tensor, Any]:
+    def lagged(self: Driver, state: State, request: Any, aggregate: Any) -> tuple[Tensor, Any]:
         return gradient(self, state._replace(params=state.seen), request, aggregate)
 
-    patch.setattr(Sampler, "gradient", lagged)
+    patch.setattr(Driver, "gradient", lagged)
 
 
 def half_kick(patch: Patch) -> None:

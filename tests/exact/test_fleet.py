@@ -17,12 +17,12 @@ from fedsample.clients.client_stack import Worker
 from fedsample.compression import Identity as NoCompression
 from fedsample.compression import RandBlock, RandK
 from fedsample.errors import ConfigError
-from fedsample.estimators import Uplink, Upload, build
+from fedsample.estimators import Links, Uplink, Upload, build
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import Engine, LocalFleet
 from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.random import key
-from fedsample.strategies import Baoab, Cohort, Langevin, Sampler, Stability, State
+from fedsample.strategies import Baoab, Cohort, Driver, Langevin, Stability, State
 from fedsample.targets import Clients, GaussianPrior, GeneralizedLinear, Quadratic
 from fedsample.targets.metric import Dense, Identity
 
@@ -81,19 +81,14 @@ class Rig:
             clients, self.uplink, SEED, CHAINS, batch_size=batch_size, engine=engine, faults=self.faults
         )
         self.observe = observe
-        options: dict[str, Any] = {
-            "step_size": step_size,
-            "temperature": 1.0,
-            "seed": SEED,
-            "cohort": Cohort(clients.n, CHAINS, SEED, participation),
-            "stability": Stability(1.0, 1.0, 1e6),
-        }
-        mean = torch.zeros(clients.d, dtype=clients.dtype)
-        prior, metric = GaussianPrior(1.0), Identity(mean)
-        self.sampler: Sampler = (
-            Langevin(self.uplink, prior, metric, **options)
-            if kernel == "langevin"
-            else Baoab(self.uplink, prior, metric, friction=1.0, **options)
+        common: dict[str, Any] = {"step_size": step_size, "temperature": 1.0, "seed": SEED}
+        self.sampler = Driver(
+            Langevin(**common) if kernel == "langevin" else Baoab(friction=1.0, **common),
+            Links(self.uplink),
+            GaussianPrior(1.0),
+            Identity(torch.zeros(clients.d, dtype=clients.dtype)),
+            cohort=Cohort(clients.n, CHAINS, SEED, participation),
+            stability=Stability(1.0, 1.0, 1e6),
         )
         self.state = self.sampler.begin(torch.ones(CHAINS, clients.d, dtype=clients.dtype))
         self.requests: list[Request] = []

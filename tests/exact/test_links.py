@@ -21,13 +21,13 @@ from fedsample.compression import Compressor, Packet
 from fedsample.config import Experiment, load
 from fedsample.config.presets import PRESETS
 from fedsample.errors import ConfigError, RunDirectoryError, UnsoundError
-from fedsample.estimators import Direct, Ef21P, build_downlink, check
+from fedsample.estimators import Direct, Ef21P, build_downlink, build_links, check
 from fedsample.estimators.soundness import RULES
 from fedsample.monitor.progress import Progress
 from fedsample.preparation.prepare import prepare
 from fedsample.problem import build_problem
 from fedsample.protocol.exchange import Aggregate, Request
-from fedsample.runs.build import build_fleet, build_sampler
+from fedsample.runs.build import build_driver, build_fleet
 from fedsample.runs.checks import check as check_experiment
 from fedsample.runs.plan import plan
 from fedsample.strategies import State
@@ -59,14 +59,15 @@ class Rig:
         common = {"rounds": 100, "warmup": 0, "chains": CHAINS, "dtype": "float64", "step_size": 0.02}
         self.experiment: Experiment = load({**common, **settings, **more}, environment={})
         self.problem = build_problem(self.experiment)
-        self.fleet = build_fleet(self.experiment, self.problem)
+        self.links = build_links(self.experiment, self.problem.clients)
+        self.fleet = build_fleet(self.experiment, self.problem, self.links)
         progress = Progress(self.experiment.rounds, mode="quiet")
         if like is None:
-            self.prepared = prepare(self.experiment, self.problem, self.fleet, progress)
+            self.prepared = prepare(self.experiment, self.problem, self.links, self.fleet, progress)
         else:  # one preparation for two engines, as a run and its devices have
             self.prepared = like.prepared
             self.fleet.set_metric(self.prepared.geometry.metric)
-        self.sampler = build_sampler(self.experiment, self.problem, self.prepared, self.fleet.n)
+        self.sampler = build_driver(self.experiment, self.problem, self.links, self.prepared, self.fleet.n)
         self.state: State = self.sampler.begin(self.prepared.start)
 
     def step(self, *, observe: bool = False) -> tuple[State, Request, Aggregate]:

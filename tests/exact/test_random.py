@@ -23,12 +23,12 @@ import fedsample
 import fedsample.random.keys
 import fedsample.random.subsets
 from fedsample.compression import RandK
-from fedsample.estimators import Diana
+from fedsample.estimators import Diana, Links
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
 from fedsample.random import SERVER, Key, key
 from fedsample.random.keys import _circle, _log
-from fedsample.strategies import Baoab, Cohort, Stability
+from fedsample.strategies import Baoab, Cohort, Driver, Stability
 from fedsample.targets import GaussianPrior, GeneralizedLinear
 from fedsample.targets.metric import Identity
 
@@ -692,16 +692,13 @@ def sample_a_little() -> Tensor:
     uplink = Diana(RandK(0.5))
     faults = Faults(3, 5, loss=0.2, dropout=0.05, dropout_rounds=2.0)
     fleet = LocalFleet(clients, uplink, 5, 2, batch_size=4, faults=faults)
-    sampler = Baoab(
-        uplink,
+    sampler = Driver(
+        Baoab(step_size=0.05, temperature=1.0, seed=5, friction=1.0),
+        Links(uplink),
         GaussianPrior(1.0),
         Identity(torch.zeros(clients.d, dtype=torch.float64)),
-        step_size=0.05,
-        temperature=1.0,
-        seed=5,
         cohort=Cohort(3, 2, 5, 2),
         stability=Stability(1.0, 1.0, 1e6),
-        friction=1.0,
     )
     state = sampler.begin(torch.zeros(2, clients.d, dtype=torch.float64))
     for _ in range(20):

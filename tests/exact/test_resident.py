@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsample.clients.device_data import Held, Source
+from fedsample.clients.device_data import DataSource, DeviceData
 from fedsample.config import Experiment, load
 from fedsample.errors import DataError
 from fedsample.fleets.grpc.device.replica import Resident
@@ -40,7 +40,7 @@ class Server:
     """Asks one device, as the desk does."""
 
     def __init__(self, folder: Path, data: Path, experiment: Experiment, term: int = 1) -> None:
-        self.held = Held(experiment, 0, 1, Source(str(data)))
+        self.held = DeviceData(experiment, 0, 1, DataSource(str(data)))
         self.resident = Resident(folder, RUN, experiment, 0, 1, self.held)
         self.term, self.sequence = term, 0
 

@@ -23,7 +23,7 @@ from simulation import Setup, advance, federation, quadratic
 from torch import Tensor
 
 from fedsample.fleets.local import LocalFleet
-from fedsample.strategies import Sampler, State
+from fedsample.strategies import Driver, State
 
 BEFORE, PENDING = 7, 0.7  # the round before the scripted one, and what it left pending of a memory's first coordinates
 TOLERANCE = 1e-12  # relative to the size of the moments: rounding of sums over thousands of chains
@@ -109,7 +109,7 @@ def outcomes(setup: Setup, noise: Tensor, n: int, d: int) -> tuple[Outcomes, Ten
     return Outcomes(weight, masks[mask], down, coins[coin], asked[who], noise[point]), point
 
 
-def began(setup: Setup, law: Chain, y: Tensor, sampler: Sampler, fleet: LocalFleet) -> State:
+def began(setup: Setup, law: Chain, y: Tensor, sampler: Driver, fleet: LocalFleet) -> State:
     """The production state whose second moments are those of y (C, size); clients' memories are put into the fleet.
 
     Of two clients the first was applied in the round before. Where clients are sampled the other was applied a round
@@ -151,7 +151,7 @@ def after_a_round(setup: Setup) -> After:
         with pytest.MonkeyPatch.context() as patch:
             dice.rule(patch)
             sampler, fleet = federation(replace(setup, chains=len(weights)), quadratic(setup))
-            patch.setattr(sampler, "_draw_noise", dice.noise)
+            patch.setattr(sampler.noise, "at", dice.noise)
             state = advance(sampler, fleet, began(setup, law, y[at], sampler, fleet))
             after = read(state, fleet, setup.uplink, setup.k / law.d, downlink=setup.downlink)
         moments += chance * (after.T * weights) @ after

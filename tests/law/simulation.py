@@ -19,13 +19,13 @@ from moment_maps import R4, Array, Chain, block_pairs, independent_pairs, subset
 from torch import Tensor
 
 from fedsample.compression import build as build_compressor
+from fedsample.estimators import Links, build_downlink
 from fedsample.estimators import build as build_uplink
-from fedsample.estimators import build_downlink
 from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.fleets.local import LocalFleet
 from fedsample.protocol.exchange import Request
-from fedsample.strategies import SAMPLERS, Cohort, Sampler, Stability
+from fedsample.strategies import SAMPLERS, Cohort, Driver, Stability
 from fedsample.targets import Clients, GaussianPrior, Quadratic
 from fedsample.targets.metric import Identity
 
@@ -161,7 +161,7 @@ class Setup:
         return white @ scale.T + torch.from_numpy(np.broadcast_to(self.exact.mode, (d,)).copy())
 
 
-def federation(setup: Setup, clients: Clients) -> tuple[Sampler, LocalFleet]:
+def federation(setup: Setup, clients: Clients) -> tuple[Driver, LocalFleet]:
     """The production objects of a set-up, over any potentials."""
     contraction = f"scaled-{setup.compressor}"
     name = {"dense": "identity", "ef21": contraction}.get(setup.uplink, setup.compressor)
@@ -171,19 +171,21 @@ def federation(setup: Setup, clients: Clients) -> tuple[Sampler, LocalFleet]:
     fleet = LocalFleet(clients, uplink, setup.seed, setup.chains, engine=setup.engine, faults=faults)
     metric = Identity(torch.from_numpy(setup.origin) if setup.anchored else torch.zeros(clients.d, dtype=torch.float64))
     fleet.set_metric(metric)
-    extra: dict[str, Any] = {"friction": setup.friction} if setup.sampler == "baoab" else {}
+    friction = {"friction": setup.friction} if setup.sampler == "baoab" else {}
+    extra: dict[str, Any] = {}
     if setup.anchored:
         asked = Request(0, torch.zeros(1, clients.d, dtype=torch.float64), frozenset({"gradient"}))
         extra["anchor"] = fleet.exchange(asked).sums["gradient"][0]
+    links = Links(uplink)
     if setup.downlink:
-        extra["downlink"] = build_downlink("ef21-p", build_compressor(contraction, setup.k), setup.seed, setup.chains)
-    sampler = SAMPLERS[setup.sampler](
-        uplink,
+        downlink = build_downlink("ef21-p", build_compressor(contraction, setup.k), setup.seed, setup.chains)
+        links = Links(uplink, downlink)
+    equation = SAMPLERS[setup.sampler](step_size=setup.step, temperature=setup.temperature, seed=setup.seed, **friction)
+    sampler = Driver(
+        equation,
+        links,
         GaussianPrior(setup.prior),
         metric,
-        step_size=setup.step,
-        temperature=setup.temperature,
-        seed=setup.seed,
         cohort=Cohort(clients.n, setup.chains, setup.seed, setup.participation),
         stability=Stability(1.0, 1.0, math.inf),
         **extra,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedsample.compression import LinkKeys, PacketKeys
 from fedsample.random import Key
-from fedsample.strategies import Cohort, Sampler
+from fedsample.strategies import Cohort
+from fedsample.strategies.noise import Noise, SyncCoins
 
 SIGMAS = 5.0
 SETUPS = {
@@ -71,18 +72,18 @@ Patch = pytest.MonkeyPatch
 
 
 def one_noise(patch: Patch) -> None:
-    draw = Sampler._draw_noise
-    patch.setattr(Sampler, "_draw_noise", lambda self, round, like: draw(self, round, like)[:1].expand_as(like))
+    draw = Noise.at
+    patch.setattr(Noise, "at", lambda self, round, like: draw(self, round, like)[:1].expand_as(like))
 
 
 def one_coin(patch: Patch) -> None:
-    sync = Sampler._sync
+    sync = SyncCoins.at
 
-    def shared(self: Sampler, round: int, chains: int, d: int, device: torch.device) -> Tensor | None:
-        coin = sync(self, round, 1, d, device)
+    def shared(self: SyncCoins, round: int, probability: float, chains: int, device: torch.device) -> Tensor | None:
+        coin = sync(self, round, probability, 1, device)
         return None if coin is None else coin.expand(chains)
 
-    patch.setattr(Sampler, "_sync", shared)
+    patch.setattr(SyncCoins, "at", shared)
 
 
 def one_cohort(patch: Patch) -> None:

@@ -26,11 +26,11 @@ from torch import Tensor
 from fedsample.clients.client_stack import Worker, _TurnOracle
 from fedsample.clients.oracle import Reference
 from fedsample.compression import Identity as Whole
-from fedsample.estimators import Dense, Diana, Direct, Ef21, Marina, Uplink
+from fedsample.estimators import Dense, Diana, Direct, Ef21, Links, Marina, Uplink
 from fedsample.fleets.local import LocalFleet
 from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.random import Key
-from fedsample.strategies import Cohort, Langevin, Sampler, Stability
+from fedsample.strategies import Cohort, Driver, Langevin, Stability
 from fedsample.targets import GaussianPrior, GeneralizedLinear
 from fedsample.targets.metric import Identity
 
@@ -254,13 +254,11 @@ def sample(problem: Regression, seed: int) -> dict[str, Estimate]:
     metric = Identity(torch.tensor([problem.mode], dtype=torch.float64))
     fleet = LocalFleet(clients, Dense(), seed, CHAINS, batch_size=1)
     fleet.set_metric(metric)
-    sampler = Langevin(
-        fleet.uplink,
+    sampler = Driver(
+        Langevin(step_size=problem.step, temperature=1.0, seed=seed),
+        Links(fleet.uplink),
         GaussianPrior(PRIOR),
         metric,
-        step_size=problem.step,
-        temperature=1.0,
-        seed=seed,
         cohort=Cohort(3, CHAINS, seed),
         stability=Stability(1.0, 1.0, math.inf),
         refresh=problem.refresh,
@@ -333,8 +331,8 @@ def reference_kept(patch: Patch) -> None:
 
 
 def reference_ignored(patch: Patch) -> None:
-    request = Sampler.request
-    patch.setattr(Sampler, "request", lambda self, state: replace(request(self, state), reference=None))
+    request = Driver.request
+    patch.setattr(Driver, "request", lambda self, state: replace(request(self, state), reference=None))
 
 
 MUTANTS: list[tuple[Callable[[Patch], None], int | None]] = [

@@ -16,8 +16,8 @@ from moment_maps import Array
 from simulation import Estimate, Setup, advance, federation
 from torch import Tensor
 
-from fedsample.kernels import langevin_step
 from fedsample.random import Key
+from fedsample.strategies.langevin import langevin_step
 from fedsample.targets import Quadratic
 
 GRID = np.linspace(-36.0, 16.0, 521)

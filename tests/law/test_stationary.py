@@ -33,9 +33,11 @@ from simulation import Setup, simulate
 
 from fedsample.compression import LinkKeys, Packet, PacketKeys, RandK, Scaled
 from fedsample.estimators import Dense, Diana, Direct, Ef21, Ef21P, Marina, Memory, Oracle, Turn, Upload
-from fedsample.kernels import baoab_step, langevin_step
 from fedsample.protocol.exchange import Aggregate, Request
-from fedsample.strategies import Sampler, State
+from fedsample.strategies import Driver, State
+from fedsample.strategies.baoab import baoab_step
+from fedsample.strategies.langevin import langevin_step
+from fedsample.strategies.noise import Noise
 from fedsample.targets import Quadratic
 
 ALLOWED, DECISIVE, CAUGHT = 4.0, 5.0, 8.0
@@ -253,8 +255,8 @@ Patch = pytest.MonkeyPatch
 
 
 def half_the_noise(patch: Patch) -> None:
-    draw = Sampler._draw_noise
-    patch.setattr(Sampler, "_draw_noise", lambda self, round, like: 0.5 * draw(self, round, like))
+    draw = Noise.at
+    patch.setattr(Noise, "at", lambda self, round, like: 0.5 * draw(self, round, like))
 
 
 def no_square_root_of_two(patch: Patch) -> None:
@@ -391,14 +393,14 @@ def increments_forgotten(patch: Patch) -> None:
 
 def increments_of_the_iterate(patch: Patch) -> None:
     """The compressed increment of the iterate: what a mask drops is lost for good."""
-    update, see = Sampler.update, Ef21P.see
+    update, see = Driver.update, Ef21P.see
 
-    def blind(self: Sampler, state: State, request: Request, aggregate: Aggregate) -> State:
+    def blind(self: Driver, state: State, request: Request, aggregate: Aggregate) -> State:
         before = state.params
         patch.setattr(Ef21P, "see", lambda link, seen, params, round: see(link, seen, seen + params - before, round))
         return update(self, state, request, aggregate)
 
-    patch.setattr(Sampler, "update", blind)
+    patch.setattr(Driver, "update", blind)
 
 
 def everything_goes_down(patch: Patch) -> None:

@@ -82,8 +82,8 @@ from fedsample.protocol.exchange import Traffic
 
 over_messages = sampling.prepare
 
-def prepare(experiment, problem, fleet, progress):
-    found = over_messages(experiment, problem, build_fleet(experiment, problem), progress)
+def prepare(experiment, problem, links, fleet, progress):
+    found = over_messages(experiment, problem, links, build_fleet(experiment, problem, links), progress)
     return replace(found, geometry=replace(found.geometry, traffic=Traffic()))
 
 @sampling.app.lifespan()

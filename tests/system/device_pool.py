@@ -9,7 +9,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from fedsample.clients.device_data import Held, Source
+from fedsample.clients.device_data import DataSource, DeviceData
 from fedsample.config.loading import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.device.connection import Attendant, prepare_threads
@@ -21,10 +21,10 @@ def attendant(target: str, index: int, devices: int, state: Path, data: str) -> 
         prepare_threads(1)
         experiment = reread(welcome.config)
         own = data.endswith(".npz")
-        source = Source(
+        source = DataSource(
             data, None, None if own and experiment.data.kind != "quadratic" else index, None if own else devices
         )
-        held = Held(experiment, index, devices, source)
+        held = DeviceData(experiment, index, devices, source)
         folder = state / f"{welcome.run.hex()}-{index}"
         return Resident(folder, welcome.run, experiment, index, devices, held)
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from flower_commands import environment
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from loopback import LoopbackGrid
 from torch import Tensor
@@ -32,8 +33,7 @@ from fedsample.config import Experiment, dump_toml, load
 from fedsample.config.loading import of_run_config
 from fedsample.config.presets import PRESETS
 from fedsample.errors import ClientError, ConfigError, DataError, DivergenceError, QuorumError
-from fedsample.estimators import Diana, Ef21
-from fedsample.estimators.links import links
+from fedsample.estimators import Diana, Ef21, Links, build_links
 from fedsample.fleets.flower import simulation
 from fedsample.fleets.flower.fleet import FlowerFleet, fleet_on
 from fedsample.fleets.flower_grid.adapter import identity
@@ -44,8 +44,9 @@ from fedsample.preparation.prepare import prepare
 from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet, Request, Traffic
-from fedsample.runs.build import build_sampler
-from fedsample.strategies import SAMPLERS, Sampler, State
+from fedsample.runs.build import build_driver
+from fedsample.strategies import SAMPLERS, Driver, State
+from fedsample.strategies.flower import FlowerStrategy
 from fedsample.targets.metric import Identity
 
 ROUNDS, CLIENTS = 20, 4
@@ -63,12 +64,12 @@ def experiment_of(*settings: str, preset: str = "underdamped-diana") -> Experime
     return load({"preset": preset}, [*SMALL, *settings], {})
 
 
-def prepared_on(experiment: Experiment, problem: Problem, fleet: Fleet) -> tuple[Sampler, Prepared]:
-    prepared = prepare(experiment, problem, fleet, Progress(experiment.rounds, mode="quiet"))
-    return build_sampler(experiment, problem, prepared, fleet.n), prepared
+def prepared_on(experiment: Experiment, problem: Problem, links: Links, fleet: Fleet) -> tuple[Driver, Prepared]:
+    prepared = prepare(experiment, problem, links, fleet, Progress(experiment.rounds, mode="quiet"))
+    return build_driver(experiment, problem, links, prepared, fleet.n), prepared
 
 
-def advance(sampler: Sampler, state: State, fleet: Fleet, rounds: int, every: int = 7) -> tuple[Tensor, State, Traffic]:
+def advance(sampler: Driver, state: State, fleet: Fleet, rounds: int, every: int = 7) -> tuple[Tensor, State, Traffic]:
     """Draws (rounds, C, d) of the next rounds, the state after them, and what they cost."""
     draws, traffic = [], Traffic()
     for _ in range(rounds):
@@ -86,15 +87,22 @@ class Reference:
     def __init__(self, experiment: Experiment, rounds: int = ROUNDS, prepared: Prepared | None = None) -> None:
         self.experiment, self.problem, self.rounds = experiment, build_problem(experiment), rounds
         clients, size = self.problem.clients, experiment.batch_size
-        uplink, downlink = links(experiment, self.problem)
+        self.links = build_links(experiment, clients)
         self.fleet = LocalFleet(
-            clients, uplink, experiment.seed, experiment.chains, batch_size=size, engine="by-client", downlink=downlink
+            clients,
+            self.links.uplink,
+            experiment.seed,
+            experiment.chains,
+            batch_size=size,
+            engine="by-client",
+            downlink=self.links.downlink,
         )
         if prepared is None:
-            self.sampler, self.prepared = prepared_on(experiment, self.problem, self.fleet)
+            self.sampler, self.prepared = prepared_on(experiment, self.problem, self.links, self.fleet)
         else:
             self.fleet.set_metric(prepared.geometry.metric)
-            self.prepared, self.sampler = prepared, build_sampler(experiment, self.problem, prepared, CLIENTS)
+            self.prepared = prepared
+            self.sampler = build_driver(experiment, self.problem, self.links, prepared, CLIENTS)
         self.draws, self.state, self.traffic = advance(
             self.sampler, self.sampler.begin(self.prepared.start), self.fleet, rounds
         )
@@ -102,9 +110,17 @@ class Reference:
     def grid(self, **parts: Any) -> LoopbackGrid:
         return LoopbackGrid(client_app(self.experiment), CLIENTS, **parts)
 
-    def strategy(self) -> Sampler:
-        """Another sampler like this one, which has not met a grid."""
-        return build_sampler(self.experiment, self.problem, self.prepared, CLIENTS)
+    def driver(self) -> Driver:
+        """Another driver like this one, which has asked nothing yet."""
+        return build_driver(self.experiment, self.problem, self.links, self.prepared, CLIENTS)
+
+    def strategy(self) -> FlowerStrategy:
+        """The same as a Flower strategy, which has not met a grid."""
+        return FlowerStrategy(self.driver())
+
+    def fleet_on(self, grid: Grid) -> FlowerFleet:
+        """The clients behind a grid."""
+        return fleet_on(grid, self.experiment, self.problem.clients, self.links)
 
 
 @functools.cache
@@ -147,7 +163,7 @@ def test_so_does_every_kind_of_experiment(settings: tuple[str, ...], preset: str
 
 def check_equality(reference: Reference) -> None:
     grid = reference.grid()
-    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    fleet = reference.fleet_on(grid)
     sampler, prepared = prepared_on(reference.experiment, reference.problem, fleet)
     setup = prepared.geometry.traffic
     assert prepared.step_size == reference.prepared.step_size
@@ -159,16 +175,16 @@ def check_equality(reference: Reference) -> None:
     check_rounds(reference, grid, fleet, sampler)
 
 
-def held(reference: Reference) -> tuple[LoopbackGrid, FlowerFleet, Sampler]:
+def held(reference: Reference) -> tuple[LoopbackGrid, FlowerFleet, Driver]:
     """A grid whose clients hold the metric."""
     grid = reference.grid()
-    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    fleet = reference.fleet_on(grid)
     fleet.set_metric(reference.prepared.geometry.metric)
     grid.log.clear()
-    return grid, fleet, reference.strategy()
+    return grid, fleet, reference.driver()
 
 
-def check_rounds(reference: Reference, grid: LoopbackGrid, fleet: FlowerFleet, sampler: Sampler) -> None:
+def check_rounds(reference: Reference, grid: LoopbackGrid, fleet: FlowerFleet, sampler: Driver) -> None:
     draws, state, traffic = advance(sampler, sampler.begin(reference.prepared.start), fleet, reference.rounds)
     assert torch.equal(draws, reference.draws)
     assert same(state.tensors(), reference.state.tensors())
@@ -206,7 +222,7 @@ def test_flowers_own_start_drives_every_sampler(preset: str) -> None:
     assert strategy.traffic == reference.traffic.plus(Traffic(down=sent))
     assert list(result.train_metrics_clientapp) == list(result.evaluate_metrics_clientapp) == [7, 14]
     posterior = reference.problem.posterior
-    lags = strategy.downlink.name == "ef21-p"  # then clients see other points than the draws
+    lags = strategy.driver.downlink.name == "ef21-p"  # then clients see other points than the draws
     for round in (7, 14):  # evaluated where the round ended, observed where it began
         for metrics, theta in (
             (result.evaluate_metrics_clientapp[round], reference.draws[round - 1]),
@@ -224,18 +240,18 @@ def test_a_client_may_be_another_process_at_every_message() -> None:
             cache.cache_clear()
 
     grid = reference.grid(fresh=fresh)
-    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    fleet = reference.fleet_on(grid)
     fleet.set_metric(reference.prepared.geometry.metric)
-    draws, _, _ = advance(reference.strategy(), reference.sampler.begin(reference.prepared.start), fleet, 3)
+    draws, _, _ = advance(reference.driver(), reference.sampler.begin(reference.prepared.start), fleet, 3)
     assert torch.equal(draws, reference.draws)
 
 
 def test_the_experiment_may_come_with_the_run() -> None:
     reference = Reference(experiment_of(), 3, reference_of("underdamped-diana").prepared)
     grid = LoopbackGrid(client_app(), CLIENTS, {"config": dump_toml(reference.experiment), "app.out": "somewhere"})
-    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    fleet = reference.fleet_on(grid)
     fleet.set_metric(reference.prepared.geometry.metric)
-    draws, _, _ = advance(reference.strategy(), reference.sampler.begin(reference.prepared.start), fleet, 3)
+    draws, _, _ = advance(reference.driver(), reference.sampler.begin(reference.prepared.start), fleet, 3)
     assert torch.equal(draws, reference.draws)
 
 
@@ -253,9 +269,9 @@ def test_mods_see_every_message_and_the_bytes_that_are_counted() -> None:
         return reply
 
     grid = LoopbackGrid(client_app(reference.experiment, mods=[measured]), CLIENTS)
-    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    fleet = reference.fleet_on(grid)
     setup = fleet.set_metric(reference.prepared.geometry.metric)
-    advance(reference.strategy(), reference.sampler.begin(reference.prepared.start), fleet, 3)
+    advance(reference.driver(), reference.sampler.begin(reference.prepared.start), fleet, 3)
     assert [kind for kind, _, _ in seen] == ["query.hello"] * 4 + ["query.metric"] * 4 + ["train"] * 12
     assert 8 * sum(down for _, down, _ in seen) == setup.down + reference.traffic.down
     assert 8 * sum(up for _, _, up in seen) == reference.traffic.up
@@ -285,7 +301,7 @@ def test_a_second_start_may_meet_clients_that_remember_nothing(preset: str) -> N
     if not isinstance(uplink, Diana | Ef21):
         assert torch.equal(state.params, reference.state.params)
         return
-    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    fleet = reference.fleet_on(grid)
     memory = fleet.state()
     committed, side = memory["memory.shift"].clone(), memory.get("memory.side")
     packet = Packet(memory["memory.pending"], memory.get("memory.support"), side)
@@ -297,16 +313,16 @@ def test_a_second_start_may_meet_clients_that_remember_nothing(preset: str) -> N
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_a_checkpoint_holds_what_clients_remember(preset: str) -> None:
     reference = reference_of(preset)
-    fleet = fleet_on(reference.grid(), reference.experiment, reference.problem)
+    fleet = reference.fleet_on(reference.grid())
     metric = reference.prepared.geometry.metric
     fleet.set_metric(metric)
     sampler = reference.strategy()
     draws, state, _ = advance(sampler, sampler.begin(reference.prepared.start), fleet, 9)
     saved = fleet.state()
-    again = fleet_on(reference.grid(), reference.experiment, reference.problem)
+    again = reference.fleet_on(reference.grid())
     again.set_metric(metric)
     again.restore(saved)
-    rest, _, _ = advance(reference.strategy(), state, again, ROUNDS - 9)
+    rest, _, _ = advance(reference.driver(), state, again, ROUNDS - 9)
     assert torch.equal(torch.cat([draws, rest]), reference.draws)
 
 
@@ -339,7 +355,7 @@ def test_chains_begin_at_parameters_too() -> None:
 def started(preset: str = "underdamped-diana", **parts: Any) -> tuple[Reference, FlowerFleet]:
     """A fleet whose clients hold the metric."""
     reference = Reference(experiment_of(preset=preset), 1, reference_of(preset).prepared)
-    fleet = fleet_on(reference.grid(**parts), reference.experiment, reference.problem)
+    fleet = reference.fleet_on(reference.grid(**parts))
     fleet.set_metric(reference.prepared.geometry.metric)
     fleet.timeout = fleet.roster.timeout = 0.5
     return reference, fleet
@@ -359,7 +375,7 @@ def test_a_round_waits_for_everyone_and_says_who_is_missing() -> None:
 def test_preparation_waits_for_everyone() -> None:
     reference, _ = started()
     grid = reference.grid(deaf=deaf_in({0}, {3}))
-    fleet = fleet_on(grid, reference.experiment, reference.problem)
+    fleet = reference.fleet_on(grid)
     with pytest.raises(QuorumError, match="preparation: client 3 of 4"):
         fleet.exchange(Request(0, torch.zeros(1, 11), frozenset({"value"})))
 
@@ -446,13 +462,14 @@ def test_a_chain_that_diverged_is_not_sent() -> None:
 def test_a_strategy_checks_for_divergence_in_every_round() -> None:
     reference, _ = started()
     strategy = reference.strategy()
-    strategy.stability = replace(strategy.stability, radius=1e-6)
+    strategy.driver.stability = replace(strategy.driver.stability, radius=1e-6)
     with pytest.raises(DivergenceError, match="diverged in round 1"):
         strategy.start(reference.grid(), strategy.arrays(strategy.begin(reference.prepared.start)), num_rounds=2)
 
 
 def greeted(grid: LoopbackGrid, experiment: Experiment, timeout: float = 0.5) -> None:
-    fleet = fleet_on(grid, experiment, build_problem(experiment))
+    clients = build_problem(experiment).clients
+    fleet = fleet_on(grid, experiment, clients, build_links(experiment, clients))
     fleet.roster.timeout = timeout
     assert len(fleet.roster.nodes) == experiment.data.clients
 

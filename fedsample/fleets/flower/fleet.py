@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from fedsample.config import Experiment
-    from fedsample.problem import Problem
+    from fedsample.estimators import Links
+    from fedsample.targets import Clients
 
 TIMEOUT = 3600.0
 
@@ -127,6 +128,6 @@ class FlowerFleet(RemoteFleet):
             raise self.roster.quorum(missing, f"round {request.round}" if request.round else "preparation")
 
 
-def fleet_on(grid: Grid, experiment: Experiment, problem: Problem) -> FlowerFleet:
+def fleet_on(grid: Grid, experiment: Experiment, clients: Clients, links: Links) -> FlowerFleet:
     """The clients of an experiment, on the grid of a running ServerApp."""
-    return FlowerFleet(grid, Federation.of(experiment, problem))
+    return FlowerFleet(grid, Federation.of(experiment, clients, links))

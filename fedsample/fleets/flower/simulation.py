@@ -24,8 +24,9 @@ from fedsample.fleets.flower_grid.adapter import identity
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
+    from fedsample.estimators import Links
     from fedsample.fleets.flower.fleet import FlowerFleet
-    from fedsample.problem import Problem
+    from fedsample.targets import Clients
 
 _POLL = 0.02  # seconds between two looks for replies
 _START, _END = 60.0, 30.0  # seconds that the runtime may take
@@ -36,7 +37,7 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def simulated_fleet(experiment: Experiment, problem: Problem) -> Iterator[FlowerFleet]:
+def simulated_fleet(experiment: Experiment, clients: Clients, links: Links) -> Iterator[FlowerFleet]:
     """The clients of an experiment as nodes of a simulation, for as long as the context lasts.
 
     Raises:
@@ -45,9 +46,8 @@ def simulated_fleet(experiment: Experiment, problem: Problem) -> Iterator[Flower
     from fedsample.clients.app import client_app
     from fedsample.fleets.flower.fleet import fleet_on
 
-    clients = problem.clients
     with simulation(client_app(experiment), clients.n, gpu=clients.device.type == "cuda") as grid:
-        yield fleet_on(grid, experiment, problem)
+        yield fleet_on(grid, experiment, clients, links)
 
 
 @contextmanager

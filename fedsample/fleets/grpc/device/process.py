@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedsample.clients.device_data import Held, Source
+from fedsample.clients.device_data import DataSource, DeviceData
 from fedsample.config.loading import reread
 from fedsample.data.device_files import check_source, is_builtin
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
@@ -32,10 +32,18 @@ class Presence(NamedTuple):
     """What a device is started with.
 
     Attributes:
-        address: of the server. certs: folder; None: plaintext. claimed: which client, in plaintext. state: folder for
-            all runs of all devices on this machine. device: where to compute. data, target, partition, partitions: see
-            `Source`. attempts: None: for ever. quiet: show nothing. app: a Flower app's folder, or `module:attribute`
-            of its ClientApp, to run in place of what fedsample computes.
+        address: of the server.
+        certs: folder; None: plaintext.
+        claimed: which client, in plaintext.
+        state: folder for all runs of all devices on this machine.
+        device: where to compute.
+        data: see `DataSource`.
+        target: see `DataSource`.
+        partition: see `DataSource`.
+        partitions: see `DataSource`.
+        attempts: to connect; None: for ever.
+        quiet: show nothing.
+        app: a Flower app's folder, or `module:attribute` of its ClientApp, to run in place of what fedsample computes.
     """
 
     address: str
@@ -117,8 +125,8 @@ def _sampling(
         experiment = experiment.model_copy(update={"fleet": place})
         prepare_threads(experiment.fleet.threads or 1)
         source = _source(presence, welcome, watching)
-        held = Held(experiment, welcome.client, welcome.clients, source)
-        return Resident(hold(welcome), welcome.run, experiment, welcome.client, welcome.clients, held)
+        data = DeviceData(experiment, welcome.client, welcome.clients, source)
+        return Resident(hold(welcome), welcome.run, experiment, welcome.client, welcome.clients, data)
 
     return enter
 
@@ -154,7 +162,7 @@ async def _until_told(attendant: Attendant) -> str:
     raise Interrupted("stopped; start it again with the same options, and the run goes on")
 
 
-def _source(presence: Presence, welcome: pb.Welcome, watching: Watching) -> Source:
+def _source(presence: Presence, welcome: pb.Welcome, watching: Watching) -> DataSource:
     """Where the rows come from; a share of a built-in set is this client's own, unless told otherwise."""
     client, clients = welcome.client, welcome.clients
     partition, partitions = presence.partition, presence.partitions
@@ -166,7 +174,7 @@ def _source(presence: Presence, welcome: pb.Welcome, watching: Watching) -> Sour
             f"note: client {client} of {clients} takes partition {partition} of {partitions} of {presence.data}; rows "
             "that two devices hold count twice, and rows that none holds do not count"
         )
-    return Source(presence.data, presence.target, partition, partitions)
+    return DataSource(presence.data, presence.target, partition, partitions)
 
 
 def _name(welcome: pb.Welcome) -> str:

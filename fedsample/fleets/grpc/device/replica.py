@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from fedsample import protocol
-from fedsample.clients.device_data import Holding
 from fedsample.clients.message_handler import Device, Trace
 from fedsample.errors import DataError, RunDirectoryError
 from fedsample.fleets.grpc.framing.frames import Message
@@ -26,6 +25,7 @@ from fedsample.protocol.wire import Header, Parcel, header, pack_tensors
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fedsample.clients.device_data import DeviceData
     from fedsample.config import Experiment
 
 
@@ -43,21 +43,21 @@ class Resident:
 
     Args:
         folder: of this run, for snapshots. run: 16 bytes. experiment: the configuration. index: which client. n: how
-            many there are. holding: its data.
+            many there are. data: its own.
 
     Raises:
         DataError: if the data are not those with which this device has taken part before. RunDirectoryError: if the
             folder cannot be read.
     """
 
-    def __init__(self, folder: Path, run: bytes, experiment: Experiment, index: int, n: int, holding: Holding) -> None:
+    def __init__(self, folder: Path, run: bytes, experiment: Experiment, index: int, n: int, data: DeviceData) -> None:
         """Nothing is asked yet."""
-        self.run, self.experiment, self.index, self.n, self.holding = run, experiment, index, n, holding
+        self.run, self.experiment, self.index, self.n, self.data = run, experiment, index, n, data
         self.trace = Trace(index)
         self.round = 0
         # One more than the server, which writes last: if either end finds one damaged, both still have one in common.
         self._store = CheckpointStore(folder, digest=run.hex(), kept=KEPT + 1)
-        self._data = folder / "data"
+        self._fingerprint_file = folder / "data"
         self._device: Device | None = None
         self._term = 0
         self._sequence = 0
@@ -68,7 +68,7 @@ class Resident:
     def standing(self) -> Standing:
         """What the server must know to go on with this device."""
         snapshots = [round for round in self._store.rounds() if round in self._whole]
-        return Standing(self._term, self._device is not None, snapshots, self.holding.schema)
+        return Standing(self._term, self._device is not None, snapshots, self.data.schema)
 
     def answer(self, message: Message) -> Message | None:
         """The answer to a request; None to one that is older than what this device has heard since.
@@ -98,12 +98,12 @@ class Resident:
             return self._fit(parcel)
         if kind == SPREAD:
             self.trace.stage = "standardisation"
-            return Parcel(header(), pack_tensors({"sums": self.holding.second_sums(_sums(parcel, "first"))}))
+            return Parcel(header(), pack_tensors({"sums": self.data.second_sums(_sums(parcel, "first"))}))
         if kind == SCALE:
             self.trace.stage = "standardisation"
             whole = "first" in parcel.arrays
             pair = (_sums(parcel, "first"), _sums(parcel, "second")) if whole else (None, None)
-            self._device = self.holding.finish(*pair)
+            self._device = self.data.finish(*pair)
             return self._device.handle(protocol.HELLO, Parcel(header()), self.trace)
         if self._device is None:
             raise DataError(f"{kind} before the data were agreed on: the server has lost track of this device")
@@ -114,15 +114,15 @@ class Resident:
         if kind == SCORE:
             self.trace.stage = "score"
             draws = protocol.unpack_points(parcel, "draws", self._device.origin)
-            return Parcel(header(), pack_tensors({"counts": self.holding.score(draws)}))
+            return Parcel(header(), pack_tensors({"counts": self.data.score(draws)}))
         return self._device.handle(kind, parcel, self.trace)
 
     def _fit(self, parcel: Parcel) -> Parcel:
         self.trace.stage = "data"
         head = Header(parcel, "a schema")
-        self.holding.fit(head.text("schema"))
+        self.data.fit(head.text("schema"))
         self._pin()
-        sums = {"sums": self.holding.first_sums()} if head.value("sums") is True else {}
+        sums = {"sums": self.data.first_sums()} if head.value("sums") is True else {}
         return Parcel(header(), pack_tensors(sums))
 
     def _snapshot(self, round: int, mark: int, device: Device) -> Parcel:
@@ -130,8 +130,8 @@ class Resident:
         if round in self._store.rounds():
             self._store.rewind(round - 1)  # of a path that the run has left
         tensors = {f"device.{name}": tensor for name, tensor in device.state().items()}
-        tensors |= {f"score.{name}": tensor for name, tensor in self.holding.state().items()}
-        self._store.save(round, tensors, {"data": self.holding.fingerprint, "mark": mark})
+        tensors |= {f"score.{name}": tensor for name, tensor in self.data.state().items()}
+        self._store.save(round, tensors, {"data": self.data.fingerprint, "mark": mark})
         self._whole.add(round)
         return Parcel(header())
 
@@ -146,7 +146,7 @@ class Resident:
         self._store.rewind(round if kept is not None else round - 1)
         tensors = {} if kept is None else kept.tensors
         device.restore(_below(tensors, "device."))
-        self.holding.restore(_below(tensors, "score."))
+        self.data.restore(_below(tensors, "score."))
         return Parcel(header(held=kept is not None))
 
     def _kept(self, round: int) -> Checkpoint | None:
@@ -162,7 +162,7 @@ class Resident:
             kept.round: kept.meta.get("data") for kept in map(self._kept, self._store.rounds()) if kept is not None
         }
         for made_with in [*whole.values(), *self._pinned()]:
-            if made_with != self.holding.fingerprint:
+            if made_with != self.data.fingerprint:
                 raise DataError(
                     f"the data of client {self.index} are not those that the run began with: restore them, or start a "
                     "new run on the server"
@@ -171,21 +171,21 @@ class Resident:
 
     def _pin(self) -> None:
         """Note which data this device takes part with: they count from here on, before there is any snapshot."""
-        if not self._data.exists():
+        if not self._fingerprint_file.exists():
             try:
-                self._data.parent.mkdir(parents=True, exist_ok=True)
+                self._fingerprint_file.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise disk_error(self._data, 0, error) from error
-            write_atomic(self._data, self.holding.fingerprint.encode())
+                raise disk_error(self._fingerprint_file, 0, error) from error
+            write_atomic(self._fingerprint_file, self.data.fingerprint.encode())
 
     def _pinned(self) -> list[str]:
         """What names the data with which this device has begun, if it has."""
         try:
-            return [self._data.read_text()]
+            return [self._fingerprint_file.read_text()]
         except FileNotFoundError:
             return []
         except (OSError, UnicodeDecodeError) as error:
-            raise RunDirectoryError(f"{self._data} cannot be read ({error}): check the disk") from error
+            raise RunDirectoryError(f"{self._fingerprint_file} cannot be read ({error}): check the disk") from error
 
 
 def _sums(parcel: Parcel, name: str) -> Tensor:

@@ -33,7 +33,8 @@ from fedsample.targets import Metric
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.problem import Problem
+    from fedsample.estimators import Links
+    from fedsample.targets import Clients
 
 
 class GrpcFleet(RemoteFleet):
@@ -244,12 +245,12 @@ def sums_of(replies: Iterable[Parcel], name: str) -> Tensor:
     return total.total()
 
 
-def fleet_on(desk: Desk, experiment: Experiment, problem: Problem) -> GrpcFleet:
+def fleet_on(desk: Desk, experiment: Experiment, clients: Clients, links: Links) -> GrpcFleet:
     """The devices of an experiment, once the data are agreed on."""
     section = experiment.fleet
     share = section.quorum
-    quorum = share if isinstance(share, int) else math.ceil(share * problem.clients.n)
-    federation = Federation.of(experiment, problem, arrival=1 - section.loss)
+    quorum = share if isinstance(share, int) else math.ceil(share * clients.n)
+    federation = Federation.of(experiment, clients, links, arrival=1 - section.loss)
     return GrpcFleet(
         desk, federation, deadline=section.deadline, quorum=quorum, snapshot_rounds=section.snapshot_rounds
     )

@@ -31,12 +31,11 @@ from fedsample.fleets.grpc.server.streams import Identified, Invitation
 from fedsample.problem.remote import remote_problem
 from fedsample.protocol.names import FIT, SCALE, SPREAD
 from fedsample.protocol.wire import Parcel, header, pack_tensors
-from fedsample.runs.build import check_size
 
 if TYPE_CHECKING:
+    from fedsample.fleets.opening import Opening
     from fedsample.monitor.progress import Progress
     from fedsample.problem import Problem
-    from fedsample.runs.session import Session
 
 _RUN, _SETUP = "run.json", "setup.json"
 _SUMS = 1 << 24  # bytes of sums over rows that one device may send
@@ -55,14 +54,14 @@ class Host:
     certs: Path | None
     opened: Callable[[Hub], None] = lambda hub: None
 
-    def open(self, session: Session, progress: Progress, stack: ExitStack) -> tuple[Problem, GrpcFleet]:
+    def open(self, run: Opening, progress: Progress, stack: ExitStack) -> tuple[Problem, GrpcFleet]:
         """Listen, wait for everyone, agree on the data -> the server's problem, and the fleet.
 
         Raises:
             FedSampleError: if the address, the certificates or the devices' data cannot be used.
         """
-        experiment = session.experiment
-        hub = self._listen(session, progress)
+        experiment = run.experiment
+        hub = self._listen(run, progress)
 
         def leave(kind: object, error: BaseException | None, trace: object) -> None:
             hub.stop(_farewell(error), finished=error is None)  # stopped while it is summed up, it needs them again
@@ -72,34 +71,34 @@ class Host:
             progress.watch(hub.seats)
         self.opened(hub)
         desk = Desk(hub)
-        if session.over:
+        if run.over:
             progress.note(
                 f"this run has ended with its round {experiment.rounds}; its devices are needed to sum it up again. To "
                 "extend it, raise rounds in its config.toml"
             )
         with progress.stage(f"waiting for {experiment.data.clients} devices at {self.address.host}:{hub.port}"):
             schemas = gather(hub)
-        kept = _read(session.path / _SETUP)
+        kept = _read(run.path / _SETUP)
         with progress.stage("agreeing on the data"):
             if kept is None:
                 agreed = agreed_schema(experiment, [Schema.from_json(text) for text in schemas.values()])
                 sums = _agree(desk, agreed)
-                session.directory.write_json(_SETUP, {"schema": agreed.to_json(), "sums": sums})
+                run.directory.write_json(_SETUP, {"schema": agreed.to_json(), "sums": sums})
             else:
                 agreed, sums = Schema.from_json(kept["schema"]), kept["sums"]
                 desk.tell(FIT, Parcel(header(schema=agreed.to_json())))
                 desk.tell(SCALE, _scale(sums))
         problem = remote_problem(experiment, agreed, experiment.data.clients)
-        check_size(experiment, problem)
-        fleet = fleet_on(desk, experiment, problem)
+        links = run.accept(problem)
+        fleet = fleet_on(desk, experiment, problem.clients, links)
         fleet.scores = partial(_scores, likelihood=problem.likelihood)
         return problem, fleet
 
-    def _listen(self, session: Session, progress: Progress) -> Hub:
-        hub = listening(_invitation(session), self)
+    def _listen(self, run: Opening, progress: Progress) -> Hub:
+        hub = listening(_invitation(run), self)
         hub.say = progress.note
         hub.remind = progress.remind if isinstance(progress, FleetProgress) else progress.note
-        hub.stopping = lambda: session.stopped is not None
+        hub.stopping = lambda: run.stopped is not None
         hub.start()
         return hub
 
@@ -118,25 +117,25 @@ def listening(invitation: Invitation, host: Host) -> Hub:
     return Hub(invitation, str(address), credentials, _claimed if credentials is None else _certified)
 
 
-def _invitation(session: Session) -> Invitation:
+def _invitation(run: Opening) -> Invitation:
     """The run's identity: made when it begins, and kept beside it.
 
     Raises:
         RunDirectoryError: if the configuration is no longer that which devices are told; they would go by the old one.
     """
-    path = session.path / _RUN
+    path = run.path / _RUN
     kept = _read(path)
     if kept is None:
-        kept = {"nonce": secrets.token_hex(16), "config": dump_toml(session.experiment)}
-        session.directory.write_json(_RUN, kept)
-    began = reread(str(kept["config"])).model_copy(update={"step_size": session.experiment.step_size})
-    if digest(began) != digest(session.experiment):  # but for the step, which is chosen here, and how long it runs
+        kept = {"nonce": secrets.token_hex(16), "config": dump_toml(run.experiment)}
+        run.directory.write_json(_RUN, kept)
+    began = reread(str(kept["config"])).model_copy(update={"step_size": run.experiment.step_size})
+    if digest(began) != digest(run.experiment):  # but for the step, which is chosen here, and how long it runs
         raise RunDirectoryError(
-            f"{session.path / 'config.toml'} was changed after the run began, and its devices go by what it said then: "
+            f"{run.path / 'config.toml'} was changed after the run began, and its devices go by what it said then: "
             "restore that file, or start a new run in another directory with --out"
         )
     nonce, config = bytes.fromhex(kept["nonce"]), str(kept["config"])
-    return Invitation(run_id(nonce, config), nonce, config, session.experiment.data.clients)
+    return Invitation(run_id(nonce, config), nonce, config, run.experiment.data.clients)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
