@@ -31,6 +31,8 @@ Array = NDArray[np.float64]
 
 _U, _V, _W, _A, _B, _X = range(6)  # position, momentum, what clients see, memories of two clients, marina's error
 _UPPER = np.triu_indices(6)
+_BASIS = np.zeros((21, 6, 6))  # of symmetric matrices, by their upper triangles
+_BASIS[range(21), *_UPPER] = _BASIS[range(21), *_UPPER[::-1]] = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,31 +96,32 @@ class Coordinate:
 
     def _recursion(self, step_size: float) -> tuple[Array, Array]:
         """(m, m) and (m,): the second moments of the next round, the one of u first; only those that move."""
-        size = len(_UPPER[0])
-        columns = [self._next(_symmetric(row), step_size, 0.0)[_UPPER] for row in np.eye(size)]
-        matrix, constant = np.stack(columns, axis=1), self._next(np.zeros((6, 6)), step_size, 1.0)[_UPPER]
         used = {_U, _V, _W, *((_A,) if self.uplink == "diana" else (_A, _B) if self.uplink == "ef21" else ())}
         used |= {_X} if self.uplink == "marina" else set()
         kept = [k for k, (i, j) in enumerate(zip(*_UPPER, strict=True)) if i in used and j in used]
-        return matrix[np.ix_(kept, kept)], constant[kept]
+        columns = self._next(_BASIS[kept], step_size, 0.0)[:, *_UPPER]
+        constant = self._next(np.zeros((6, 6)), step_size, 1.0)[_UPPER]
+        return columns[:, kept].T, constant[kept]
 
     def _next(self, m: Array, h: float, temperature: float) -> Array:
-        """E[z z^T] after a round, z = (u, v, w, phi, phi', x), from the one before."""
+        """(..., 6, 6) E[z z^T] after a round, z = (u, v, w, phi, phi', x), from those before one."""
         m = m.copy()
         own, theirs = self.curvature - self._clients_curvature, self._clients_curvature
         moved, kick, noise = self._linear(h)
         s = self.participation * (1.0 if self.uplink == "dense" else self.inclusion)
         heat = 1.0 / s - 1.0
-        fresh, cross = 0.0, np.zeros(6)  # variance of the gradient's fresh noise; its covariance with each variable
+        fresh = np.zeros(m.shape[:-2])  # variance of the gradient's fresh noise
+        cross = np.zeros(m.shape[:-1])  # its covariance with each variable
         if self.uplink in ("dense", "direct"):
-            fresh = heat * (self.mixing * m[_W, _W] + temperature * self.force)
+            fresh = heat * (self.mixing * m[..., _W, _W] + temperature * self.force)
         elif self.uplink == "diana":
-            lag = m[_W, _W] - 2 * m[_W, _A] + m[_A, _A]
+            lag = m[..., _W, _W] - 2 * m[..., _W, _A] + m[..., _A, _A]
             fresh = heat * self.mixing * lag
-            cross[_A] = self.concentration * self.share * (1 - s) * lag
+            cross[..., _A] = self.concentration * self.share * (1 - s) * lag
             _refresh(m, _A, _W, s)
         elif self.uplink == "ef21":
-            m[_A, _B] = m[_B, _A] = (1 - s) ** 2 * m[_A, _B] + s * (1 - s) * (m[_W, _A] + m[_W, _B]) + s * s * m[_W, _W]
+            either = (1 - s) ** 2 * m[..., _A, _B] + s * (1 - s) * (m[..., _W, _A] + m[..., _W, _B])
+            m[..., _A, _B] = m[..., _B, _A] = either + s * s * m[..., _W, _W]
             for memory in (_A, _B):
                 _refresh(m, memory, _W, s, apart=_A + _B - memory)
         gradient = np.zeros(6)
@@ -128,7 +131,7 @@ class Coordinate:
             gradient[_A] = theirs
             single = min(1.0, self.mixing / theirs**2) if theirs > 0 else 1.0
             pairs = m.copy()
-            pairs[_A, _A] = single * m[_A, _A] + (1 - single) * m[_A, _B]
+            pairs[..., _A, _A] = single * m[..., _A, _A] + (1 - single) * m[..., _A, _B]
         else:
             gradient[_W] = theirs
         if self.uplink == "marina":
@@ -139,21 +142,21 @@ class Coordinate:
         step[:_W] += np.outer(kick, gradient)
         after = step @ pairs @ step.T
         if self.uplink == "ef21":  # rows of single memories see the other positions through one client
-            after[_A, _A], after[_A, _B], after[_B, _A] = m[_A, _A], m[_A, _B], m[_A, _B]
+            after[..., _A, _A] = m[..., _A, _A]
+            after[..., _A, _B] = after[..., _B, _A] = m[..., _A, _B]
             for memory in (_A, _B):
-                mean = np.array([m[i, _A] for i in range(6)])
-                mean[_A] = mean[_B] = pairs[_A, _A]
-                after[:_W, memory] = after[memory, :_W] = step[:_W] @ mean
-        after[:_W, :_W] += fresh * np.outer(kick, kick) + temperature * np.outer(noise, noise)
-        after[:_W, :] += np.outer(kick, cross)
-        after[:, :_W] += np.outer(cross, kick)
-        before = after[_W, _W]
-        gap = after[_U, _U] - 2 * after[_U, _W] + before
+                mean = m[..., _A].copy()
+                mean[..., _A] = mean[..., _B] = pairs[..., _A, _A]
+                after[..., :_W, memory] = after[..., memory, :_W] = (step[:_W] @ mean[..., None])[..., 0]
+        after[..., :_W, :_W] += fresh[..., None, None] * np.outer(kick, kick) + temperature * np.outer(noise, noise)
+        after[..., :_W, :] += kick[:, None] * cross[..., None, :]
+        after[..., :, :_W] += cross[..., :, None] * kick
+        gap = after[..., _U, _U] - 2 * after[..., _U, _W] + after[..., _W, _W]
         _refresh(after, _W, _U, self.downlink)
         if self.uplink == "marina":
-            after[_X] *= 1 - self.sync
-            after[:, _X] *= 1 - self.sync
-            after[_X, _X] = (1 - self.sync) * (m[_X, _X] + heat * self.mixing * self.downlink * gap)
+            after[..., _X, :] *= 1 - self.sync
+            after[..., :, _X] *= 1 - self.sync
+            after[..., _X, _X] = (1 - self.sync) * (m[..., _X, _X] + heat * self.mixing * self.downlink * gap)
         return after
 
     def _linear(self, h: float) -> tuple[Array, Array, Array]:
@@ -170,21 +173,13 @@ def linear_step(sampler: str, friction: float, h: float) -> tuple[Array, Array, 
     return drifted, drifted @ np.array([0.0, -h]), np.array([(h / 2) * s, s])
 
 
-def _symmetric(upper: Array) -> Array:
-    m = np.zeros((6, 6))
-    m[_UPPER] = upper
-    return m + np.triu(m, 1).T
-
-
 def _refresh(m: Array, stale: int, source: int, probability: float, apart: int = -1) -> None:
     """In place: `stale` becomes `source` with a probability, by a coin of its own; `apart` is left as it is."""
-    mixed = (1 - probability) * m[stale] + probability * m[source]
-    square = (1 - probability) * m[stale, stale] + probability * m[source, source]
-    keep = m[stale, apart] if apart >= 0 else 0.0
-    m[stale], m[:, stale] = mixed, mixed
-    m[stale, stale] = square
+    mixed = (1 - probability) * m[..., stale, :] + probability * m[..., source, :]
+    mixed[..., stale] = (1 - probability) * m[..., stale, stale] + probability * m[..., source, source]
     if apart >= 0:
-        m[stale, apart] = m[apart, stale] = keep
+        mixed[..., apart] = m[..., stale, apart]
+    m[..., stale, :], m[..., :, stale] = mixed, mixed
 
 
 def _radius(matrix: Array) -> float:
