@@ -105,12 +105,12 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class Dispatch(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch's compiler has nothing to do here, and need not be asked at every operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
-
-
-# PyTorch wraps it for its compiler, which has nothing to do here and asks at every operation.
-Dispatch.__torch_dispatch__ = Dispatch.__torch_dispatch__.__wrapped__  # type: ignore[attr-defined,method-assign]
 
 
 class Calls(TorchFunctionMode):
