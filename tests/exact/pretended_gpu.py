@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
 FACTORIES = {torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.eye, torch.tensor}
@@ -48,6 +47,24 @@ def here(value: Any) -> Any:
     return value.elem if isinstance(value, There) else value
 
 
+def leaves(values: Any) -> list[Any]:
+    """What lies in tuples, lists and dictionaries, which is all that operations are given."""
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, tuple | list):
+        return [values]
+    return [leaf for each in values for leaf in leaves(each)]
+
+
+def each(function: Callable[[Any], Any], values: Any) -> Any:
+    """The same with a function of every leaf in its place."""
+    if isinstance(values, dict):
+        return {name: each(function, value) for name, value in values.items()}
+    if isinstance(values, tuple | list):
+        return type(values)([each(function, value) for value in values])
+    return function(values)
+
+
 def waits(what: str) -> None:
     if not waiting_allowed:
         raise RuntimeError(f"called a synchronizing operation: {what}")
@@ -55,16 +72,16 @@ def waits(what: str) -> None:
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """One operation: computed on the CPU, refused where a GPU would refuse it."""
-    flat, _ = tree_flatten((args, kwargs))
-    there = [each for each in flat if isinstance(each, There)]
-    others = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, There) and each.ndim > 0]
+    tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    there = [leaf for leaf in tensors if isinstance(leaf, There)]
+    others = [leaf for leaf in tensors if not isinstance(leaf, There) and leaf.ndim > 0]
     name = str(func)
     index = name.startswith(("aten.index.", "aten.index_put", "aten._index_put"))
     if there and others and not name.startswith("aten.copy"):
         if not (index and isinstance(args[0], There)):
-            raise RuntimeError(f"{name}: arrays on different devices, {[tuple(each.shape) for each in others]} on cpu")
+            raise RuntimeError(f"{name}: arrays on different devices, {[tuple(leaf.shape) for leaf in others]} on cpu")
         waits(f"{name} by an index from the host")
-    if index and any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]):
+    if index and any(isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in args[1]):
         waits(f"{name} by a mask")
     if there and name.startswith(READS):
         waits(name)
@@ -76,18 +93,22 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
         goes = goes and (name.startswith("aten._to_copy") or ".new_" in name or "_like" in name)
-    known = {id(each.elem): each for each in there}  # in place: the result is an argument
-    result = func(*tree_map(here, args), **tree_map(here, kwargs))
+    known = {id(leaf.elem): leaf for leaf in there}  # in place: the result is an argument
+    result = func(*each(here, args), **each(here, kwargs))
 
     def wrap(value: Any) -> Any:
         if not goes or not isinstance(value, Tensor) or isinstance(value, There):
             return value
         return known.get(id(value)) if id(value) in known else There(value)
 
-    return tree_map(wrap, result)
+    return each(wrap, result)
 
 
 class Dispatch(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch's compiler has nothing to do here, and need not be asked at every operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
 
