@@ -159,9 +159,12 @@ def test_temperature_zero_finds_the_mode(sampler: str, step: float, uplink: str,
     )
     machine, fleet = federation(setup, clients())
     state = machine.begin(torch.linspace(-1, 2, 16, dtype=torch.float64).reshape(4, 4))
-    for _ in range(700):
+    distance = math.inf
+    for round in range(700):
+        if round % 20 == 0 and distance < 1e-9:
+            break
         state = advance(machine, fleet, state)
-    distance = float((state.params - MODE).abs().max())
+        distance = float((state.params - MODE).abs().max())
     if uplink == "dense" and participation < 1:  # no memory: the disagreement of absent clients stays
         assert distance > 1e-3
     else:
