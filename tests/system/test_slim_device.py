@@ -40,7 +40,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts `fedsample` in the folder of the test: the server as it is installed, devices with slim.py."""
     data = 'kind = "csv"\ntarget = "label"\nholdout = "keyed"'
     text = CONFIG.format(preset="underdamped-diana", devices=2).replace('name = "wine"', data)
-    (tmp_path / "experiment.toml").write_text(text.replace("rounds = 400", "rounds = 60"))
+    (tmp_path / "experiment.toml").write_text(text.replace("rounds = 240", "rounds = 60"))
     port, started = free_port(), []
 
     def begin(who: str, *options: str) -> subprocess.Popen[str]:
