@@ -189,28 +189,30 @@ def test_server_and_devices_die_at_the_worst_moments(federation: Callable[..., F
 
 
 @pytest.mark.slow
-def test_a_device_ends_at_a_signal_and_goes_on(federation: Callable[..., Federation], tmp_path: Path) -> None:
-    fleet = federation("langevin-diana", 2)
-    fleet.begin()
-    fleet.logged(40)
-    fleet.running["client-0"].send(signal.SIGTERM)
-    done = fleet.running["client-0"].wait(10)
-    assert done.code == 130
-    assert done.error == "stopped; start it again with the same options, and the run goes on"
-    fleet.start("client-0")
-    fleet.end()
-    assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
-
-
-@pytest.mark.slow
-def test_a_device_may_meet_another_run_at_the_same_address(
+def test_signals_other_data_and_another_run_leave_the_draws_as_they_are(
     federation: Callable[..., Federation], tmp_path: Path
 ) -> None:
-    """The first run is killed, another one begins and is stopped, and the first goes on: with the same processes."""
+    """One run, with the same devices to its end, through all that can come between."""
     fleet = federation("langevin-diana", 2)
-    fleet.begin()
+    server = fleet.begin()
     fleet.logged(40)
-    fleet.kill("server")
+    # a device ends at a signal, and another one with other data does not take its place
+    fleet.running["client-0"].send(signal.SIGTERM)
+    done = fleet.running["client-0"].wait(30)
+    assert done.code == 130
+    assert done.error == "stopped; start it again with the same options, and the run goes on"
+    done = fleet.start("client-0", "--partition", "1").wait()
+    assert done.code == 1
+    assert "the data of client 0 are not those that the run began with: restore them" in done.error
+    # the server makes a checkpoint at a signal
+    at = last_checkpoint(fleet.run)
+    fleet.start("client-0")
+    fleet.logged(at + 40)
+    server.send(signal.SIGTERM)
+    done = server.wait(30)
+    assert done.code == 130
+    assert f"Go on with: fedsample server --listen 127.0.0.1:{fleet.port} --insecure --resume --out run" in done.error
+    # its devices meet another run at the same address, which is stopped, before the first goes on
     other = start(
         tmp_path, "server", "experiment.toml", "--set", "seed=5", "--listen", f"127.0.0.1:{fleet.port}", "--insecure",
         "--out", "other", "--quiet",
@@ -218,35 +220,6 @@ def test_a_device_may_meet_another_run_at_the_same_address(
     assert other.until(lambda: last_checkpoint(tmp_path / "other") >= 20)
     other.send(signal.SIGTERM)
     assert other.wait().code == 130
-    fleet.start("server", "--resume")
-    fleet.end()
-    assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
-
-
-@pytest.mark.slow
-def test_a_device_with_other_data_does_not_come_back(federation: Callable[..., Federation], tmp_path: Path) -> None:
-    fleet = federation("langevin-diana", 2)
-    fleet.begin()
-    fleet.logged(40)
-    fleet.kill("client-1")
-    wrong = fleet.start("client-1", "--partition", "0")
-    done = wrong.wait()
-    assert done.code == 1
-    assert "the data of client 1 are not those that the run began with: restore them" in done.error
-    fleet.start("client-1")
-    fleet.end()
-    assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
-
-
-@pytest.mark.slow
-def test_sigterm_checkpoints_and_the_run_goes_on(federation: Callable[..., Federation], tmp_path: Path) -> None:
-    fleet = federation("whitened-diana", 2)
-    server = fleet.begin()
-    fleet.logged(40)
-    server.send(signal.SIGTERM)
-    done = server.wait(30)
-    assert done.code == 130
-    assert f"Go on with: fedsample server --listen 127.0.0.1:{fleet.port} --insecure --resume --out run" in done.error
     fleet.start("server", "--resume")
     fleet.end()
     assert torch.equal(load_draws(tmp_path / "run"), undisturbed(tmp_path))
