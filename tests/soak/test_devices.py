@@ -34,7 +34,7 @@ def simulated(folder: Path) -> torch.Tensor:
 
 
 def config(rounds: int) -> str:
-    return CONFIG.format(preset="underdamped-diana", devices=2).replace("rounds = 400", f"rounds = {rounds}", 1)
+    return CONFIG.format(preset="underdamped-diana", devices=2).replace("rounds = 240", f"rounds = {rounds}", 1)
 
 
 def test_a_hundred_kills(tmp_path: Path) -> None:

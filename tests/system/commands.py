@@ -119,8 +119,6 @@ def start(
         file_limit: bytes that a file may have (RLIMIT_FSIZE), as on a disk that is full there.
         constants: values for dotted names, set before it starts.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
     number = next(_counter)
     out, err = folder / f".{number}.out", folder / f".{number}.err"
     for file in out, err:
@@ -131,11 +129,18 @@ def start(
         name, _, k = wait_at.partition(":")
         traps.append(([name], int(k or 1), _wait))
     changes = dict(environment or {}), dict(constants or {})
-    process = context.Process(target=_run, args=(folder, words, out, err, *changes, traps, file_limit))
+    return Command(fork(_run, folder, words, out, err, *changes, traps, file_limit), out, err)
+
+
+def fork(target: Callable[..., None], *arguments: object) -> Any:
+    """Call a function of a module in a process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    process = context.Process(target=target, args=arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         process.start()
-    return Command(process, out, err)
+    return process
 
 
 def call(folder: Path, *arguments: str | Path, **options: Any) -> Done:

@@ -1,12 +1,8 @@
-"""Many devices in one process, each with a connection of its own; whenever a run has ended they wait for the next one.
-
-Run as: python device_pool.py HOST:PORT DEVICES STATE DATA
-"""
+"""Many devices in one process, each with a connection of its own; when a run has ended they wait for the next one."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 
 from fedsample.clients.device_data import DataSource, DeviceData
@@ -40,6 +36,6 @@ async def attend(target: str, devices: int, state: Path, data: str) -> None:
     await asyncio.gather(*(one(index) for index in range(devices)))
 
 
-if __name__ == "__main__":
-    target, devices, state, data = sys.argv[1:]
-    asyncio.run(attend(target, int(devices), Path(state), data))
+def run(target: str, devices: int, state: Path, data: str) -> None:
+    """For a process of its own."""
+    asyncio.run(attend(target, devices, state, data))

@@ -16,7 +16,7 @@ from fedsample.fleets.grpc.security import cert_folders
 
 CONFIG = """
 preset = "{preset}"
-rounds = 400
+rounds = 240
 warmup = 40
 thin = 4
 chains = 2

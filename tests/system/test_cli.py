@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 import fedsample
@@ -33,16 +34,9 @@ def clean_environment(**extra: str) -> dict[str, str]:
 
 
 def call(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the real command as a user does, in a folder of its own."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=folder,
-        env=clean_environment(**environment),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    """Run the command in a process forked from one that has imported everything; `test_version` starts Python."""
+    done = commands.call(folder, *arguments, environment=environment)
+    return subprocess.CompletedProcess(["fedsample", *arguments], done.code, done.out, done.err)
 
 
 class Engine(types.ModuleType):
@@ -122,7 +116,7 @@ def test_help_is_light_and_quick(tmp_path: Path) -> None:
 def test_every_command_has_help(command: str, tmp_path: Path) -> None:
     done = call(tmp_path, *command.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Usage: python -m fedsample " + command in done.stdout
+    assert "Usage: fedsample " + command in done.stdout
 
 
 def test_help_of_show_documents_every_variable(tmp_path: Path) -> None:
@@ -134,8 +128,15 @@ def test_help_of_show_documents_every_variable(tmp_path: Path) -> None:
 
 
 def test_version(tmp_path: Path) -> None:
-    done = call(tmp_path, "--version")
-    assert (done.returncode, done.stdout) == (0, f"fedsample {fedsample.__version__}\n")
+    """As a user runs it, and with every warning of an import an error."""
+    line = [sys.executable, "-W", "error", "-m", "fedsample", "--version"]
+    done = subprocess.run(line, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"fedsample {fedsample.__version__}\n", "")
+    refused = subprocess.run(
+        [*line[:-1], "none"], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "Usage: python -m fedsample" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_usage_errors_exit_with_2(arguments: list[str], tmp_path: Path) -> None:
     done = call(tmp_path, *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "Usage: python -m fedsample" in done.stderr
+    assert "Usage: fedsample" in done.stderr
     assert "Traceback" not in done.stderr
 
 

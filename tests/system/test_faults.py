@@ -23,7 +23,9 @@ import fedsample
 from fedsample.config import load
 from fedsample.errors import DataError, FedSampleError, Interrupted, RunDirectoryError
 from fedsample.fleets.grpc.device.connection import Refused
+from fedsample.fleets.grpc.framing import frames
 from fedsample.fleets.grpc.security.address import Address
+from fedsample.fleets.grpc.server import hub, streams
 from fedsample.fleets.grpc.server.host import Host
 from fedsample.fleets.grpc.server.hub import Hub
 from fedsample.monitor import load_draws, read_jsonl
@@ -72,6 +74,11 @@ def settings(preset: str = "underdamped-diana", **more: Any) -> dict[str, Any]:
         "fleet": {"snapshot_rounds": 8},
         **more,
     }
+
+
+def brief(preset: str = "underdamped-diana", **more: Any) -> dict[str, Any]:
+    """Without a search for the mode: for what happens in the rounds, or to the messages before all preparation."""
+    return settings(preset, rounds=32, start={"at": "zeros"}, metric={"name": "identity"}, **more)
 
 
 class Trial:
@@ -141,8 +148,10 @@ def test_messages_come_twice_late_swapped_short_or_not_at_all(preset: str, tmp_p
     assert set(done) == set(TROUBLES[:-2])
 
 
-def test_so_do_messages_in_many_pieces(tmp_path: Path) -> None:
-    d = 150_000  # 1.2 MB a message
+def test_so_do_messages_in_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in frames, hub, streams:
+        monkeypatch.setattr(module, "PIECE", 1 << 16)
+    d = 12_000  # 96 kB a message
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "wide.npz", lam=rng.uniform(0.5, 2, (2, d)), a=rng.normal(size=(2, d)))
     values = settings(
@@ -198,7 +207,7 @@ def test_devices_die_at_random_moments(preset: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("act", [cut, lambda laboratory: laboratory.kill(0)], ids=["cut", "dies"])
 def test_a_death_at_a_bad_moment(up: bool, kind: str, round: int, act: Callable[..., None], tmp_path: Path) -> None:
-    assert Trial(tmp_path, settings(), once(up, 0, kind, round, act)).run().same()
+    assert Trial(tmp_path, brief(), once(up, 0, kind, round, act)).run().same()
 
 
 def test_a_device_that_dies_after_it_went_back_goes_back_again(tmp_path: Path) -> None:
@@ -221,14 +230,14 @@ def test_a_device_that_dies_after_it_went_back_goes_back_again(tmp_path: Path) -
             story.append("told again")
         return passing.frames
 
-    assert Trial(tmp_path, settings("langevin-diana"), meddle).run().same()
+    assert Trial(tmp_path, brief("langevin-diana"), meddle).run().same()
     assert story == ["dead", "dead again", "told again"]
 
 
 @pytest.mark.parametrize("preset", FORGETFUL)
 def test_a_lost_disk_forks_the_chain_and_the_fork_can_be_replayed(preset: str, tmp_path: Path) -> None:
     lose = once(False, 1, TRAIN, 19, lambda laboratory: laboratory.kill(1, disk=True))
-    trial = Trial(tmp_path, settings(preset), lose).run()
+    trial = Trial(tmp_path, brief(preset), lose).run()
     assert [fork["clients"] for fork in trial.forks] == [[1]]
     again = fedsample.run(replay=tmp_path / "run", out=tmp_path / "replayed", progress="quiet")
     assert torch.equal(trial.draws, again.draws)
@@ -237,7 +246,7 @@ def test_a_lost_disk_forks_the_chain_and_the_fork_can_be_replayed(preset: str, t
 
 def test_who_remembers_nothing_can_lose_its_disk(tmp_path: Path) -> None:
     lose = once(False, 1, TRAIN, 19, lambda laboratory: laboratory.kill(1, disk=True))
-    assert Trial(tmp_path, settings("qlsd"), lose).run().same()
+    assert Trial(tmp_path, brief("qlsd"), lose).run().same()
 
 
 def test_another_may_die_after_a_fork(tmp_path: Path) -> None:
@@ -254,7 +263,7 @@ def test_another_may_die_after_a_fork(tmp_path: Path) -> None:
             laboratory.kill(0)
         return passing.frames
 
-    trial = Trial(tmp_path, settings("langevin-marina"), meddle).run()
+    trial = Trial(tmp_path, brief("langevin-marina"), meddle).run()
     assert trial.forks == [{"round": 17, "clients": [1]}]
     again = fedsample.run(replay=tmp_path / "run", out=tmp_path / "replayed", progress="quiet")
     assert torch.equal(trial.draws, again.draws)
@@ -268,7 +277,7 @@ def stop(laboratory: Laboratory) -> None:
 
 
 def test_a_stopped_server_goes_on_from_the_last_snapshot_that_all_have(tmp_path: Path) -> None:
-    trial = Trial(tmp_path, settings(), once(True, 1, TRAIN, 19, stop))
+    trial = Trial(tmp_path, brief(), once(True, 1, TRAIN, 19, stop))
     with trial.laboratory as laboratory:
         with pytest.raises(Interrupted, match=r"stopped by SIGTERM after round (19|20) .*--resume --out"):
             trial.serve()
@@ -288,7 +297,7 @@ def test_a_server_is_stopped_while_a_device_is_away(tmp_path: Path) -> None:
         stop(laboratory)
         raise Cut
 
-    trial = Trial(tmp_path, settings(), once(True, 1, TRAIN, 19, act))
+    trial = Trial(tmp_path, brief(), once(True, 1, TRAIN, 19, act))
     with trial.laboratory as laboratory:
         with pytest.raises(
             Interrupted, match=r"stopped by SIGTERM: the round was given up while waiting for .*--resume"
@@ -306,7 +315,7 @@ def test_a_server_that_dies_after_the_last_round_still_knows_the_scores(
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    trial = Trial(tmp_path, settings())
+    trial = Trial(tmp_path, brief())
     with trial.laboratory as laboratory:
         with monkeypatch.context() as patch:
             patch.setattr(session, "summarise", killed)
@@ -315,7 +324,7 @@ def test_a_server_that_dies_after_the_last_round_still_knows_the_scores(
         trial.serve(resume=True)
         laboratory.over()
     assert trial.same()
-    logged = [row for row in read_jsonl(trial.folder / "run" / "metrics.jsonl") if row["round"] == 40]
+    logged = [row for row in read_jsonl(trial.folder / "run" / "metrics.jsonl") if row["round"] == 32]
     summary = json.loads((trial.folder / "run" / "summary.json").read_text())
     assert summary["accuracy"] == logged[0]["round/accuracy"]
     assert {summary["nll"], summary["ece"]}.isdisjoint({None})
@@ -327,7 +336,7 @@ def test_a_configuration_that_was_changed_before_the_first_snapshot_is_refused(t
     def killed(hub: Hub) -> None:
         raise KeyboardInterrupt
 
-    experiment = load(settings(), ["fleet.name=grpc"], {})
+    experiment = load(brief(), ["fleet.name=grpc"], {})
     run, host = tmp_path / "run", Host(Address("127.0.0.1", free_port()), None, killed)
     with pytest.raises(Interrupted):
         serve(experiment, run, host, "quiet")
@@ -335,7 +344,7 @@ def test_a_configuration_that_was_changed_before_the_first_snapshot_is_refused(t
     (run / "config.toml").write_text(began.replace("seed = 0", "seed = 1"))
     with pytest.raises(RunDirectoryError, match="was changed after the run began, and its devices go by"):
         serve(None, run, host, "quiet")
-    (run / "config.toml").write_text(began.replace("rounds = 40", "rounds = 60"))
+    (run / "config.toml").write_text(began.replace("rounds = 32", "rounds = 60"))
     with pytest.raises(Interrupted):
         serve(None, run, host, "quiet")
 
@@ -361,7 +370,7 @@ def sent_away_and_mended(trial: Trial, rows: Path) -> BaseException:
 
 
 def test_a_device_with_other_data_does_not_come_back_and_the_run_waits_for_the_right_ones(rows: Path) -> None:
-    values = settings("langevin-diana", data={"kind": "npz", "file": str(rows / "all.npz"), "clients": 2})
+    values = brief("langevin-diana", data={"kind": "npz", "file": str(rows / "all.npz"), "clients": 2})
     shutil.copy(rows / "own1.npz", rows / "right.npz")
 
     def change(laboratory: Laboratory) -> None:
@@ -377,7 +386,7 @@ def test_a_device_with_other_data_does_not_come_back_and_the_run_waits_for_the_r
 
 
 def test_a_newcomer_whose_data_do_not_fit_is_refused_and_the_run_waits(rows: Path) -> None:
-    values = settings("langevin-diana", data={"kind": "npz", "file": str(rows / "all.npz"), "clients": 2})
+    values = brief("langevin-diana", data={"kind": "npz", "file": str(rows / "all.npz"), "clients": 2})
     shutil.copy(rows / "own1.npz", rows / "right.npz")
 
     def change(laboratory: Laboratory) -> None:
@@ -392,7 +401,7 @@ def test_a_newcomer_whose_data_do_not_fit_is_refused_and_the_run_waits(rows: Pat
 
 def test_a_rival_waits_its_turn(tmp_path: Path) -> None:
     """A second process for a client is refused for as long as the first answers."""
-    trial = Trial(tmp_path, settings())
+    trial = Trial(tmp_path, brief())
     with trial.laboratory as laboratory:
 
         async def rival() -> BaseException | str:

@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "federated-gd": ("classes", {"preset": "federated-gd", "model__intercept": "false"}),
     "network": (
         "classes",
-        {"model__name": "mlp", "model__hidden": "[3]", "metric__name": "kronecker", "batch_size": 8, "rounds": 70},
+        {"model__name": "mlp", "model__hidden": "[3]", "metric__name": "kronecker", "batch_size": 8, "rounds": 55},
     ),
     "by-client": (
         "classes",

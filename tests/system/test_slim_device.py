@@ -9,9 +9,11 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import commands
 import pytest
 import slim
 import torch
+from commands import Command
 from federation import CONFIG, ENVIRONMENT, free_port
 
 import fedsample
@@ -36,19 +38,30 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `fedsample` in the folder of the test: the server as it is installed, devices with slim.py."""
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def server(port: int, tmp_path: Path) -> Iterator[Command]:
+    """A server as it is installed, in the folder of the test."""
     data = 'kind = "csv"\ntarget = "label"\nholdout = "keyed"'
     text = CONFIG.format(preset="underdamped-diana", devices=2).replace('name = "wine"', data)
-    (tmp_path / "experiment.toml").write_text(text.replace("rounds = 400", "rounds = 60"))
-    port, started = free_port(), []
+    (tmp_path / "experiment.toml").write_text(text.replace("rounds = 240", "rounds = 60"))
+    process = commands.start(
+        tmp_path, "server", "experiment.toml", "--listen", f"127.0.0.1:{port}", "--out", "run", "--insecure"
+    )
+    yield process
+    process.kill()
+
+
+@pytest.fixture
+def start(port: int, tmp_path: Path) -> Iterator[Start]:
+    """Starts devices with slim.py, each a Python of its own."""
+    started = []
 
     def begin(who: str, *options: str) -> subprocess.Popen[str]:
-        where = f"127.0.0.1:{port}"
-        if who == "server":
-            line = ["-m", "fedsample", "server", "experiment.toml", "--listen", where, "--out", "run", "--insecure"]
-        else:
-            line = [slim.__file__, "client", where, "--insecure", "--client", who, "--state", f"state-{who}"]
+        line = [slim.__file__, "client", f"127.0.0.1:{port}", "--insecure", "--client", who, "--state", f"state-{who}"]
         started.append(
             subprocess.Popen(
                 [sys.executable, *line, *options], cwd=tmp_path, env=ENVIRONMENT, text=True,
@@ -64,7 +77,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.mark.slow
-def test_two_slim_devices_with_files_take_part(start: Start, tmp_path: Path) -> None:
+def test_two_slim_devices_with_files_take_part(server: Command, start: Start, tmp_path: Path) -> None:
     head, pooled = "x,z,kind,label", []
     for index in range(2):
         kinds, labels = ("abc", "uvw") if index == 0 else ("ab", "uv")  # one has seen fewer categories and labels
@@ -72,22 +85,20 @@ def test_two_slim_devices_with_files_take_part(start: Start, tmp_path: Path) -> 
         (tmp_path / f"rows{index}.csv").write_text("\n".join([head, *rows]) + "\n")
         pooled += [f"{row},{index}" for row in rows]
     (tmp_path / "all.csv").write_text("\n".join([f"{head},owner", *pooled]) + "\n")
-    server = start("server")
     devices = [start(str(index), "--data", f"rows{index}.csv") for index in range(2)]
     for device in devices:
         said, _ = device.communicate(timeout=90)
         assert device.returncode == 0, said
         assert said.splitlines()[-1] == "the run has ended"
-    said, _ = server.communicate(timeout=30)
-    assert server.returncode == 0, said
+    done = server.wait(30)
+    assert done.code == 0, done.err
     twin = [f"data.file={tmp_path / 'all.csv'}", "data.client_column=owner", "fleet.engine=by-client"]
     run = fedsample.run(tmp_path / "experiment.toml", overrides=twin, out=tmp_path / "simulated", progress="quiet")
     assert torch.equal(load_draws(tmp_path / "run"), run.draws)
 
 
 @pytest.mark.slow
-def test_a_built_in_set_needs_scikit_learn_and_says_so(start: Start) -> None:
-    start("server")
+def test_a_built_in_set_needs_scikit_learn_and_says_so(server: Command, start: Start) -> None:
     device = start("0", "--data", "wine")
     said, _ = device.communicate(timeout=60)
     assert device.returncode == 1

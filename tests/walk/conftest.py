@@ -24,8 +24,8 @@ RUN = block("README.md", "python3 -m venv .venv && .venv/bin/pip install -q -c c
 SHORT = {
     "FEDSAMPLE_ROUNDS": "600",
     "FEDSAMPLE_WARMUP": "200",
-    "FEDSAMPLE_FLEET_SNAPSHOT_ROUNDS": "50",
-    "FEDSAMPLE_MONITOR_CHECKPOINT_SECONDS": "0",
+    "FEDSAMPLE_FLEET__SNAPSHOT_ROUNDS": "50",
+    "FEDSAMPLE_MONITOR__CHECKPOINT_SECONDS": "0",
 }
 
 
@@ -64,7 +64,9 @@ class Terminal:
         for process in self._running:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
     def until(self, ready: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
         """Wait for a state of the files that a process makes."""

@@ -30,9 +30,9 @@ SMALL = {
     "FEDSAMPLE_WARMUP": "0",
     "FEDSAMPLE_THIN": "1",
     "FEDSAMPLE_CHAINS": "2",
-    "FEDSAMPLE_DATA_NAME": "diabetes",
-    "FEDSAMPLE_DATA_CLIENTS": "3",
-    "FEDSAMPLE_MODEL_NAME": "linear",
+    "FEDSAMPLE_DATA__NAME": "diabetes",
+    "FEDSAMPLE_DATA__CLIENTS": "3",
+    "FEDSAMPLE_MODEL__NAME": "linear",
 }
 APP_README = "simulations/flower_app/README.md"
 RUN = block(APP_README, "num-supernodes=10")
@@ -46,7 +46,7 @@ def summary(run: Path) -> dict[str, object]:
 
 def test_simulate_on_flowers_runtime(terminal: Terminal) -> None:
     (line,) = re.findall(r"`(fedsample simulate --set fleet.name=flower)`", (ROOT / "README.md").read_text())
-    small = {**SMALL, "FEDSAMPLE_FLEET_PARTICIPATION": "0.7", "FEDSAMPLE_MONITOR_EVERY": "7"}
+    small = {**SMALL, "FEDSAMPLE_FLEET__PARTICIPATION": "0.7", "FEDSAMPLE_MONITOR__EVERY": "7"}
     said = terminal.type(f"{line} --out run --quiet --json", **small)
     assert f'"rounds": {ROUNDS}' in said
     assert "DEPRECATED" not in said
