@@ -479,8 +479,22 @@ class _Rule:
         moved = moved + self.gamma(3 * n, x.dtype) * _size(x).square().sum((-2, -1)).sqrt()
         return moved.unsqueeze(-1).expand(out[0].shape), torch.full(out[1].shape, torch.inf, dtype=torch.float64)
 
+    def _linalg_svd(self, out: Any, x: Tensor, *rest: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """As for eigenvalues: singular values move by no more than the matrix does."""
+        moved = self.error(x).square().sum((-2, -1)).sqrt()
+        moved = moved + self.gamma(3 * max(x.shape[-2:]), x.dtype) * _size(x).square().sum((-2, -1)).sqrt()
+        unknown = [torch.full(each.shape, torch.inf, dtype=torch.float64) for each in (out[0], out[2])]
+        return unknown[0], moved.unsqueeze(-1).expand(out[1].shape), unknown[1]
+
+    def _linalg_inv_ex(self, out: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        """|d(A^-1)| <= |A^-1|^2 |dA|, with A off by gamma_3n of its norm besides (theorem 9.4, growth 1)."""
+        moved = self.error(x).square().sum((-2, -1)).sqrt()
+        moved = moved + self.gamma(3 * x.shape[-1], x.dtype) * _size(x).square().sum((-2, -1)).sqrt()
+        inverse = torch.linalg.matrix_norm(out[0].double(), 2)
+        return (inverse.square() * moved)[..., None, None].expand(out[0].shape)
+
     def _linalg_qr(self, out: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """Factors are those of a matrix that is off by gamma_mn of its norm (theorem 19.4); the basis turns cond(A) as far.
+        """Factors of a matrix that is off by gamma_mn of its norm (theorem 19.4); the basis turns cond(A) times as far.
 
         |dQ|_F <= sqrt(2) cond(A) |dA|_F / |A|_2, and |dR|_F as that times |A|_2 (section 19.9, after Sun 1991).
         """

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import agree, gamma
 
 from fedsample.data import FederatedData, QuadraticData, datasets, load, load_quadratic
 from fedsample.data.partition import assign

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rounding import ELEMENTARY, agree, gamma, near
 
 from fedsample.clients.holding import Held, Source
 from fedsample.config import Experiment, load

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from rounding import gamma
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedsample.monitor import Progress, Recorder, quantiles, read_jsonl, summary_table

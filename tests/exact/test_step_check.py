@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from rounding import near
 from torch import Tensor
 
 import fedsample

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+from moment_maps import doubt
 from simulation import Setup, simulate
 
 from fedsample.compression import LinkKeys, Packet, PacketKeys, RandK, Scaled
@@ -152,8 +153,8 @@ def test_baoab_with_exact_gradients(setup: Setup) -> None:
     """Positions have the target's variance at any stable step; whole momenta have 1 - h^2 lam / 4."""
     result = lawful(setup)
     momenta = 1 - setup.step**2 * 5 / 4
-    assert setup.variance == pytest.approx(0.2, rel=1e-12)
-    assert float(setup.exact.whole_momenta().mean()) == pytest.approx(momenta, rel=1e-12)
+    assert setup.variance == pytest.approx(0.2, abs=doubt(setup.exact))
+    assert float(setup.exact.whole_momenta().mean()) == pytest.approx(momenta, abs=25 * doubt(setup.exact))
     assert result["whole"].errors_from(momenta) < ALLOWED
     assert 1 - momenta > DECISIVE * result["whole"].error
 
