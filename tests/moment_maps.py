@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rounding import gamma, solved
 
 Array = NDArray[np.float64]
 
@@ -314,6 +315,16 @@ def _operator(average: Array, directions: Array, covariance: Array) -> Array:
     size = len(average)
     mixed = np.einsum("bc,bij,ckl->ikjl", covariance, directions, directions, optimize=True)
     return np.kron(average, average) + mixed.reshape(size**2, size**2)
+
+
+def doubt(chain: Chain) -> float:
+    """How far the chain's stationary means and variances may be off, by the roundings of what they were solved from.
+
+    An entry of the map on second moments is a sum of products over pairs of bits and of states; see `rounding.solved`.
+    """
+    operator, _ = chain._linear
+    roundings = solved(np.eye(len(operator)) - operator, (chain.n * chain.d) ** 2 + 4 * chain.size)
+    return 2 * gamma(roundings) * float(np.abs(chain.stationary).max())
 
 
 def coordinate(

@@ -95,15 +95,16 @@ def agree(
     assert_within(one, other, 2 * gamma(roundings, dtype) * sizes.to(torch.float64), sees=sees)
 
 
-def near(want: Any, roundings: float, size: float | None = None) -> Any:
-    """`pytest.approx` for numbers of float64 made with n roundings each way.
+def near(want: Any, roundings: float, size: float | None = None, dtype: torch.dtype = torch.float64) -> Any:
+    """`pytest.approx` for numbers made with n roundings each way.
 
     Args:
         want: a number, array, list or dictionary.
         roundings: n.
         size: sum of the sizes of what was added; None: no more than the number itself.
+        dtype: of the arithmetic.
     """
-    bound = 2 * gamma(roundings)
+    bound = 2 * gamma(roundings, dtype)
     return pytest.approx(want, rel=bound, abs=0.0) if size is None else pytest.approx(want, rel=0.0, abs=bound * size)
 
 

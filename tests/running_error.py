@@ -189,7 +189,8 @@ def assert_same_in_norm(
     A bound that adds sizes through a deep network is of no use: each layer multiplies it by the norm of its absolute
     values. Here roundings add as independent ones do, sqrt(n) u in a sum of n terms and by their squares from one
     operation to the next (Higham & Mary 2019, doi 10.1137/18M1226312: beyond lambda root mean squares with a
-    probability of at most 2 exp(-lambda^2 / 2)); the network itself carries them on. lambda is `LIKELY`.
+    probability of at most 2 exp(-lambda^2 / 2)); the network itself carries them on. lambda is `LIKELY`. The first way
+    is tried; the others make as many roundings, of the same sizes.
 
     Args:
         ways: each computes the same. leading: axes that are compared each for itself. scale: of the roundings that are
@@ -197,19 +198,25 @@ def assert_same_in_norm(
             will do where a norm is over thousands of entries.
     """
     found = [way() for way in ways]
-    bound = 0.0
-    for way, plain in zip(ways, found, strict=True):
-        squares = torch.zeros(plain.shape[:leading], dtype=torch.float64)
-        for seed in range(responses):
-            with OwnRoundings(seed, scale):
-                moved = way()
-            squares += ((moved - plain).double() / scale).flatten(leading).square().sum(-1) / responses
-        bound = bound + LIKELY * squares.sqrt()
+    bound = 2 * LIKELY * response(ways[0], leading=leading, scale=scale, responses=responses)
     for other in found[1:]:
         apart, size = ((found[0] - x).double().flatten(leading).norm(dim=-1) for x in (other, torch.zeros_like(other)))
         assert_within(apart, torch.zeros_like(apart), bound)
         assert bool((bound <= SEES[other.dtype] * size).all()), f"a bound of {bound} on sizes {size} sees nothing"
     return found
+
+
+def response(way: Callable[[], Tensor], *, leading: int = 1, scale: float = 4.0, responses: int = 4) -> Tensor:
+    """The root mean square, over random signs, of the norm by which roundings move a result; see above."""
+    plain = way()
+    squares = torch.zeros(plain.shape[:leading], dtype=torch.float64)
+    for seed in range(responses):
+        with OwnRoundings(seed, scale):
+            moved = way()
+        squares += ((moved - plain).detach().double() / scale).reshape(*plain.shape[:leading], -1).square().sum(
+            -1
+        ) / responses
+    return squares.sqrt()
 
 
 LIKELY = 8.0  # 2 exp(-32) = 3e-14
@@ -419,6 +426,8 @@ class _Rule:
         """Sums of n products a b: gamma_n |A| |B| + e_A |B| + (|A| + e_A) e_B."""
         narrow = torch.float32 if torch.float32 in (a.dtype, b.dtype) else torch.float64
         first, second = _size(a), _size(b)
+        if self.likely:  # an operation's own rounding alone
+            return self.gamma(max(1, n), narrow) * act(first, second)
         grown = act(self.error(a), second) + act(first + self.error(a), self.error(b))
         return grown + self.gamma(max(1, n), narrow) * act(first, second)
 
@@ -469,6 +478,31 @@ class _Rule:
         moved = self.error(x).square().sum((-2, -1)).sqrt()
         moved = moved + self.gamma(3 * n, x.dtype) * _size(x).square().sum((-2, -1)).sqrt()
         return moved.unsqueeze(-1).expand(out[0].shape), torch.full(out[1].shape, torch.inf, dtype=torch.float64)
+
+    def _linalg_svd(self, out: Any, x: Tensor, *rest: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """As for eigenvalues: singular values move by no more than the matrix does."""
+        moved = self.error(x).square().sum((-2, -1)).sqrt()
+        moved = moved + self.gamma(3 * max(x.shape[-2:]), x.dtype) * _size(x).square().sum((-2, -1)).sqrt()
+        unknown = [torch.full(each.shape, torch.inf, dtype=torch.float64) for each in (out[0], out[2])]
+        return unknown[0], moved.unsqueeze(-1).expand(out[1].shape), unknown[1]
+
+    def _linalg_inv_ex(self, out: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        """|d(A^-1)| <= |A^-1|^2 |dA|, with A off by gamma_3n of its norm besides (theorem 9.4, growth 1)."""
+        moved = self.error(x).square().sum((-2, -1)).sqrt()
+        moved = moved + self.gamma(3 * x.shape[-1], x.dtype) * _size(x).square().sum((-2, -1)).sqrt()
+        inverse = torch.linalg.matrix_norm(out[0].double(), 2)
+        return (inverse.square() * moved)[..., None, None].expand(out[0].shape)
+
+    def _linalg_qr(self, out: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        """Factors of a matrix that is off by gamma_mn of its norm (theorem 19.4); the basis turns cond(A) times as far.
+
+        |dQ|_F <= sqrt(2) cond(A) |dA|_F / |A|_2, and |dR|_F as that times |A|_2 (section 19.9, after Sun 1991).
+        """
+        singular = torch.linalg.svdvals(x.double())
+        most, least = singular.amax(-1), singular.amin(-1).clamp(min=1e-300)
+        off = self.error(x).square().sum((-2, -1)).sqrt() + self.gamma(x[..., :, :].numel(), x.dtype) * most
+        turned = (math.sqrt(2) * off / least)[..., None, None]
+        return turned.expand(out[0].shape), (turned * most[..., None, None]).expand(out[1].shape)
 
     def _index_add(self, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
         error = self.error(x).index_add(dim, index, self.error(source))

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import agree, assert_within, gamma, near
+from running_error import LIKELY, assert_same_in_norm, response
 from torch import Tensor
 
 import fedsample.random.keys
@@ -146,15 +148,28 @@ def test_a_batch_is_its_packets_and_a_memory_their_sum(name: str, d: int, dtype:
     for i, c in itertools.product(range(3), range(2)):
         alone = compressor.compress(batch[i, c], device_keys(i, c, 5, seed=2))
         part = Packet(*(None if each is None else each[i, c] for each in packet[:3]))  # type: ignore[arg-type]
-        assert same_packets(alone, part) or name == "lowrank"  # whose products round differently in a batch
-        assert torch.allclose(compressor.decompress(alone, d), dense[i, c], rtol=1e-5, atol=1e-6)
+        if name == "lowrank":  # whose products round differently in a batch
+            assert_same_in_norm(
+                lambda i=i, c=c: compressor.decompress(
+                    compressor.compress(batch[i, c], device_keys(i, c, 5, seed=2)), d
+                ).unsqueeze(0),
+                lambda i=i, c=c: compressor.decompress(compressor.compress(batch, keys), d)[i, c].unsqueeze(0),
+            )
+        else:
+            assert same_packets(alone, part)
+            assert same_bits(compressor.decompress(alone, d), dense[i, c])
     memory = torch.ones_like(batch)
     compressor.add_to(memory, packet, -0.5)
-    assert torch.allclose(memory, 1 - 0.5 * dense, rtol=1e-5, atol=1e-6)
+    agree(memory, 1 - 0.5 * dense, 3, 1 + 0.5 * dense.abs())
     some = LinkKeys(2, torch.arange(3), 2, "uplink").at(5, torch.tensor([2, 0]))
-    assert torch.allclose(
-        compressor.decompress(compressor.compress(batch[[2, 0]], some), d), dense[[2, 0]], rtol=1e-5, atol=1e-6
-    )
+    if name == "lowrank":
+        assert_same_in_norm(
+            lambda: compressor.decompress(compressor.compress(batch[[2, 0]], some), d),
+            lambda: compressor.decompress(compressor.compress(batch, keys), d)[[2, 0]],
+            leading=2,
+        )
+    else:
+        assert same_bits(compressor.decompress(compressor.compress(batch[[2, 0]], some), d), dense[[2, 0]])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -262,7 +277,7 @@ def test_bits_are_those_of_the_papers() -> None:
         assert compressor.bits(d, FLOAT64) == double, compressor.name
     assert TopK(50).idealised_bits(d, torch.float32) == 50 * 42
     assert Composed(TopK(50), Natural()).idealised_bits(d, torch.float32) == 50 * 19
-    assert PermK(3).idealised_bits(d, torch.float32) == pytest.approx(32 * d / 3)
+    assert PermK(3).idealised_bits(d, torch.float32) == near(32 * d / 3, 2)
     assert PermK(3).bits(d, torch.float32) == 32 * 334
 
 
@@ -308,10 +323,14 @@ def test_qsgd_is_unbiased_over_every_coin(levels: int) -> None:
     packet = compressor.compress(vector.expand(256, d), keys)
     assert packet.values.abs().max() <= levels
     decoded = compressor.decompress(packet, d).double()
-    assert torch.allclose(decoded.mean(0), vector.double(), rtol=2e-7, atol=0)
+    single = gamma(4, torch.float32)  # the norm's square, its root, a product and a division; all coins' mean is exact
+    level = 0.5 / levels
+    assert_within(decoded.mean(0), vector.double(), single * (vector.abs() + level), sees=1e-4)
     fraction = (vector.double() * 2 * levels).frac().abs()
     exact = (fraction * (1 - fraction)).sum() / levels**2 / 4
-    assert float((decoded - vector).square().sum(-1).mean()) == pytest.approx(float(exact), rel=1e-5, abs=1e-9)
+    assert float((decoded - vector).square().sum(-1).mean()) == pytest.approx(
+        float(exact), rel=0, abs=d * 2 * level * single * 1.0
+    )
     assert float(exact) <= compressor.omega(d) * 0.25
 
 
@@ -331,7 +350,7 @@ def test_unbiased_within_its_omega_by_keyed_draws(name: str, dtype: torch.dtype,
     assert (offset.mean(0).abs() < 5 * error).all()
     square = offset.square().sum(-1)
     bound = compressor.omega(d) * float(vector.double().square().sum())
-    assert float(square.mean()) <= bound + 5 * float(square.std()) / math.sqrt(count) + 1e-12
+    assert float(square.mean()) <= bound + 5 * float(square.std()) / math.sqrt(count) + 2 * gamma(3 * d + 8) * bound
 
 
 def test_qsgd_meets_its_bound_for_one_level() -> None:
@@ -382,7 +401,7 @@ def test_topk_keeps_the_largest_and_contracts(d: int, fraction: float, seed: int
     assert packet.indices is not None
     assert packet.indices.tolist() == want
     error = float((TopK(k).decompress(packet, d) - vector).square().sum())
-    assert error <= (1 - TopK(k).alpha(d)) * float(vector.square().sum()) * (1 + 1e-12)
+    assert error <= (1 - TopK(k).alpha(d)) * float(vector.square().sum()) * (1 + 2 * gamma(2 * d + 4))
 
 
 def test_topk_attains_its_constant_and_breaks_ties_alike_in_a_batch() -> None:
@@ -402,10 +421,10 @@ def test_scaled_sign_loses_exactly_what_its_alpha_says(d: int, seed: int) -> Non
     decoded = compressor.decompress(compressor.compress(vector, device_keys()), d)
     square = float(vector.square().sum())
     alpha = float(compressor.alpha_of(vector))
-    assert float((decoded - vector).square().sum()) == pytest.approx((1 - alpha) * square, rel=1e-9, abs=1e-12)
-    assert alpha >= compressor.alpha(d) * (1 - 1e-12)
+    assert float((decoded - vector).square().sum()) == near((1 - alpha) * square, 4 * d + 8, square)
+    assert alpha >= compressor.alpha(d) * (1 - 2 * gamma(2 * d + 4))
     single = torch.eye(d, dtype=FLOAT64)[0]
-    assert float(compressor.alpha_of(single)) == pytest.approx(compressor.alpha(d))
+    assert float(compressor.alpha_of(single)) == near(compressor.alpha(d), 2 * d + 4)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(6, 6, 1), (6, 6, 2), (3, 9, 1), (9, 4, 2)])
@@ -420,7 +439,7 @@ def test_lowrank_contracts_in_the_mean_and_attains_it_for_orthogonal_matrices(
     vector = matrix.flatten()
     decoded = compressor.decompress(compressor.compress(vector.expand(count, m * n), many_keys(count)), m * n)
     square = (decoded - vector).square().sum(-1) / vector.square().sum()
-    error = 5 * float(square.std()) / math.sqrt(count) + 1e-9
+    error = 5 * float(square.std()) / math.sqrt(count) + 2 * gamma(20 * m * n)  # two products, a basis and squares
     loss = 1 - compressor.alpha(m * n)
     assert compressor.alpha(m * n) == rank / small
     assert float(square.mean()) <= loss + error
@@ -437,7 +456,10 @@ def test_lowrank_is_exact_on_matrices_of_its_rank_and_sends_small_ones_whole() -
     vector[positions] = torch.cat([matrix.flatten(), bias])
     packet = compressor.compress(vector, device_keys())
     assert packet.values.shape[-1] == compressor.count(43) == 2 * 13 + 3
-    assert torch.allclose(compressor.decompress(packet, 43), vector, atol=1e-12)
+    error = LIKELY * response(
+        lambda: compressor.decompress(compressor.compress(vector, device_keys()), 43).unsqueeze(0), responses=8
+    )
+    assert float((compressor.decompress(packet, 43) - vector).norm()) <= float(error) <= 1e-10 * float(vector.norm())
     assert LowRank(1, [torch.arange(2).view(2, 1)]).alpha(2) == 1  # a vector is not factored
 
 
@@ -452,17 +474,17 @@ def test_combinations_contract_as_they_say(name: str, shape: str) -> None:
     decoded = compressor.decompress(compressor.compress(vector.expand(count, d), many_keys(count)), d)
     square = (decoded - vector).square().sum(-1)
     bound = (1 - compressor.alpha(d)) * float(vector.square().sum())
-    assert float(square.mean()) <= bound + 5 * float(square.std()) / math.sqrt(count) + 1e-12
+    assert float(square.mean()) <= bound + 5 * float(square.std()) / math.sqrt(count) + 2 * gamma(3 * d + 8) * bound
 
 
 def test_constants_of_combinations() -> None:
     d = 40
     both = Composed(RandK(10), QSGD(7))
-    assert both.omega(d) == pytest.approx(4 * (1 + min(10 / 49, math.sqrt(10) / 7)) - 1)
+    assert both.omega(d) == near(4 * (1 + min(10 / 49, math.sqrt(10) / 7)) - 1, 8)
     assert both.alpha(d) == 1 / (1 + both.omega(d)) == Scaled(both).alpha(d) == both.inclusion(d)
     assert Composed(TopK(10), ScaledSign()).alpha(d) == 0.25 / 10
     assert Composed(TopK(10), Natural()).alpha(d) == 0.25 * 0.875
-    assert Composed(TopK(10), Scaled(QSGD(1))).alpha(d) == pytest.approx(0.25 / math.sqrt(10))
+    assert Composed(TopK(10), Scaled(QSGD(1))).alpha(d) == near(0.25 / math.sqrt(10), 4)
     assert Scaled(RandK(10)).alpha(d) == 0.25
     assert (Composed(PermK(4), Natural()).everyone, Composed(PermK(4), Natural()).independence) == (True, "partition")
     assert (Scaled(RandBlock(2)).everyone, Scaled(RandBlock(2)).independence) == (False, "shared-permutation")
@@ -492,7 +514,7 @@ def test_permk_gives_every_coordinate_to_one_client(n: int, d: int) -> None:
     assert n == 1 or d == 1 or len({str(shares[:, c].tolist()) for c in range(50)}) > 1  # chains draw their own
     vector = gaussian(d)
     decoded = compressor.decompress(compressor.compress(vector.expand(n, 50, d), keys), d)
-    assert torch.allclose(decoded.mean(0), vector.expand(50, d), rtol=1e-14)  # equal vectors: exact
+    agree(decoded.mean(0), vector.expand(50, d), n + 2)  # equal vectors: exact
     assert compressor.omega(d) == n - 1
 
 
@@ -599,13 +621,14 @@ def test_diana_keeps_any_packet_until_it_is_acknowledged(name: str, active: tupl
     link = LinkKeys(0, 1, chains, "uplink")
     mask = None if active is None else torch.tensor(active)
     want = torch.zeros(chains, d, dtype=FLOAT64)
+    size = torch.zeros_like(want)
     applied = 0
     for round in range(1, 6):
         turn = Turn(
             round, gaussian(chains * d, seed=round).view(chains, d), None, None, mask, applied, 0, link.at(round)
         )
         upload, memory = uplink.encode(Line(), memory, turn)
-        assert torch.allclose(memory["shift"], want, atol=1e-12)
+        agree(memory["shift"], want, 2 * round + 2, size)
         data = uplink.to_bytes(upload, None, mask)
         assert 8 * len(data) == uplink.bits(chains if mask is None else 1, 0, d, FLOAT64)
         back = uplink.from_bytes(data, turn, d, FLOAT64)
@@ -613,6 +636,7 @@ def test_diana_keeps_any_packet_until_it_is_acknowledged(name: str, active: tupl
         assert torch.equal(uplink.decompress(back, None, mask, d), dense)
         if round != 3:  # whose reply is lost
             want = want + dense * uplink.rate(d)
+            size = size + dense.abs() * uplink.rate(d)
             applied = round
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from moment_maps import Array, Chain, independent_pairs, subset_pairs
+from rounding import near, solved
 
 from fedsample.theory.covariance import Covariance, Spread, measured
 from fedsample.theory.moments import Coordinate
@@ -52,7 +53,7 @@ def test_equal_clients_are_exact(sampler: str, uplink: str, step: float) -> None
     full = exact.stationary[where, where] - np.outer(exact.mean(), exact.mean())
     along = described.calm(step) + described.heating(step, spread)[1]
     assert along == pytest.approx(np.einsum("jk,jl,lk->k", vectors, full, vectors), rel=1e-4)
-    assert described.target == pytest.approx(np.diag(np.linalg.inv(exact.precision)), rel=1e-12)
+    assert described.target == near(np.diag(np.linalg.inv(exact.precision)), 2 * solved(exact.precision))
 
 
 @pytest.mark.parametrize("uplink", ["direct", "marina"])
@@ -127,9 +128,9 @@ def test_saturation_takes_all_of_its_share_between_independent_draws_only() -> N
     full, hessian = 2 * np.eye(3), np.diag([1.0, 2.0, 3.0])
     plain = measured(np.ones(3), np.eye(3), hessian)
     spread = measured(np.ones(3), np.eye(3), hessian, full, 0.7)
-    assert spread(full) == pytest.approx(0.7 * plain(full))
-    assert spread(full / 2) == pytest.approx(0.85 * plain(full / 2))
-    assert spread(1e-9 * full) == pytest.approx(plain(1e-9 * full))
+    assert spread(full) == near(0.7 * plain(full), 60)
+    assert spread(full / 2) == near(0.85 * plain(full / 2), 60)
+    assert spread(1e-9 * full) == pytest.approx(plain(1e-9 * full), rel=1e-9)  # so little saturates nothing
 
 
 @pytest.mark.parametrize("uplink", ["direct", "marina", "diana"])

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rounding import ELEMENTARY, gamma, near
+from running_error import RunningError
 
 from fedsample.diagnostics.calibration import (
     accuracy,
@@ -25,6 +27,7 @@ from fedsample.diagnostics.calibration import (
 from fedsample.diagnostics.convergence import ess_bulk, ess_tail, rhat, rhat_and_ess
 from fedsample.errors import DataError
 
+F32 = torch.float32
 STATISTICS = [rhat, ess_bulk, ess_tail]
 
 
@@ -50,6 +53,18 @@ def oracle(name: str, x: np.ndarray) -> np.ndarray:
     return np.asarray(array_stats.ess(x, method=method, prob=(0.05, 0.95) if method == "tail" else None, **axes))
 
 
+def of_statistic(chains: int, draws: int) -> float:
+    """How far two ways to a statistic of ranked draws may part, relative to it.
+
+    The sum of autocorrelations has at most n = draws / 2 terms of size 1, each from means over all draws, a fast
+    Fourier transform (5 log2 of its length: Higham 2002, theorem 24.2) and normal quantiles; it is never below 1 over
+    log10 of the draws, where ESS is cut off. R-hat has means and variances alone.
+    """
+    total, n = chains * draws, max(1, draws // 2)
+    return 2 * gamma(n * (total + 10 * math.log2(2 * draws) + ELEMENTARY) * max(1.0, math.log10(total)))
+
+
+@pytest.mark.rounding
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("shape", [(4, 350), (2, 51), (3, 16), (2, 4), (5, 14)])
 @pytest.mark.parametrize("r", [0.0, 0.9, -0.8])
@@ -62,7 +77,7 @@ def test_equal_to_arviz(statistic: Callable[..., np.ndarray], shape: tuple[int, 
         x[:, :, 4] = np.round(x[:, :, 4])  # ties
         x[:, :, 5] = x[:, :, 5] > 0.5
         x[0, 0, 4:6] = 3.0  # never constant
-    np.testing.assert_allclose(statistic(x), oracle(statistic.__name__, x), rtol=1e-11)
+    np.testing.assert_allclose(statistic(x), oracle(statistic.__name__, x), rtol=of_statistic(*shape))
 
 
 @pytest.mark.parametrize("r", [0.0, 0.5, 0.9])
@@ -89,7 +104,7 @@ def test_tail_ess_sees_a_chain_that_is_slow_in_its_tails_only() -> None:
 
 def test_tail_ess_leaves_out_a_tail_in_which_everything_ties() -> None:
     labels = np.random.default_rng(0).integers(0, 3, (4, 200)).astype(float)  # none above the 0.95 quantile
-    assert ess_tail(labels) == pytest.approx(oracle("ess_bulk", (labels <= 0).astype(float)), rel=1e-9)
+    assert ess_tail(labels) == pytest.approx(oracle("ess_bulk", (labels <= 0).astype(float)), rel=of_statistic(4, 200))
     assert np.isnan(ess_tail(labels, low=0.9, high=0.95))
 
 
@@ -180,25 +195,25 @@ def calibrated(points: int, classes: int = 4, seed: int = 0) -> tuple[torch.Tens
 
 def test_scores_counted_by_hand() -> None:
     assert accuracy(PROBABILITIES, LABELS) == 0.75
-    assert nll(PROBABILITIES, LABELS) == pytest.approx(-math.log(0.7 * 0.3 * 0.5 * 0.9) / 4)
+    assert nll(PROBABILITIES, LABELS) == near(-math.log(0.7 * 0.3 * 0.5 * 0.9) / 4, ELEMENTARY + 8, 1.0, F32)
     squares = [0.09 + 0.04 + 0.01, 0.01 + 0.49 + 0.36, 0.25 + 0.0625 * 2, 0.0025 * 2 + 0.01]
-    assert brier(PROBABILITIES, LABELS) == pytest.approx(sum(squares) / 4)
+    assert brier(PROBABILITIES, LABELS) == near(sum(squares) / 4, 16, 1.0, F32)
 
 
 def test_ece_counted_by_hand() -> None:
     # confidences .7 right, .6 wrong, .5 right, .9 right; two bins (0, .5] and (.5, 1]
-    assert ece(PROBABILITIES.double(), LABELS, bins=2) == pytest.approx((0.5 + abs(2 - 0.7 - 0.6 - 0.9)) / 4, abs=1e-7)
+    assert ece(PROBABILITIES.double(), LABELS, bins=2) == near((0.5 + abs(2 - 0.7 - 0.6 - 0.9)) / 4, 8, 1.0, F32)
     # fifteen bins: .5, .6, .7, .9 fall in bins of their own
-    assert ece(PROBABILITIES, LABELS) == pytest.approx((0.3 + 0.6 + 0.5 + 0.1) / 4, abs=1e-6)
+    assert ece(PROBABILITIES, LABELS) == near((0.3 + 0.6 + 0.5 + 0.1) / 4, 8, 1.0, F32)
     # equal mass, two bins: (.5, .6) and (.7, .9)
-    assert adaptive_ece(PROBABILITIES, LABELS, bins=2) == pytest.approx((abs(1 - 1.1) + 0.4) / 4, abs=1e-6)
+    assert adaptive_ece(PROBABILITIES, LABELS, bins=2) == near((abs(1 - 1.1) + 0.4) / 4, 8, 1.0, F32)
 
 
 def test_a_confidence_on_the_edge_falls_below_it() -> None:
     p = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.7, 0.3]], dtype=torch.float64)
     labels = torch.tensor([0, 0, 1])
     # edges at .6 and .8: the two at .6 are right by .4 each, the one at .7 wrong by .7 in a bin of its own
-    assert ece(p, labels, bins=5) == pytest.approx((0.8 + 0.7) / 3)
+    assert ece(p, labels, bins=5) == near((0.8 + 0.7) / 3, 8)
 
 
 def test_calibrated_probabilities_have_little_ece_and_sharpened_ones_their_closed_form() -> None:
@@ -223,11 +238,13 @@ def test_nll_and_brier_of_calibrated_probabilities_are_their_entropies() -> None
 
 def test_probabilities_are_averaged_not_logits() -> None:
     logits = torch.tensor([[[8.0, 0.0]], [[0.0, 2.0]]])  # two draws, one point
-    expected = (torch.softmax(logits[0, 0].double(), 0) + torch.softmax(logits[1, 0].double(), 0)) / 2
-    torch.testing.assert_close(mean_probabilities(logits)[0], expected)
+    with RunningError() as analysis:
+        expected = (torch.softmax(logits[0, 0].double(), 0) + torch.softmax(logits[1, 0].double(), 0)) / 2
+        analysis.close(mean_probabilities(logits)[0], expected, sees=1e-5)
     assert mean_probabilities(logits)[0, 0] != pytest.approx(float(torch.softmax(logits.mean(0), -1)[0, 0]), abs=0.1)
     many = torch.randn(3, 5, 7, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mean_probabilities(many), torch.softmax(many.double(), -1).mean((0, 1)))
+    with RunningError() as analysis:
+        analysis.close(mean_probabilities(many), torch.softmax(many.double(), -1).mean((0, 1)), sees=1e-5)
 
 
 def test_an_impossible_label_is_infinitely_surprising() -> None:
@@ -237,7 +254,7 @@ def test_an_impossible_label_is_infinitely_surprising() -> None:
 def test_agreement_and_total_variation() -> None:
     other = torch.tensor([[0.2, 0.7, 0.1], [0.1, 0.3, 0.6], [0.25, 0.5, 0.25], [0.05, 0.9, 0.05]])
     assert agreement(PROBABILITIES, other) == 0.5
-    assert total_variation(PROBABILITIES, other) == pytest.approx((0.5 + 0 + 0.25 + 0) / 4)
+    assert total_variation(PROBABILITIES, other) == near((0.5 + 0 + 0.25 + 0) / 4, 12, 1.0, F32)
     assert total_variation(torch.eye(3), torch.eye(3).roll(1, 0)) == 1
     assert agreement(PROBABILITIES, PROBABILITIES) == 1
     assert total_variation(PROBABILITIES, PROBABILITIES) == 0
@@ -245,20 +262,20 @@ def test_agreement_and_total_variation() -> None:
 
 def test_regression_scores() -> None:
     target = torch.tensor([1.0, 2.0, 4.0])
-    assert rmse(torch.tensor([1.0, 4.0, 3.0]), target) == pytest.approx(math.sqrt(5 / 3))
+    assert rmse(torch.tensor([1.0, 4.0, 3.0]), target) == near(math.sqrt(5 / 3), 12, None, F32)
     one = torch.distributions.Normal(torch.tensor([1.0, 4.0, 3.0]), 2.0)
-    assert gaussian_nll(one.mean, target, 2.0) == pytest.approx(float(-one.log_prob(target).mean()))
+    assert gaussian_nll(one.mean, target, 2.0) == near(float(-one.log_prob(target).mean()), ELEMENTARY + 12, 4.0, F32)
 
 
 def test_the_predictive_density_is_a_mixture_over_draws() -> None:
     means = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(0)).double() * 2
     target = torch.linspace(-2, 2, 6).double()
     density = torch.distributions.Normal(means, 0.7).log_prob(target).exp().mean((0, 1))
-    assert gaussian_nll(means, target, 0.7) == pytest.approx(float(-density.log().mean()), rel=1e-12)
+    assert gaussian_nll(means, target, 0.7) == near(float(-density.log().mean()), 150 + 4 * ELEMENTARY, 100.0)
     averaged = gaussian_nll(means.mean((0, 1)), target, 0.7)
     assert abs(averaged - gaussian_nll(means, target, 0.7)) > 0.1
     far = gaussian_nll(torch.full((2, 1), 1e4), torch.zeros(1), 1.0)  # exp underflows there
-    assert far == pytest.approx(0.5e8, rel=1e-6)
+    assert far == near(0.5e8 + 0.5 * math.log(2 * math.pi), ELEMENTARY + 12, None, F32)
 
 
 @pytest.mark.parametrize("score", [accuracy, nll, brier, ece, adaptive_ece])

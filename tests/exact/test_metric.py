@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from rounding import ELEMENTARY, assert_within, gamma, solved
+from running_error import RunningError
 from torch import Tensor
 from torch.func import grad, jacrev
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fedsample.errors import DivergenceError
 from fedsample.models.dense import Linear
@@ -25,8 +28,40 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def close(got: Tensor, want: Tensor, rtol: float = 1e-10, atol: float = 1e-10) -> None:
-    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+@pytest.fixture(autouse=True)
+def _analysis() -> Iterator[None]:
+    """Every test of this file runs under a running error analysis, which says how far `close` lets two ways part."""
+    global ANALYSIS
+    with RunningError() as ANALYSIS:
+        yield
+
+
+def close(got: Tensor, want: Tensor, sees: float | None = None) -> None:
+    ANALYSIS.close(got, want, sees=sees)
+
+
+def decomposed(make: Callable[[], Metric], precision: Tensor) -> Metric:
+    """A metric from the eigenvectors of what it stands for, whose errors are these, and not those of the way to it.
+
+    S and its inverse are off by what the eigenvalues are, cond(P) gamma of their norm; vectors are orthogonal to gamma.
+    """
+    with _disable_current_modes():
+        metric, many = make(), solved(precision, 2 * len(precision))
+        exact = [(tensor, 0.0) for tensor in metric.tensors().values()]
+        if isinstance(metric, Dense):
+            parts = [each for each in (metric.root, metric.inverse) if each is not None]
+            exact = [
+                (each, gamma(many, each.dtype) * float(torch.linalg.matrix_norm(each.double(), 2))) for each in parts
+            ]
+        if isinstance(metric, Kronecker):
+            exact = [(each, gamma(10 * len(each), each.dtype)) for part in metric.parts for each in part[1:3]] + [
+                (part[3], gamma(many, part[3].dtype) * part[3].abs().double()) for part in metric.parts
+            ]
+        if isinstance(metric, Diagonal):
+            exact = [(metric.scales, gamma(ELEMENTARY, metric.scales.dtype) * metric.scales.abs().double())]
+    for tensor, error in exact:
+        ANALYSIS.given(tensor, error)
+    return metric
 
 
 def definite(d: int, seed: int = 1) -> Tensor:
@@ -47,17 +82,17 @@ def metric_of(name: str, dtype: torch.dtype = F64) -> tuple[Metric, Tensor]:
         return Identity(mean), torch.eye(D, dtype=F64)
     if name == "diagonal":
         precision = normal(D, seed=2).square() + 0.1
-        return Diagonal.of_precision(mean, precision), torch.diag(precision)
+        return decomposed(lambda: Diagonal.of_precision(mean, precision), torch.diag(precision)), torch.diag(precision)
     if name == "hessian":
         precision = definite(D, seed=2)
-        return Dense.of_precision(mean, precision), precision
+        return decomposed(lambda: Dense.of_precision(mean, precision), precision), precision
     order = torch.tensor([4, 0, 7, 11, 2, 9, 1, 3, 5, 6, 8, 10])  # blocks need not lie in one piece
     blocks, factors = [order[:8].view(4, 2), order[8:].view(4, 1)], [factors_of(4, 2, 3), factors_of(4, 1, 4)]
     precision = 0.3 * torch.eye(D, dtype=F64)
     for block, (outer, inner) in zip(blocks, factors, strict=True):
         flat = block.flatten()
         precision[flat[:, None], flat] += torch.kron(outer, inner) / inner.trace()
-    return Kronecker.of_factors(mean, blocks, factors, 0.3), precision
+    return decomposed(lambda: Kronecker.of_factors(mean, blocks, factors, 0.3), precision), precision
 
 
 def matrix_of(metric: Metric) -> Tensor:
@@ -157,9 +192,9 @@ def softmax(intercept: bool = True) -> GeneralizedLinear:
 
 def metrics_at(point: Tensor, clients: GeneralizedLinear, precision: float) -> tuple[Kronecker, Dense]:
     summed = [(outer.sum(0), inner.sum(0)) for outer, inner in clients.factors(point)]
-    kronecker = Kronecker.of_factors(point, clients.blocks(), summed, precision)
     hessian = clients.hessian_sum(point) + precision * torch.eye(clients.d, dtype=F64)
-    return kronecker, Dense.of_precision(point, hessian)
+    kronecker = decomposed(lambda: Kronecker.of_factors(point, clients.blocks(), summed, precision), hessian)
+    return kronecker, decomposed(lambda: Dense.of_precision(point, hessian), hessian)
 
 
 @pytest.mark.parametrize("intercept", [True, False])
@@ -185,7 +220,8 @@ def test_a_module_gives_kronecker_blocks_of_its_own() -> None:
     )
     point = normal(clients.d)
     summed = [(outer.sum(0), inner.sum(0)) for outer, inner in clients.factors(point)]
-    metric = Kronecker.of_factors(point, clients.blocks(), summed, 0.2)
+    like = clients.hessian_sum(point) + 0.2 * torch.eye(clients.d, dtype=F64)
+    metric = decomposed(lambda: Kronecker.of_factors(point, clients.blocks(), summed, 0.2), like)
     close(matrix_of(metric), matrix_of(metrics_at(point, closed, 0.2)[0]))
 
 
@@ -219,16 +255,19 @@ def singular(name: str, dtype: torch.dtype, curvature: float, flat: float) -> Me
 @pytest.mark.parametrize(("curvature", "flat"), [(4.0, 0.0), (0.0, 0.0), (4.0, -1e-9), (-1.0, -1.0), (1e-20, 0.0)])
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_flat_directions_stay_finite(name: str, curvature: float, flat: float, dtype: torch.dtype) -> None:
-    metric = singular(name, dtype, curvature, flat)
+    with _disable_current_modes():
+        metric = singular(name, dtype, curvature, flat)
     root, z = matrix_of(metric), normal(3, 4).to(dtype)
     assert bool(torch.isfinite(root).all())
     assert bool(torch.isfinite(metric.invert(metric.push(z))).all())
-    assert float(torch.linalg.eigvalsh(root.double()).min()) > -1e-6 * float(root.abs().max())
+    largest = float(torch.linalg.matrix_norm(root.double(), 2))
+    own = gamma(6 * 4 * 4, dtype) * largest  # vectors are off by gamma, which a flat direction's scale magnifies
+    assert float(torch.linalg.eigvalsh(root.double()).min()) > -own
     if curvature > 0 and dtype == F64:
         small = torch.linalg.eigvalsh(root)[:2]  # the directions that are curved keep their scale
-        close(small, torch.full((2,), curvature**-0.5, dtype=F64), rtol=1e-3, atol=0)
+        assert_within(small, torch.full((2,), curvature**-0.5, dtype=F64), own, sees=1e-2)
     if curvature <= 0:
-        close(root.double(), torch.eye(4, dtype=F64), rtol=0, atol=1e-6)  # no curvature: no scale
+        assert_within(root.double(), torch.eye(4, dtype=F64), own, sees=1e-4)  # no curvature: no scale
 
 
 @pytest.mark.parametrize("name", ["hessian", "diagonal"])
@@ -243,7 +282,9 @@ def test_coordinates_of_unlike_scales_are_whitened_whatever_the_precision(name: 
     else:
         metric = Diagonal.of_precision(mean, precision.float().diagonal())
     root = matrix_of(metric)
-    close(root.T @ precision @ root, torch.eye(4, dtype=F64), rtol=0, atol=1e-4)
+    # each entry is off by u of float32, relative to its row's and column's units: in those the matrix is `correlated`
+    own = 2 * gamma(1, torch.float32) * 4 * float(torch.linalg.cond(correlated))
+    assert_within(root.T @ precision @ root, torch.eye(4, dtype=F64), own, sees=1e-4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rounding import assert_within, central_difference
+from running_error import LIKELY, RunningError, assert_same_in_norm, response
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
@@ -80,9 +82,11 @@ def test_rows_do_not_see_each_other(name: str, shape: tuple[int, ...], classes: 
     module = build(config(name), data)
     parameters = pour(module, flat(module))
     x = torch.from_numpy(data.x)
-    together = functional_call(module, parameters, (x,))
-    alone = torch.cat([functional_call(module, parameters, (row[None],)) for row in x])
-    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)  # other batch sizes sum in another order
+    # other batch sizes sum in another order
+    assert_same_in_norm(
+        lambda: functional_call(module, parameters, (x,)),
+        lambda: torch.cat([functional_call(module, parameters, (row[None],)) for row in x]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,16 +102,25 @@ def test_vmapped_gradients_equal_a_loop(name: str, shape: tuple[int, ...], class
         return nn.functional.cross_entropy(functional_call(module, pour(module, theta), (x,)), y, reduction="sum")
 
     thetas = torch.stack([flat(module, seed) for seed in (0, 1)])
-    batched = vmap(grad(potential))(thetas)
+
+    def by_backward() -> Tensor:
+        found = []
+        for theta in thetas:
+            leaf = theta.clone().requires_grad_()
+            potential(leaf).backward()
+            assert leaf.grad is not None
+            found.append(leaf.grad)
+        return torch.stack(found)
+
+    batched, _ = assert_same_in_norm(
+        lambda: vmap(grad(potential))(thetas), by_backward, responses=1 if thetas.shape[1] > 1000 else 4
+    )
     for theta, got in zip(thetas, batched, strict=True):
-        leaf = theta.clone().requires_grad_()
-        potential(leaf).backward()
-        assert leaf.grad is not None
-        torch.testing.assert_close(got, leaf.grad, rtol=1e-9, atol=1e-10)
         # A directional derivative by central differences: autograd agreeing with itself is not enough.
-        direction = torch.sign(leaf.grad)
-        difference = (potential(theta + 1e-8 * direction) - potential(theta - 1e-8 * direction)) / 2e-8
-        torch.testing.assert_close(difference, got @ direction, rtol=1e-4, atol=1e-6)
+        direction = torch.sign(got)
+        evaluation = LIKELY * float(response(lambda theta=theta: potential(theta).unsqueeze(0), responses=1))
+        slope, error = central_difference(potential, theta, direction, 1e-6 / len(theta), evaluation)
+        assert_within(slope, got @ direction, error, sees=1e-2)
 
 
 def test_second_derivatives() -> None:
@@ -119,11 +132,14 @@ def test_second_derivatives() -> None:
         return 0.5 * (functional_call(module, pour(module, theta), (x,))[:, 0] - y).square().sum()
 
     theta = flat(module)
-    curvature = jacrev(grad(potential))(theta)
-    torch.testing.assert_close(curvature, curvature.T)
-    step = 1e-5 * torch.eye(len(theta), dtype=torch.float64)
-    slopes = vmap(grad(potential))
-    torch.testing.assert_close((slopes(theta + step) - slopes(theta - step)) / 2e-5, curvature, rtol=1e-5, atol=1e-7)
+    with RunningError() as analysis:
+        slope = grad(potential)(theta)
+        curvature = jacrev(grad(potential))(theta)
+        analysis.close(curvature, curvature.T)
+    evaluation = float(analysis.error(slope).max())
+    for j, direction in enumerate(torch.eye(len(theta), dtype=torch.float64)):
+        difference, error = central_difference(grad(potential), theta, direction, 1e-5, evaluation)
+        assert_within(difference, curvature[j], error + analysis.error(curvature[j]), sees=1e-3)
 
 
 def test_linear_is_the_closed_form() -> None:
@@ -131,9 +147,9 @@ def test_linear_is_the_closed_form() -> None:
     module = build(config("softmax"), data)
     theta = flat(module)
     weight, bias = theta[:24].view(4, 6), theta[24:] + 1
-    got = functional_call(module, {"weight": weight, "bias": bias}, (torch.from_numpy(data.x),))
-    want = torch.from_numpy(data.x).reshape(6, 6) @ weight.T + bias
-    torch.testing.assert_close(got, want)
+    with RunningError() as analysis:
+        got = functional_call(module, {"weight": weight, "bias": bias}, (torch.from_numpy(data.x),))
+        analysis.close(got, torch.from_numpy(data.x).reshape(6, 6) @ weight.T + bias)
     bare = build(config("softmax", intercept=False), data)
     assert parameter_layout(bare) == [("weight", (4, 6), 0)]
 
@@ -150,19 +166,21 @@ def test_mlp_activations(activation: str) -> None:
     module = Mlp((2,), [3], 1, intercept=False, activation=activation)
     x = torch.tensor([[0.3, -2.0]])
     first, second = module.layers[0].weight, module.layers[1].weight
-    want = getattr(torch.nn.functional, activation)(x @ first.T) @ second.T
-    torch.testing.assert_close(module(x), want)
+    with RunningError() as analysis:
+        analysis.close(module(x), getattr(torch.nn.functional, activation)(x @ first.T) @ second.T)
 
 
 @pytest.mark.parametrize(("name", "grey"), [("lenet5", True), ("resnet20", False)])
 def test_layouts_of_images_agree(name: str, grey: bool) -> None:
     last = torch.from_numpy(np.random.default_rng(0).uniform(size=(2, 32, 32, 1 if grey else 3)))
-    outputs = []
-    for images in (last, last.movedim(-1, -3), *([last[..., 0]] if grey else [])):
+
+    def outputs(images: Tensor) -> Tensor:
         module = build(config(name), toy(tuple(images.shape[1:]), 2, rows=2))
-        outputs.append(functional_call(module, pour(module, flat(module)), (images,)))
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0])
+        result: Tensor = functional_call(module, pour(module, flat(module)), (images,))
+        return result
+
+    layouts = [last, last.movedim(-1, -3), *([last[..., 0]] if grey else [])]
+    assert_same_in_norm(*(lambda images=images: outputs(images) for images in layouts))
 
 
 def test_filter_response_norm_is_its_equation() -> None:
@@ -172,11 +190,12 @@ def test_filter_response_norm_is_its_equation() -> None:
         norm.tau += torch.tensor([-0.5, 9.0])
         norm.gamma += torch.tensor([1.0, 0.0])
         norm.beta += 0.25
-    got = norm(x)
-    for image in range(3):
-        channel = x[image, 0]
-        want = 2 * channel / torch.sqrt((channel**2).mean() + 1e-6) + 0.25
-        torch.testing.assert_close(got[image, 0], want.clamp(min=-0.5))
+    with RunningError() as analysis:
+        got = norm(x)
+        for image in range(3):
+            channel = x[image, 0]
+            want = 2 * channel / torch.sqrt((channel**2).mean() + 1e-6) + 0.25
+            analysis.close(got[image, 0], want.clamp(min=-0.5))
     assert (got[:, 1] == 9).all()  # a threshold above every value
     assert torch.isfinite(norm(torch.zeros(1, 2, 4, 4))).all()
 
@@ -186,11 +205,13 @@ def test_residual_block_adds_its_shortcut() -> None:
     for outputs, stride in ((3, 1), (6, 2)):
         block = _Block(3, outputs, stride, intercept=True)
         nn.init.zeros_(block.second.norm.gamma)  # switches the residual branch off
-        torch.testing.assert_close(block(x), nn.functional.silu(block.shortcut(x)))
+        with RunningError() as analysis:
+            analysis.close(block(x), nn.functional.silu(block.shortcut(x)))
         assert block(x).shape == (2, outputs, 8 // stride, 8 // stride)
         nn.init.ones_(block.second.norm.gamma)
-        inner = block.second(nn.functional.silu(block.first(x)))
-        torch.testing.assert_close(block(x), nn.functional.silu(block.shortcut(x) + inner))
+        with RunningError() as analysis:
+            inner = block.second(nn.functional.silu(block.first(x)))
+            analysis.close(block(x), nn.functional.silu(block.shortcut(x) + inner))
 
 
 def test_halving_pads_below_and_to_the_right() -> None:
@@ -199,7 +220,8 @@ def test_halving_pads_below_and_to_the_right() -> None:
         layer.conv.weight.zero_()[0, 0, 0, 0] = 1  # picks the upper left pixel of each window
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     picked = x[..., ::2, ::2]
-    torch.testing.assert_close(layer(x), picked / torch.sqrt(picked.square().mean() + 1e-6))
+    with RunningError() as analysis:
+        analysis.close(layer(x), picked / torch.sqrt(picked.square().mean() + 1e-6))
 
 
 def test_signals_keep_their_size_at_the_starting_law() -> None:

@@ -28,6 +28,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+from moment_maps import doubt
 from one_round import after_a_round, check, variance
 from simulation import Setup, simulate
 
@@ -215,10 +216,11 @@ def test_the_verdict_does_not_depend_on_the_fleet(name: str) -> None:
 def test_baoab_with_exact_gradients(setup: Setup) -> None:
     """Positions have the target's variance at any stable step; whole momenta have 1 - h^2 lam / 4."""
     momenta = 1 - setup.step**2 * 5 / 4
-    assert setup.variance == pytest.approx(0.2, rel=1e-12)
-    assert float(setup.exact.whole_momenta().mean()) == pytest.approx(momenta, rel=1e-12)
+    unsure = 25 * doubt(setup.exact)
+    assert setup.variance == pytest.approx(0.2, abs=doubt(setup.exact))
+    assert float(setup.exact.whole_momenta().mean()) == pytest.approx(momenta, abs=unsure)
     after = round_of(NAMED[name_of(setup)])
-    assert float(after.law.whole_momenta(after.moments).mean()) == pytest.approx(momenta, rel=1e-12)
+    assert float(after.law.whole_momenta(after.moments).mean()) == pytest.approx(momenta, abs=2 * unsure)
 
 
 PRINTED = {
