@@ -27,6 +27,8 @@ SUFFIXES = {"", ".py", ".md", ".toml", ".service", ".proto", ".sh", ".txt", ".ym
 OLD = (
     *"assembly benchmark_table benchmarks chain cli cli_app cli_bench cli_certs cli_doctor cli_fleet".split(),
     *"cli_options cli_print cli_simulate distinct doubts exchange experiment kernels links messages paths".split(),
+    *"messages/answers messages/metrics messages/names messages/requests messages/status messages/tensors".split(),
+    *"kernels/baoab kernels/langevin".split(),
     *"preparation presets problem random remote_problem session step_check sums watch wire".split(),
     *"clients/device clients/exact clients/holding clients/resident clients/worker config/problems".split(),
     *"compression/bits compression/coins compression/pieces data/agree data/device data/fit".split(),
@@ -195,13 +197,14 @@ def leading_nowhere(package: Path, path: Path) -> list[str]:
 
 
 def old_names(text: str, package: Path) -> list[str]:
-    """Names in a text under which modules are no longer found."""
+    """Names in a text under which modules are no longer found: from the package on, or in backticks from a room on."""
     found = []
     for name in OLD:
         pattern = rf"fedsample/{name}\.py\b"
         if not (package / name / "__init__.py").is_file():
             dotted = name.replace("/", r"\.")
             pattern += rf"|fedsample\.{dotted}\b|fedsample/{name}/"
+            pattern += rf"|`{dotted}\b" if "/" in name or name in ("kernels", "messages") else ""
         found += re.findall(pattern, text)
     return found
 
@@ -359,6 +362,8 @@ def test_a_room_without_a_row_is_seen(tmp_path: Path) -> None:
         ("see [it](../fedsample" + "/wire.py)", True),
         ("fedsample" + ".clients.worker.Worker", True),
         ("fedsample" + "/problem.py", True),
+        ("see `" + "messages.requests`", True),
+        ("see `" + "diagnostics.moments`", True),
         ("fedsample.problem.build, fedsample/problem/build.py", False),
         ("fedsample.protocol.wire, fedsample.wireless", False),
     ],

@@ -38,7 +38,7 @@ def client_app(experiment: Experiment | None = None, *, mods: Sequence[Mod] = ()
     """The client side of an experiment.
 
     Args:
-        experiment: the experiment; None: what each run's configuration says, see `experiment.of_run_config`.
+        experiment: the experiment; None: what each run's configuration says, see `config.loading.of_run_config`.
         mods: Flower's, around every message, the outermost first. Messages are fedsample's own: what changes them must
             know them.
     """

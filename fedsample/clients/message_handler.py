@@ -70,7 +70,7 @@ class Device:
         """The reply to a message.
 
         Args:
-            kind: such as `messages.EXACT_QUERY`. parcel: its content. trace: is kept up to date.
+            kind: such as `protocol.EXACT_QUERY`. parcel: its content. trace: is kept up to date.
 
         Raises:
             DataError: if the message does not fit; other errors come from the model.

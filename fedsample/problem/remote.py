@@ -25,7 +25,7 @@ def remote_problem(experiment: Experiment, agreed: Schema, clients: int) -> Prob
 
     Args:
         experiment: the configuration; the model and the prior are used, the data are not.
-        agreed: what the clients agreed on (`data.device.agreed_schema`).
+        agreed: what the clients agreed on (`data.device_files.agreed_schema`).
         clients: n, at least 1.
 
     Raises:

@@ -300,7 +300,7 @@ class Key:
         """(..., k) int64, ascending: k of the positions 0, ..., n - 1 without replacement, every subset equally likely.
 
         These are the first k distinct values of `integers(n, ...)`, by symmetry equally likely to within its n / 2^53,
-        for little more than k words; above n / 2 the complement is drawn. See `distinct.py`.
+        for little more than k words; above n / 2 the complement is drawn. See `subsets.py`.
         """
         if n < _ALONE:
             return together(lambda count, start: self.integers(n, count, start), self.shape, n, k, self.device)

@@ -1,4 +1,4 @@
-"""`diagnostics.covariance` against the second-moment map of `moment_maps`, on dense Hessians that do not commute."""
+"""`theory.covariance` against the second-moment map of `moment_maps`, on dense Hessians that do not commute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`diagnostics.moments` against second-moment maps written apart from it, and both against published numbers."""
+"""`theory.moments` against second-moment maps written apart from it, and both against published numbers."""
 
 from __future__ import annotations
 

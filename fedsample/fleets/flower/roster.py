@@ -24,7 +24,7 @@ class Roster:
     """The clients of a federation, whatever nodes they run on.
 
     Args:
-        grid: of a running ServerApp. n: clients. terms: what each must compute, see `messages.terms`. timeout: seconds
+        grid: of a running ServerApp. n: clients. terms: what each must compute, see `protocol.terms`. timeout: seconds
             to wait for nodes and for replies.
     """
 
