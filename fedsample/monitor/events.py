@@ -6,7 +6,8 @@ milliseconds, and a record is a length, the message, and a checksum of each. Wha
 - hyper-parameters lie in the run itself, not in a sub-run, and each metric named there also exists as a scalar;
 - the layout of the custom-scalars page and the texts are written once, not again on resume;
 - a resumed run opens a new file, whose name sorts after the others, and first says from which step on it replaces
-  what they hold (`purge_step`).
+  what they hold (`purge_step`). That voids every curve of the run, so curves over another kind of step need a run, and
+  a writer, of their own; a chart shows all runs that have its tag, so they need tags of their own too.
 
 Reference: TensorFlow's `record_writer.h` (record format); RFC 3720, appendix B.4 (CRC-32C).
 """
@@ -21,11 +22,19 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = 30
+BYTES = "uplink_bytes/"  # tags whose steps are the bytes that a client has sent
 LAYOUT: dict[str, dict[str, Sequence[str]]] = {
     "Quality": {"held-out accuracy": ["round/accuracy"], "held-out NLL": ["round/nll"], "ECE": ["round/ece"]},
     "Mixing": {"R-hat": ["mcmc/rhat/.*"], "effective sample size": ["mcmc/ess/.*"]},
     "Clients": {"upload norm": ("client/upload_norm/p50", "client/upload_norm/p05", "client/upload_norm/p95")},
     "Cost": {"bytes": ["comm/.*_bytes"], "seconds by phase": ["time/.*"]},
+    "Against the bytes that a client has sent": {
+        "held-out accuracy by bytes": [BYTES + "round/accuracy"],
+        "held-out NLL by bytes": [BYTES + "round/nll"],
+        "ECE by bytes": [BYTES + "round/ece"],
+        "R-hat by bytes": [BYTES + "mcmc/rhat/.*"],
+        "effective sample size by bytes": [BYTES + "mcmc/ess/.*"],
+    },
 }
 
 

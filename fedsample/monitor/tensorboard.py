@@ -7,7 +7,8 @@ delays curves and nothing else, and an error is logged once. Values that take lo
 submitted as a function (`lazy`) and computed in the events thread; a row waits for them at most `HOLD` seconds, and
 where they come later they follow as a second object of the same round.
 
-Curves against rounds lie in the run directory itself, the same against uplink bytes in its sub-run `bytes`.
+Curves against rounds lie in the run directory itself. Those against uplink bytes have tags of their own,
+`uplink_bytes/<tag>`, in its sub-run `bytes`: two axes in one chart would make the rounds a vertical line at 0.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from typing import Any, Self
 
 from fedsample.errors import RunDirectoryError
 from fedsample.monitor.drop_queue import Description, LossyQueue, Row, Scalars
-from fedsample.monitor.events import EventWriter
+from fedsample.monitor.events import BYTES, EventWriter
 from fedsample.monitor.jsonl import JsonLines, read_jsonl, truncate_jsonl
 
 QUEUE = 1024
 LAZY_QUEUE = 3
 HOLD = 0.8  # metrics.jsonl promises each row within a second
+_BY_ROUND_ONLY = ("comm/", "fleet/", "time/")  # costs and attendance: against bytes they say nothing
 _log = logging.getLogger(__name__)
 
 
@@ -126,7 +128,7 @@ class Recorder:
 
         Args:
             round: the round, growing.
-            bytes_sent: uplink bytes so far, the abscissa of the sub-run `bytes`.
+            bytes_sent: uplink bytes of a client so far, the steps of the curves `uplink_bytes/...`.
             scalars: tag to number; 0-d tensors are read later, so do not change them in place.
             histograms: tag to an array that nobody changes any more; for TensorBoard only.
             lazy: computes further scalars in a thread; it must only read what nobody changes any more.
@@ -291,7 +293,8 @@ class Recorder:
         else:
             scalars = item.scalars | item.late
             by_round.scalars(item.round, scalars)
-            by_bytes.scalars(item.bytes_sent, scalars)
+            bought = {BYTES + tag: value for tag, value in scalars.items() if not tag.startswith(_BY_ROUND_ONLY)}
+            by_bytes.scalars(item.bytes_sent, bought)
             for tag, values in item.histograms.items():
                 by_round.histogram(item.round, tag, values)
         for writer in writers:

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fedsample.monitor import Progress, Recorder, quantiles, read_jsonl, summary_table
 from fedsample.monitor import progress as progress_module
 from fedsample.monitor import tensorboard as recorder_module
-from fedsample.monitor.events import EventWriter
+from fedsample.monitor.events import LAYOUT, EventWriter
 
 SUMMARY = {
     "rounds": 8000,
@@ -62,6 +63,10 @@ def points(path: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in curves(path).Scalars(tag)]
 
 
+def points_by_bytes(path: Path, tag: str) -> list[tuple[int, float]]:
+    return points(path / "bytes", "uplink_bytes/" + tag)
+
+
 # Recorder
 
 
@@ -74,7 +79,7 @@ def test_rows_and_curves_hold_what_was_submitted(tmp_path: Path) -> None:
     ]
     values = [pytest.approx(1.0 / k, rel=gamma(1, torch.float32)) for k in (1, 2, 3)]  # event files hold float32
     assert points(tmp_path, "round/nll") == list(zip((100, 200, 300), values, strict=True))
-    assert points(tmp_path / "bytes", "round/nll") == list(zip((5000, 10000, 15000), values, strict=True))
+    assert points_by_bytes(tmp_path, "round/nll") == list(zip((5000, 10000, 15000), values, strict=True))
 
 
 def test_a_missing_value_is_null_in_the_row_and_no_point_of_the_curve(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ def test_a_lazy_value_is_computed_elsewhere_and_joins_its_row(tmp_path: Path) ->
         {"round": 8, "bytes": 80, "round/nll": 1.0},
     ]
     assert points(tmp_path, "mcmc/rhat/max") == [(7, 1.25)]
-    assert points(tmp_path / "bytes", "mcmc/rhat/max") == [(70, 1.25)]
+    assert points_by_bytes(tmp_path, "mcmc/rhat/max") == [(70, 1.25)]
     assert threads[0] is not threading.main_thread()
 
 
@@ -226,10 +231,40 @@ def test_resume_replaces_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     expected = [1.0, 2.0, 3.0, 4.0, -5.0, -6.0, -7.0, -8.0]
     assert [(row["round"], row["round/nll"]) for row in rows(tmp_path)] == list(enumerate(expected, 1))
     assert points(tmp_path, "round/nll") == list(enumerate(expected, 1))
-    assert points(tmp_path / "bytes", "round/nll") == [(10 * k, value) for k, value in enumerate(expected, 1)]
+    assert points_by_bytes(tmp_path, "round/nll") == [(10 * k, value) for k, value in enumerate(expected, 1)]
     assert len(curves(tmp_path).Tensors("config")) == 1  # said once, and not purged
     names = sorted(file.name for file in tmp_path.glob("events.out.tfevents.*"))
     assert len(names) == 2
+
+
+def test_no_chart_has_both_axes(tmp_path: Path) -> None:
+    """TensorBoard draws all runs of a tag in one chart, and on the custom page all tags that match from their start."""
+    everything = {
+        tag: 1.0
+        for tag in (
+            *("round/accuracy", "round/rmse", "round/nll", "round/ece", "mcmc/rhat/max", "mcmc/ess/min"),
+            *("mcmc/log_posterior", "client/upload_norm/p05", "client/upload_norm/p50", "client/upload_norm/p95"),
+            *("comm/up_bytes", "comm/wire_up_bytes/payload", "fleet/arrived", "time/exchange"),
+        )
+    }
+    with Recorder(tmp_path) as recorder:
+        recorder.describe("seed = 3", {})
+        recorder.submit(100, 5000, everything)
+        recorder.submit(200, 9000, everything)
+    by_round, by_bytes = curves(tmp_path), curves(tmp_path / "bytes")
+    rounds, sent = (set(each.Tags()["scalars"]) for each in (by_round, by_bytes))
+    assert rounds == set(everything)
+    assert rounds.isdisjoint(sent)
+    costs = {"comm/up_bytes", "comm/wire_up_bytes/payload", "fleet/arrived", "time/exchange"}
+    assert sent == {f"uplink_bytes/{tag}" for tag in rounds - costs}
+    charts = [
+        [tag for tag in (*rounds, *sent) if any(re.match(pattern, tag) for pattern in patterns)]
+        for category in LAYOUT.values()
+        for patterns in category.values()
+    ]
+    assert all(charts)
+    assert [c for c in charts if not (rounds.isdisjoint(c) or sent.isdisjoint(c))] == []
+    assert sum(sent >= set(c) for c in charts) == 5
 
 
 def test_the_page_of_hyper_parameters_shows_the_run_and_its_metric(tmp_path: Path) -> None:

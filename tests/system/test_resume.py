@@ -166,15 +166,15 @@ def assert_same_curves(one: Path, other: Path) -> None:
                 assert got[round].get(tag, value) == pytest.approx(value, rel=1e-5, abs=1e-6), (round, tag)
             elif not tag.startswith(TIMED):
                 assert got[round][tag] == value, (round, tag)
-    for folder, abscissa in (other, "round"), (other / "bytes", "bytes"):
+    for folder, abscissa, tree in (other, "round", ""), (other / "bytes", "bytes", "uplink_bytes/"):
         steps = [row[abscissa] for row in got.values()]
         for tag, points in events(folder).items():
             assert [step for step, _ in points] == sorted({step for step, _ in points}), tag
-            if tag == "mcmc/step_size":
+            if tag == tree + "mcmc/step_size":
                 assert [step for step, _ in points] == sorted(set(steps))
             for step, value in points:
                 row = next(row for row in got.values() if row[abscissa] == step)
-                assert row[tag] == pytest.approx(value, rel=1e-5), (tag, step)
+                assert row[tag.removeprefix(tree)] == pytest.approx(value, rel=1e-5), (tag, step)
 
 
 def killed_and_resumed(folder: Path, name: str, arguments: list[str], chance: random.Random, kills: int) -> list[int]:
