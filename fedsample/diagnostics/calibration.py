@@ -5,7 +5,8 @@ The predictive distribution of a classifier is the *average over draws of its pr
 draws' Gaussians (`gaussian_nll`). Everything is computed in float64.
 
     accuracy = mean I[argmax p = y]            NLL = -mean log p_y            Brier = mean sum_c (p_c - I[c = y])^2
-    ECE = sum_bins |B| / N |accuracy(B) - confidence(B)|,   confidence = max_c p_c
+    ECE = sum_bins |B| / N |accuracy(B) - confidence(B)|,   confidence = max_c p_c,   bins of equal width
+    adaptive ECE: the same over bins of equal mass
     agreement = mean I[argmax p = argmax q]    TV = mean 1/2 sum_c |p_c - q_c|
 
 ECE is biased upwards on few points: with N points a perfectly calibrated model scores about `sqrt(bins / N)` times a
@@ -13,9 +14,12 @@ constant below one, so compare models on the same points and bins.
 
 Reference:
     Guo, Pleiss, Sun & Weinberger (2017), "On calibration of modern neural networks", arXiv 1706.04599, equation 3
-    (ECE, 15 bins). Nguyen & O'Connor (2015), arXiv 1508.05154 (equal-mass bins). Brier (1950), Monthly Weather Review
-    78. Izmailov, Vikram, Hoffman & Wilson (2021), "What are Bayesian neural network posteriors really like?", arXiv
-    2104.14421, section 4 (agreement and total variation).
+    (ECE, 15 bins). Nguyen & O'Connor (2015), arXiv 1508.05154 (equal-mass bins). Mukhoti, Kulharia, Sanyal, Golodetz,
+    Torr & Dokania (2020), arXiv 2002.09437 (adaptive ECE: of the confidence alone, whereas the adaptive calibration
+    error of Nixon, Dusenberry, Jerfel, Nguyen, Liu, Zhang & Tran (2019), arXiv 1904.01685, is a mean over all classes).
+    Brier (1950), Monthly Weather Review 78 (the sum over classes: for two, twice the squared error of one). Izmailov,
+    Vikram, Hoffman & Wilson (2021), "What are Bayesian neural network posteriors really like?", arXiv 2104.14421,
+    section 4 (agreement and total variation).
 """
 
 from __future__ import annotations

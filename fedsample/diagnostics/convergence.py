@@ -30,23 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
-from typing import TYPE_CHECKING
-
-from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-
-
-def _convergence(functionals: Tensor, rhat_name: str, ess_name: str) -> dict[str, float]:
-    """Worst R-hat and smallest bulk ESS over functionals (C, n, F), constant ones left out."""
-    worst, smallest = (torch.from_numpy(each) for each in rhat_and_ess(functionals))
-    worst, smallest = worst[worst.isfinite()], smallest[smallest.isfinite()]
-    return {
-        rhat_name: float(worst.max()) if len(worst) else math.nan,
-        ess_name: float(smallest.min()) if len(smallest) else math.nan,
-    }
-
 
 BLOCK = 64  # functionals a pass: bounds memory, and keeps a block of a usual run inside the cache
 _CACHED = 1 << 16  # numbers of a block that stays in the cache through all its passes
@@ -108,6 +91,23 @@ def ess_tail(x: torch.Tensor | NDArray[Any], low: float = 0.05, high: float = 0.
         out, and NaN stands where both are.
     """
     return _over_functionals(x, lambda block: _tail(block, low, high), min_chains=1)
+
+
+def worst_rhat_and_ess(functionals: torch.Tensor) -> tuple[float, float]:
+    """Worst R-hat and smallest bulk ESS over functionals (C, n, F), constant ones left out; NaN where all are."""
+    ratios, sizes = rhat_and_ess(functionals)
+    ratios = ratios[np.isfinite(ratios)]
+    return float(ratios.max()) if ratios.size else math.nan, _smallest(sizes)
+
+
+def worst_ess_tail(functionals: torch.Tensor) -> float:
+    """Smallest tail ESS over functionals (C, n, F), constant ones left out; NaN where all are."""
+    return _smallest(ess_tail(functionals))
+
+
+def _smallest(sizes: Array) -> float:
+    sizes = sizes[np.isfinite(sizes)]
+    return float(sizes.min()) if sizes.size else math.nan
 
 
 def _over_functionals(

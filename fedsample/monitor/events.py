@@ -24,13 +24,19 @@ from typing import Any
 BUCKETS = 30
 BYTES = "uplink_bytes/"  # tags whose steps are the bytes that a client has sent
 LAYOUT: dict[str, dict[str, Sequence[str]]] = {
-    "Quality": {"held-out accuracy": ["round/accuracy"], "held-out NLL": ["round/nll"], "ECE": ["round/ece"]},
+    "Quality": {
+        "held-out accuracy": ["round/accuracy"],
+        "held-out NLL": ["round/nll"],
+        "Brier score": ["round/brier"],
+        "ECE": ["round/ece"],
+    },
     "Mixing": {"R-hat": ["mcmc/rhat/.*"], "effective sample size": ["mcmc/ess/.*"]},
     "Clients": {"upload norm": ("client/upload_norm/p50", "client/upload_norm/p05", "client/upload_norm/p95")},
     "Cost": {"bytes": ["comm/.*_bytes"], "seconds by phase": ["time/.*"]},
     "Against the bytes that a client has sent": {
         "held-out accuracy by bytes": [BYTES + "round/accuracy"],
         "held-out NLL by bytes": [BYTES + "round/nll"],
+        "Brier score by bytes": [BYTES + "round/brier"],
         "ECE by bytes": [BYTES + "round/ece"],
         "R-hat by bytes": [BYTES + "mcmc/rhat/.*"],
         "effective sample size by bytes": [BYTES + "mcmc/ess/.*"],

@@ -16,11 +16,14 @@ _QUALITY = [
     ("accuracy", "held-out accuracy", "{:.4f}"),
     ("rmse", "held-out RMSE", "{:.4g}"),
     ("nll", "held-out NLL", "{:.4f} nats"),
+    ("brier", "Brier score", "{:.4f}"),
     ("ece", "calibration error (ECE)", "{:.4f}"),
+    ("adaptive_ece", "adaptive ECE", "{:.4f}"),
 ]
 _CHAINS = [
     ("rhat_max", "worst R-hat", "{:.4f}"),
     ("ess_bulk_min", "smallest bulk ESS", "{:,.0f}"),
+    ("ess_tail_min", "smallest tail ESS", "{:,.0f}"),
     ("predicted_variance_bias", "predicted variance bias", "{:+.2%}"),
 ]
 _STEP = [
@@ -91,13 +94,13 @@ def _reason(key: str, summary: Mapping[str, Any]) -> str:
     chains, draws = summary.get("chains"), summary.get("draws")
     if key == "rhat_max" and chains == 1:
         return "needs two chains"
-    if key in ("rhat_max", "ess_bulk_min") and isinstance(draws, int) and draws < 4:
-        return "needs four draws a chain"
-    if key in ("rhat_max", "ess_bulk_min"):
-        return "nothing moved"
+    if key in ("rhat_max", "ess_bulk_min", "ess_tail_min"):
+        return "needs four draws a chain" if isinstance(draws, int) and draws < 4 else "nothing moved"
     if key == "predicted_variance_bias":
         return "not predicted for minibatches, drop-outs, temperature 0 or an unstable step"
-    if key in ("accuracy", "ece", "rmse", "nll"):
+    if key == "adaptive_ece" and summary.get("ece") is not None:
+        return "needs all held-out rows in one process"
+    if key in ("accuracy", "brier", "ece", "adaptive_ece", "rmse", "nll"):
         return "no draws" if draws == 0 else "no held-out data"
     return ""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedsample.diagnostics.convergence import _convergence
+from fedsample.diagnostics.convergence import worst_rhat_and_ess
 from fedsample.diagnostics.counts import Evaluator, scores
 from fedsample.monitor.tensorboard import quantiles
 from fedsample.protocol.exchange import Aggregate
@@ -99,5 +99,6 @@ class LiveMetrics:
             count = len(self._functionals)
             if count >= 8 and (count >= _GROWTH * self._judged or round == self._experiment.rounds):
                 self._judged = count
-                result |= _convergence(torch.stack(self._functionals, dim=1), "mcmc/rhat/max", "mcmc/ess/min")
+                rhat, ess = worst_rhat_and_ess(torch.stack(self._functionals, dim=1))
+                result |= {"mcmc/rhat/max": rhat, "mcmc/ess/min": ess}
             return result

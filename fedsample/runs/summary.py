@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsample.diagnostics import calibration
+from fedsample.diagnostics.convergence import worst_ess_tail, worst_rhat_and_ess
 from fedsample.protocol.exchange import Traffic
 from fedsample.runs.verdict import doubts
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from fedsample.monitor.draws import DrawStore
     from fedsample.preparation.prepared import Prepared
     from fedsample.problem import Problem
-from fedsample.diagnostics.convergence import _convergence
 
 _BLOCK = 1 << 25  # entries of draws looked at together in the summary
 
@@ -32,6 +32,7 @@ def summarise(
     total = traffic.plus(prepared.geometry.traffic)
     done = max(1, experiment.rounds)
     functionals = _functionals(problem, draws)
+    rhat, ess = worst_rhat_and_ess(functionals)
     result = {
         "preset": experiment.preset,
         "rounds": experiment.rounds,
@@ -42,7 +43,9 @@ def summarise(
         "seconds": seconds,
         "seconds_per_round": seconds / done,
         **_quality(problem, draws),
-        **_convergence(functionals, "rhat_max", "ess_bulk_min"),
+        "rhat_max": rhat,
+        "ess_bulk_min": ess,
+        "ess_tail_min": worst_ess_tail(functionals),
         "step_size": prepared.step_size,
         "largest_stable_step": prepared.forecast.limit,
         "relaxation_rounds": _number(prepared.forecast.relaxation),
@@ -91,11 +94,13 @@ def _quality(problem: Problem, draws: Tensor) -> dict[str, float | None]:
             "nll": calibration.gaussian_nll(means, problem.test[1], problem.noise_scale),
         }
     if problem.test is None:
-        return {"accuracy": None, "nll": None, "ece": None}
+        return dict.fromkeys(("accuracy", "nll", "brier", "ece", "adaptive_ece"))
     predictive = problem.predict_test(flat) / len(flat)
     labels = problem.test[1]
     return {
         "accuracy": calibration.accuracy(predictive, labels),
         "nll": calibration.nll(predictive, labels),
+        "brier": calibration.brier(predictive, labels),
         "ece": calibration.ece(predictive, labels),
+        "adaptive_ece": calibration.adaptive_ece(predictive, labels),
     }

@@ -338,7 +338,7 @@ def test_sums_of_counts_are_the_scores_of_all_rows(name: str, model: str) -> Non
         }
     else:
         judged = (predicted / len(draws), pooled.test[1])
-        want = {score: getattr(calibration, score)(*judged) for score in ("accuracy", "nll", "ece")}
+        want = {score: getattr(calibration, score)(*judged) for score in ("accuracy", "nll", "brier", "ece")}
     # each score is a mean over the rows of a mean over draws, of logarithms and exponentials of products of d terms: a
     # probability is off by the roundings of its logits, which are no larger than the sizes in them
     rows = len(pooled.test[1])
@@ -355,7 +355,7 @@ def test_scores_without_rows_and_of_strangers() -> None:
     with pytest.raises(DataError, match="no draw"):
         evaluator.counts()
     evaluator.see(torch.zeros(1, problem.d))
-    assert scores(evaluator.counts(), "categorical") == {"accuracy": None, "nll": None, "ece": None}
+    assert scores(evaluator.counts(), "categorical") == {"accuracy": None, "nll": None, "brier": None, "ece": None}
     assert scores(torch.zeros(3), "gaussian") == {"rmse": None, "nll": None}
     with pytest.raises(DataError, match="held-out rows have changed"):
         evaluator.restore({"seen": torch.tensor(2), "total": torch.zeros(4, 3)})

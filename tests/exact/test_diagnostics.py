@@ -24,7 +24,14 @@ from fedsample.diagnostics.calibration import (
     rmse,
     total_variation,
 )
-from fedsample.diagnostics.convergence import ess_bulk, ess_tail, rhat, rhat_and_ess
+from fedsample.diagnostics.convergence import (
+    ess_bulk,
+    ess_tail,
+    rhat,
+    rhat_and_ess,
+    worst_ess_tail,
+    worst_rhat_and_ess,
+)
 from fedsample.errors import DataError
 
 F32 = torch.float32
@@ -106,6 +113,19 @@ def test_tail_ess_leaves_out_a_tail_in_which_everything_ties() -> None:
     labels = np.random.default_rng(0).integers(0, 3, (4, 200)).astype(float)  # none above the 0.95 quantile
     assert ess_tail(labels) == pytest.approx(oracle("ess_bulk", (labels <= 0).astype(float)), rel=of_statistic(4, 200))
     assert np.isnan(ess_tail(labels, low=0.9, high=0.95))
+
+
+def test_the_worst_over_functionals_leaves_out_what_says_nothing() -> None:
+    x = autoregression(0.5, chains=4, draws=400, functionals=6)
+    x[0, :, 2] += 1.0
+    x[..., 3] = 0.1
+    high = x[1, :, 4] > np.quantile(x[..., 4], 0.9)
+    x[1, high, 4] = np.sort(x[1, high, 4])
+    kept, draws = np.delete(x, 3, axis=2), torch.from_numpy(x)
+    assert worst_rhat_and_ess(draws) == pytest.approx((oracle("rhat", kept).max(), oracle("ess_bulk", kept).min()))
+    assert worst_ess_tail(draws) == pytest.approx(oracle("ess_tail", kept).min(), rel=1e-11)
+    assert worst_ess_tail(draws) != pytest.approx(worst_rhat_and_ess(draws)[1], rel=0.01)
+    assert all(math.isnan(each) for each in (*worst_rhat_and_ess(draws[..., 3:4]), worst_ess_tail(draws[..., 3:4])))
 
 
 def test_rhat_of_mixed_chains_is_one_and_grows_with_distance() -> None:
@@ -198,6 +218,31 @@ def test_scores_counted_by_hand() -> None:
     assert nll(PROBABILITIES, LABELS) == near(-math.log(0.7 * 0.3 * 0.5 * 0.9) / 4, ELEMENTARY + 8, 1.0, F32)
     squares = [0.09 + 0.04 + 0.01, 0.01 + 0.49 + 0.36, 0.25 + 0.0625 * 2, 0.0025 * 2 + 0.01]
     assert brier(PROBABILITIES, LABELS) == near(sum(squares) / 4, 16, 1.0, F32)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_brier_score_of_another_library(classes: int) -> None:
+    """Brier (1950) sums over classes; halved, as others do for two classes, it would be the mutant."""
+    from sklearn.metrics import brier_score_loss
+
+    p, labels = calibrated(300, classes)
+    want = brier_score_loss(labels.numpy(), p.numpy(), labels=range(classes), scale_by_half=False)
+    assert brier(p, labels) == pytest.approx(want, rel=1e-12)
+    if classes == 2:
+        assert brier(p, labels) == pytest.approx(2 * brier_score_loss(labels.numpy(), p[:, 1].numpy()), rel=1e-12)
+
+
+@pytest.mark.parametrize("bins", [5, 15])
+def test_adaptive_ece_of_another_librarys_quantile_bins(bins: int) -> None:
+    """Where the number of points is a multiple of the bins' and none tie, quantiles cut them into equal parts."""
+    from sklearn.calibration import calibration_curve
+
+    p, labels = calibrated(30 * bins)
+    confidence, choice = p.max(dim=1)
+    right, sure = calibration_curve(choice == labels, confidence, n_bins=bins, strategy="quantile")
+    assert len(right) == bins
+    assert adaptive_ece(p, labels, bins) == pytest.approx(np.abs(right - sure).mean(), rel=1e-12)
+    assert adaptive_ece(p, labels, bins) != pytest.approx(ece(p, labels, bins), rel=1e-3)
 
 
 def test_ece_counted_by_hand() -> None:

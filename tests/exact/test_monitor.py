@@ -38,9 +38,12 @@ SUMMARY = {
     "seconds_per_round": 0.0025,
     "accuracy": 0.9583,
     "nll": 0.2012,
+    "brier": 0.0587,
     "ece": 0.0312,
+    "adaptive_ece": 0.0298,
     "rhat_max": 1.0142,
     "ess_bulk_min": 521.4,
+    "ess_tail_min": 613.2,
     "predicted_variance_bias": 0.0123,
     "uplink_bytes_per_client": 4_200_000,
     "downlink_bytes_per_client": 83_200_000,
@@ -242,7 +245,7 @@ def test_no_chart_has_both_axes(tmp_path: Path) -> None:
     everything = {
         tag: 1.0
         for tag in (
-            *("round/accuracy", "round/rmse", "round/nll", "round/ece", "mcmc/rhat/max", "mcmc/ess/min"),
+            *("round/accuracy", "round/rmse", "round/nll", "round/brier", "round/ece", "mcmc/rhat/max", "mcmc/ess/min"),
             *("mcmc/log_posterior", "client/upload_norm/p05", "client/upload_norm/p50", "client/upload_norm/p95"),
             *("comm/up_bytes", "comm/wire_up_bytes/payload", "fleet/arrived", "time/exchange"),
         )
@@ -264,7 +267,7 @@ def test_no_chart_has_both_axes(tmp_path: Path) -> None:
     ]
     assert all(charts)
     assert [c for c in charts if not (rounds.isdisjoint(c) or sent.isdisjoint(c))] == []
-    assert sum(sent >= set(c) for c in charts) == 5
+    assert sum(sent >= set(c) for c in charts) == 6
 
 
 def test_the_page_of_hyper_parameters_shows_the_run_and_its_metric(tmp_path: Path) -> None:
@@ -573,6 +576,9 @@ def test_the_table_says_everything_a_person_asks() -> None:
         "0.0312",
         "worst R-hat             │ 1.0142",
         "smallest bulk ESS       │ 521",
+        "smallest tail ESS       │ 613",
+        "Brier score             │ 0.0587",
+        "adaptive ECE            │ 0.0298",
         "+1.23%",
         "uplink a client         │ 4.200 MB",
         "downlink a client       │ 83.200 MB",
@@ -600,6 +606,10 @@ def test_what_is_missing_says_why() -> None:
     assert "held-out accuracy       │ - (no held-out data)" in text
     assert "predicted variance bias │ - (not predicted for minibatches, drop-outs, temperature 0" in text
     assert "1 chain of 1,400 draws: 8,000 rounds" in text
+    text = report(SUMMARY | {"adaptive_ece": None, "brier": None, "ess_tail_min": None})
+    assert "adaptive ECE            │ - (needs all held-out rows in one process)" in text
+    assert "Brier score             │ - (no held-out data)" in text
+    assert "smallest tail ESS       │ - (nothing moved)" in text
     text = report(
         SUMMARY | {"predicted_variance_bias": None}, reasons={"predicted_variance_bias": "no step to predict"}
     )

@@ -327,7 +327,8 @@ def test_a_server_that_dies_after_the_last_round_still_knows_the_scores(
     logged = [row for row in read_jsonl(trial.folder / "run" / "metrics.jsonl") if row["round"] == 32]
     summary = json.loads((trial.folder / "run" / "summary.json").read_text())
     assert summary["accuracy"] == logged[0]["round/accuracy"]
-    assert {summary["nll"], summary["ece"]}.isdisjoint({None})
+    assert {summary["nll"], summary["brier"], summary["ece"]}.isdisjoint({None})
+    assert summary["adaptive_ece"] is None  # its bins cannot be had from sums
 
 
 def test_a_configuration_that_was_changed_before_the_first_snapshot_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fedsample.problem import build_problem
 from fedsample.runs import session
 from fedsample.runs.api import Run
 
-# What `summary.json` holds whatever the data are; accuracy, nll and ece, or rmse and nll, come on top.
+# What `summary.json` holds whatever the data are; scores of held-out rows come on top.
 ALWAYS = {
     "rounds",
     "draws",
@@ -38,6 +38,7 @@ ALWAYS = {
     "seconds_per_round",
     "rhat_max",
     "ess_bulk_min",
+    "ess_tail_min",
     "predicted_variance_bias",
     "uplink_bytes_per_client",
     "downlink_bytes_per_client",
@@ -180,12 +181,14 @@ def test_classification_of_a_table(folder: Path) -> None:
         model={"prior_scale": 3.0},
     )
     summary = run.summary
-    assert set(summary) >= ALWAYS | {"accuracy", "nll", "ece"}
+    assert set(summary) >= ALWAYS | {"accuracy", "nll", "brier", "ece", "adaptive_ece"}
     assert summary["accuracy"] > 0.85  # one colour for all: about a half
     assert 0 <= summary["ece"] < 0.2
     assert 0 < summary["nll"] < 0.6
     assert summary["params"] == 3 * (2 + 2 + 1)  # two numbers, two places, an intercept
     assert run.draws.shape == (4, 100, 15)
+    last = {tag: value for row in read_jsonl(run.path / "metrics.jsonl") for tag, value in row.items()}
+    assert last["round/brier"] == pytest.approx(summary["brier"], rel=1e-4)
     assert "held-out accuracy" in {str(cell) for column in run.table().columns for cell in column.cells}
 
 
@@ -455,3 +458,29 @@ def test_a_run_in_another_thread(gaussians: Gaussians, folder: Path) -> None:
     thread.start()
     thread.join(60)
     assert torch.equal(found[0].draws, sample(folder, "main", rounds=150, data=gaussians.data).draws)
+
+
+def test_summary_scores_are_those_of_other_libraries(folder: Path) -> None:
+    """From the draws on the disk, with averaged predictions; functionals are the run's own."""
+    from arviz_stats.base import array_stats
+    from sklearn.metrics import brier_score_loss
+
+    data = {"kind": "builtin", "name": "breast_cancer", "clients": 3}
+    model = {"name": "logistic", "prior_scale": 10.0}
+    run = sample(folder, "scores", data=data, model=model, dtype="float64", rounds=300, warmup=60)
+    problem = build_problem(run.experiment)
+    flat = run.draws.flatten(0, 1)
+    functionals = problem.functionals(flat).unflatten(0, run.draws.shape[:2]).numpy()
+    functionals = functionals[..., np.ptp(functionals, axis=(0, 1)) > 0]
+    tails = array_stats.ess(functionals, method="tail", prob=(0.05, 0.95), chain_axis=0, draw_axis=1)
+    assert run.summary["ess_tail_min"] == pytest.approx(np.nanmin(tails), rel=1e-9)
+    assert problem.test is not None
+    labels = problem.test[1].numpy()
+    predictive = (problem.predict_test(flat) / len(flat)).numpy()
+    want = 2 * brier_score_loss(labels, predictive[:, 1])
+    assert run.summary["brier"] == pytest.approx(want, rel=1e-9)
+    confidence, correct = predictive.max(1), predictive.argmax(1) == labels
+    gaps = np.array_split((correct - confidence)[np.argsort(confidence, kind="stable")], 15)
+    want = sum(abs(part.sum()) for part in gaps) / len(labels)
+    assert run.summary["adaptive_ece"] == pytest.approx(want, rel=1e-9)
+    assert run.summary["ece"] != pytest.approx(want, rel=0.01)  # bins err to both sides, so it matters where they end
