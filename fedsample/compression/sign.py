@@ -57,12 +57,6 @@ class ScaledSign(Compressor):
         """The worst case over vectors, 1 / d."""
         return 1.0 / d
 
-    def alpha_of(self, vector: Tensor) -> Tensor:
-        """The contraction |v|_1^2 / (d |v|_2^2) of vectors (..., d) -> (...) float64; 1 for zero vectors."""
-        square = vector.double().square().sum(-1)
-        ratio = one_norm(vector).square() / (vector.shape[-1] * square)
-        return torch.where(square > 0, ratio, 1.0)
-
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """+1 or -1 for each entry by its sign bit, and |v|_1 / d."""
         d = vector.shape[-1]

@@ -151,13 +151,6 @@ class Recorder:
         if len(self._submitted) > QUEUE:
             self.unwritten()
 
-    def submit_lazy(self, round: int, bytes_sent: int, fn: Callable[[], Scalars]) -> None:
-        """Log values of a round that are still to be computed, in a thread; dropped where that is behind.
-
-        They form an object of their own in `metrics.jsonl`; pass `lazy` to `submit` to have one object for the round.
-        """
-        self.submit(round, bytes_sent, {}, lazy=fn)
-
     def unwritten(self) -> list[tuple[int, int, dict[str, float]]]:
         """Round, bytes and scalars of the rows that the log or the curves still lack: a checkpoint must hold them."""
         self._submitted = [row for row in self._submitted if not (row.written and row.drawn)]

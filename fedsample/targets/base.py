@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fedsample.errors import CompileError
-from fedsample.numerics.tree_sum import TreeSum
 from fedsample.random import Key
 
 
@@ -88,13 +87,6 @@ class Clients(ABC):
     def client(self, i: int) -> Clients:
         """The stack that holds client i alone, as its device does."""
         return self.subset(torch.tensor([i], device=self.device))
-
-    def hessian_sum(self, theta: Tensor) -> Tensor:
-        """Sum over clients of `hessian` at (d,) -> (d, d), one client at a time."""
-        total = TreeSum()
-        for i in range(self.n):
-            total.add(self.client(i).hessian(theta.unsqueeze(0))[0, 0])
-        return total.total()
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,6 @@ class Coordinate:
         rate = _radius(moved)
         return -1 / math.log(rate) if 0 < rate < 1 else math.inf if rate >= 1 else 0.0
 
-    def largest_step(self, tolerance: float) -> float:
-        """The largest step at which the bias stays within the tolerance."""
-        return _largest(lambda h: self.bias(h) <= tolerance, self.limit())
-
     def exact(self) -> Coordinate:
         """The same coordinate with uncompressed gradients of all clients at the iterate itself."""
         return replace(self, uplink="dense", participation=1.0, downlink=1.0)

@@ -89,7 +89,7 @@ def main(options: argparse.Namespace) -> None:
     sd = torch.from_numpy(np.load(HMC)["sd"].astype(np.float64))
     against = float((reference.reshape(-1, problem.d).var(0) / sd**2).mean()) - 1
     print(json.dumps({"reference": len(reference) * 64, "variance over HMC's, less one": against}), flush=True)
-    hessian = problem.clients.hessian_sum(white.mean).to(torch.float64)
+    hessian = problem.clients.hessian(white.mean.unsqueeze(0))[:, 0].sum(0).to(torch.float64)
     stiffest = torch.linalg.eigh(hessian + problem.prior.precision * torch.eye(problem.d))[1][:, -1:]
     for name in options.presets:
         experiment, problem, prepared = build([f"preset={name}"], options.chains)

@@ -420,11 +420,12 @@ def test_scaled_sign_loses_exactly_what_its_alpha_says(d: int, seed: int) -> Non
     compressor = ScaledSign()
     decoded = compressor.decompress(compressor.compress(vector, device_keys()), d)
     square = float(vector.square().sum())
-    alpha = float(compressor.alpha_of(vector))
+    alpha = float(vector.abs().sum()) ** 2 / (d * square)
     assert float((decoded - vector).square().sum()) == near((1 - alpha) * square, 4 * d + 8, square)
     assert alpha >= compressor.alpha(d) * (1 - 2 * gamma(2 * d + 4))
     single = torch.eye(d, dtype=FLOAT64)[0]
-    assert float(compressor.alpha_of(single)) == near(compressor.alpha(d), 2 * d + 4)
+    worst = compressor.decompress(compressor.compress(single, device_keys()), d)
+    assert float((worst - single).square().sum()) == near(1 - compressor.alpha(d), 4 * d + 8, 1.0)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(6, 6, 1), (6, 6, 2), (3, 9, 1), (9, 4, 2)])

@@ -580,11 +580,11 @@ def test_values_too_large_to_standardise(tmp_path: Path) -> None:
 
 def test_shares_round_trip() -> None:
     data = load(config(name="wine", clients=5), seed=0)
-    shares = [(data.client(i).x, data.client(i).y) for i in range(5)]
-    again = FederatedData.from_shares("wine", shares, 3, (data.x_test, data.y_test))
-    for name in ("x", "y", "offsets", "x_test", "y_test"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(data, name))
-    assert again.feature_names[:2] == ("x0", "x1")
+    shares = [data.client(i) for i in range(5)]
+    for name in ("x", "y"):
+        together = np.concatenate([getattr(share, name) for share in shares])
+        np.testing.assert_array_equal(together, getattr(data, name))
+    assert np.cumsum([0, *(len(share.x) for share in shares)]).tolist() == data.offsets.tolist()
     assert "array" not in repr(data)
 
 
@@ -617,11 +617,6 @@ def test_invariants(change: dict[str, Any], message: str) -> None:
     FederatedData(**good)
     with pytest.raises(DataError, match=message):
         FederatedData(**{**good, **change})
-
-
-def test_no_shares() -> None:
-    with pytest.raises(DataError, match="at least one client"):
-        FederatedData.from_shares("toy", [], None)
 
 
 # --- quadratic clients ----------------------------------------------------------------------------------------------

@@ -536,7 +536,8 @@ def test_what_is_no_schema(text: str) -> None:
 def test_sums_by_hand() -> None:
     shares = [(np.array([[1e9, 3.0, 0.1]]), np.array([0.5])), (np.zeros((0, 3)), np.zeros(0))]
     shares.append((np.array([[1e9 + 2, 4.0, 0.1], [1e9 + 4, 8.0, 0.1]]), np.array([1.5, 4.0])))
-    data = FederatedData.from_shares("some", shares, None)
+    x, y = (np.concatenate(each) for each in zip(*shares, strict=True))
+    data = FederatedData("some", x, y, np.array([0, 1, 1, 3]), x[:0], y[:0], None)
     parts = [data.client(i) for i in range(3)]
     first = total([first_sums(part) for part in parts])
     assert first.tolist() == [3.0, 3e9 + 6, 15.0, near(0.3, 4), 6.0]

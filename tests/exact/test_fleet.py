@@ -236,7 +236,8 @@ def test_matrices_of_many_clients_are_never_held_at_once(
     fleet = LocalFleet(clients, make_uplink("dense"), SEED, CHAINS, engine=engine)
     mean = torch.zeros(clients.d, dtype=FLOAT64)
     if whitened:
-        fleet.set_metric(Dense.of_precision(mean, clients.hessian_sum(mean) + torch.eye(clients.d, dtype=FLOAT64)))
+        hessian = clients.hessian(mean.unsqueeze(0))[:, 0].sum(0)
+        fleet.set_metric(Dense.of_precision(mean, hessian + torch.eye(clients.d, dtype=FLOAT64)))
     request = Request(1, torch.full((CHAINS, clients.d), 0.1, dtype=FLOAT64), frozenset(outputs))
     with RunningError() as analysis:
         whole = fleet.exchange(request)

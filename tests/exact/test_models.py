@@ -27,7 +27,8 @@ def config(name: str, **given: Any) -> Any:
 def toy(shape: tuple[int, ...], classes: int | None, rows: int = 6) -> FederatedData:
     rng = np.random.default_rng(0)
     y = rng.normal(size=rows) if classes is None else np.arange(rows) % classes
-    return FederatedData.from_shares("toy", [(rng.uniform(size=(rows, *shape)), y)], classes)
+    x = rng.uniform(size=(rows, *shape))
+    return FederatedData("toy", x, y, np.array([0, rows]), x[:0], y[:0], classes)
 
 
 CASES = [

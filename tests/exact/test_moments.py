@@ -405,14 +405,3 @@ def test_disagreement_of_clients(sampler: str, uplink: str, arrive: float) -> No
         assert heated > 0.1
     else:
         assert abs(heated) <= own
-
-
-@pytest.mark.parametrize("see", [None, 0.6])
-@pytest.mark.parametrize("uplink", ["direct", "marina", "diana", "ef21"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_largest_step_within_a_tolerance(sampler: str, uplink: str, see: float | None) -> None:
-    exact, described = pair(EQUAL, sampler, uplink, 0.1, see=see)
-    step = described.largest_step(0.05)
-    assert step < described.limit()
-    there = replace(exact, step=step)
-    assert excess(there) == pytest.approx(0.05, abs=seen(doubts(there, described, step)))

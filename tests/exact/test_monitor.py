@@ -149,7 +149,7 @@ def test_closing_waits_for_lazy_values_and_gives_up_in_the_end(
 ) -> None:
     release = threading.Event()
     recorder = Recorder(tmp_path)
-    recorder.submit_lazy(1, 10, lambda: {"mcmc/rhat/max": 1.0} if release.wait(20) else {})
+    recorder.submit(1, 10, {}, lazy=lambda: {"mcmc/rhat/max": 1.0} if release.wait(20) else {})
     recorder.close(timeout=0.2)
     assert "left behind" in caplog.text
     release.set()
@@ -158,7 +158,7 @@ def test_closing_waits_for_lazy_values_and_gives_up_in_the_end(
     recorder = Recorder(tmp_path / "second")
     slow = threading.Event()
     threading.Timer(0.3, slow.set).start()
-    recorder.submit_lazy(1, 10, lambda: {"mcmc/rhat/max": 1.0} if slow.wait(20) else {})
+    recorder.submit(1, 10, {}, lazy=lambda: {"mcmc/rhat/max": 1.0} if slow.wait(20) else {})
     recorder.close()
     assert rows(tmp_path / "second") == [{"round": 1, "bytes": 10, "mcmc/rhat/max": 1.0}]
 

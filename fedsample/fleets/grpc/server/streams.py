@@ -59,8 +59,7 @@ class Streams:
 
     Attributes:
         seats: of the clients. newcomers: who waits for the chain's word. term: devices in a lower one hear nothing.
-        room: for large answers. batch: asked last, of everyone. duplicates: answers that came again. say: tells whoever
-            watches.
+        room: for large answers. batch: asked last, of everyone. say: tells whoever watches.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class Streams:
         self.term = 0
         self.room = Room(loop)
         self.batch: Batch | None = None
-        self.duplicates = 0
         self.say: Callable[[str], None] = lambda text: None
 
     # --- what is asked ------------------------------------------------------------------------------------------------
@@ -309,8 +307,7 @@ class Streams:
             return
         stream.staged = 0  # it is released when it has been added
         asked = seat.asked
-        if asked is None or message.name != asked.message.name:
-            self.duplicates += 1  # to a request that was answered, or is no longer asked
+        if asked is None or message.name != asked.message.name:  # it was answered, or is no longer asked
             if message.size > PIECE:
                 self.room.release(message.size)
             return
