@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 Scalars = Mapping[str, float]
 
@@ -22,7 +21,6 @@ class Row:
     round: int
     bytes_sent: int
     scalars: dict[str, float]
-    histograms: Mapping[str, Any] = field(default_factory=dict)
     lazy: Callable[[], Scalars] | None = None
     born: float = field(default_factory=time.monotonic)
     late: dict[str, float] = field(default_factory=dict)

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BUCKETS = 30
 BYTES = "uplink_bytes/"  # tags whose steps are the bytes that a client has sent
 LAYOUT: dict[str, dict[str, Sequence[str]]] = {
     "Quality": {
@@ -75,29 +74,11 @@ class EventWriter:
         if finite:
             self._add(step, [self._summary.Value(tag=tag, simple_value=value) for tag, value in finite])
 
-    def histogram(self, step: int, tag: str, values: Any) -> None:
-        """Add a histogram of an array of any shape; values that are not finite are left out."""
-        import numpy as np
-        from tensorboard.compat.proto import histogram_pb2
-
-        flat = np.asarray(values, dtype=np.float64).ravel()
-        flat = flat[np.isfinite(flat)]
-        if flat.size == 0:
-            return
-        counts, edges = np.histogram(flat, bins=BUCKETS)
-        histogram = histogram_pb2.HistogramProto(
-            min=flat.min(), max=flat.max(), num=flat.size, sum=flat.sum(), sum_squares=(flat**2).sum()
-        )
-        # A bucket reaches from the limit before it: an empty one in front gives the first its lower end.
-        histogram.bucket_limit.extend(edges.tolist())
-        histogram.bucket.extend([0.0, *counts.tolist()])
-        self._add(step, [self._summary.Value(tag=tag, histo=histogram)])
-
     def text(self, tag: str, text: str) -> None:
         """Add a page of text (Markdown)."""
         self._add(0, [self._tensor(tag, text.encode(), "text", shape=[1])])
 
-    def layout(self, layout: Mapping[str, Mapping[str, Sequence[str]]] = LAYOUT) -> None:
+    def layout(self) -> None:
         """Arrange the custom-scalars page: category -> chart -> tags; a tuple is (middle, lower, upper) of a band."""
         from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -111,7 +92,7 @@ class EventWriter:
         page = layout_pb2.Layout(
             category=[
                 layout_pb2.Category(title=title, chart=[chart(*item) for item in charts.items()])
-                for title, charts in layout.items()
+                for title, charts in LAYOUT.items()
             ]
         )
         self._add(0, [self._tensor("custom_scalars__config__", page.SerializeToString(), "custom_scalars", shape=[])])

@@ -44,13 +44,12 @@ _SIZE = [("rounds", "round"), ("clients", "client"), ("params", "parameter")]
 _UNITS = {"uplink_bytes_per_client": 1e-6, "downlink_bytes_per_client": 1e-6, "seconds_per_round": 1e3}
 
 
-def summary_table(summary: Mapping[str, Any], path: str | Path, reasons: Mapping[str, str] | None = None) -> Table:
+def summary_table(summary: Mapping[str, Any], path: str | Path) -> Table:
     """Lay a run's `summary.json` out for a person.
 
     Args:
         summary: the keys of `summary.json`; absent rows are left out, null values are shown as "-" with a reason.
         path: the run directory.
-        reasons: key to why its value is null, where the run knows better than this module.
 
     Returns:
         A table for `rich.console.Console.print`.
@@ -66,7 +65,7 @@ def summary_table(summary: Mapping[str, Any], path: str | Path, reasons: Mapping
     for rows in (_QUALITY, _CHAINS, _STEP, _COST):
         shown = [row for row in rows if row[0] in summary]
         for key, name, form in shown:
-            table.add_row(name, Text(_written(key, form, summary, reasons or {})))
+            table.add_row(name, Text(_written(key, form, summary)))
         if shown:
             table.add_section()
     checked = summary.get("step_check")
@@ -81,11 +80,11 @@ def summary_table(summary: Mapping[str, Any], path: str | Path, reasons: Mapping
     return table
 
 
-def _written(key: str, form: str, summary: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
+def _written(key: str, form: str, summary: Mapping[str, Any]) -> str:
     value = summary[key]
     if isinstance(value, (int, float)) and math.isfinite(value):
         return form.format(value * _UNITS.get(key, 1))
-    reason = reasons.get(key) or _reason(key, summary)
+    reason = _reason(key, summary)
     return f"- ({reason})" if reason else "-"
 
 

@@ -121,7 +121,6 @@ class Recorder:
         round: int,
         bytes_sent: int,
         scalars: Scalars,
-        histograms: Mapping[str, Any] | None = None,
         lazy: Callable[[], Scalars] | None = None,
     ) -> None:
         """Log a round; returns at once.
@@ -130,13 +129,12 @@ class Recorder:
             round: the round, growing.
             bytes_sent: uplink bytes of a client so far, the steps of the curves `uplink_bytes/...`.
             scalars: tag to number; 0-d tensors are read later, so do not change them in place.
-            histograms: tag to an array that nobody changes any more; for TensorBoard only.
             lazy: computes further scalars in a thread; it must only read what nobody changes any more.
         """
         if lazy is not None and self._lazy_sent - self._lazy_done - self._lazy_lost >= self._lazy_limit:
             lazy = None
             self._lazy_refused += 1
-        row = Row(round, int(bytes_sent), dict(scalars), histograms or {}, lazy)
+        row = Row(round, int(bytes_sent), dict(scalars), lazy)
         if lazy is not None:
             row.done = threading.Event()
             self._lazy_sent += 1
@@ -288,8 +286,6 @@ class Recorder:
             by_round.scalars(item.round, scalars)
             bought = {BYTES + tag: value for tag, value in scalars.items() if not tag.startswith(_BY_ROUND_ONLY)}
             by_bytes.scalars(item.bytes_sent, bought)
-            for tag, values in item.histograms.items():
-                by_round.histogram(item.round, tag, values)
         for writer in writers:
             writer.flush()
 

@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rounding import ELEMENTARY, gamma, near
+from rounding import ELEMENTARY, agree, gamma, near
 from running_error import RunningError
 
+from fedsample.config import load
 from fedsample.diagnostics.calibration import (
     accuracy,
     adaptive_ece,
-    agreement,
     brier,
     ece,
     gaussian_nll,
-    mean_probabilities,
     nll,
     rmse,
-    total_variation,
 )
 from fedsample.diagnostics.convergence import (
     ess_bulk,
@@ -33,6 +31,7 @@ from fedsample.diagnostics.convergence import (
     worst_rhat_and_ess,
 )
 from fedsample.errors import DataError
+from fedsample.problem import build_problem
 
 F32 = torch.float32
 STATISTICS = [rhat, ess_bulk, ess_tail]
@@ -282,27 +281,23 @@ def test_nll_and_brier_of_calibrated_probabilities_are_their_entropies() -> None
 
 
 def test_probabilities_are_averaged_not_logits() -> None:
-    logits = torch.tensor([[[8.0, 0.0]], [[0.0, 2.0]]])  # two draws, one point
-    with RunningError() as analysis:
-        expected = (torch.softmax(logits[0, 0].double(), 0) + torch.softmax(logits[1, 0].double(), 0)) / 2
-        analysis.close(mean_probabilities(logits)[0], expected, sees=1e-5)
-    assert mean_probabilities(logits)[0, 0] != pytest.approx(float(torch.softmax(logits.mean(0), -1)[0, 0]), abs=0.1)
-    many = torch.randn(3, 5, 7, 4, generator=torch.Generator().manual_seed(0))
-    with RunningError() as analysis:
-        analysis.close(mean_probabilities(many), torch.softmax(many.double(), -1).mean((0, 1)), sees=1e-5)
+    problem = build_problem(
+        load({"data": {"name": "iris", "clients": 2}, "model": {"name": "softmax"}}, environment={})
+    )
+    assert problem.test is not None
+    draws = 3 * torch.randn(2, problem.d, generator=torch.Generator().manual_seed(0))
+    one, other = (problem.predict_test(draw[None]) for draw in draws)
+    averaged = problem.predict_test(draws) / 2
+    logits_of = 2 * problem.d  # a logit is a sum of products, the same row by itself or among others
+    agree(averaged.to(F32), ((one + other) / 2).to(F32), logits_of + 2 * ELEMENTARY, 1.0)
+    logits = (one.log() + other.log()) / 2  # up to a constant for each row
+    assert float((averaged - torch.softmax(logits, -1)).abs().max()) > 0.1
+    classes = averaged.shape[1]
+    agree(averaged.sum(1).to(F32), torch.ones(len(averaged)), classes + 2 * ELEMENTARY, 1.0)
 
 
 def test_an_impossible_label_is_infinitely_surprising() -> None:
     assert nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1])) == math.inf
-
-
-def test_agreement_and_total_variation() -> None:
-    other = torch.tensor([[0.2, 0.7, 0.1], [0.1, 0.3, 0.6], [0.25, 0.5, 0.25], [0.05, 0.9, 0.05]])
-    assert agreement(PROBABILITIES, other) == 0.5
-    assert total_variation(PROBABILITIES, other) == near((0.5 + 0 + 0.25 + 0) / 4, 12, 1.0, F32)
-    assert total_variation(torch.eye(3), torch.eye(3).roll(1, 0)) == 1
-    assert agreement(PROBABILITIES, PROBABILITIES) == 1
-    assert total_variation(PROBABILITIES, PROBABILITIES) == 0
 
 
 def test_regression_scores() -> None:
@@ -338,9 +333,6 @@ def test_inputs_that_do_not_match_are_named(score: Callable[..., float]) -> None
 
 
 def test_pairs_and_targets_that_do_not_match_are_named() -> None:
-    for score in (agreement, total_variation):
-        with pytest.raises(DataError, match=r"\(4, 3\) and \(3, 3\)"):
-            score(PROBABILITIES, PROBABILITIES[:3])
     with pytest.raises(DataError, match=r"\(2, 3\) and \(3,\); average"):
         rmse(torch.zeros(2, 3), torch.zeros(3))
     for means, noise in ((torch.zeros(3, 2), 1.0), (torch.zeros(2, 3), 0.0), (torch.zeros(2, 3), math.nan)):

@@ -391,13 +391,13 @@ def test_nothing_that_a_device_sends_stops_the_server(chain: Callable[[int], Cha
         name._replace(term=0),
         name._replace(run=b""),
     ):
-        one.answer(Message(other, "train", HELD))
+        one.answer(Message(other, "train", HELD), octets(3))
     one.answer(question)
-    one.answer(question)  # again
-    get(asked)
+    one.answer(question, octets(3))  # again
+    assert [reply.arrays for reply in get(asked)] == [{}]
     asked = server.do(server.desk.broadcast, "train", HELD, 2)
     one.obey("train")
-    get(asked)
+    assert [reply.arrays for reply in get(asked)] == [{}]
     assert server.hub.seats[0].answers == 2  # five others were to no request
 
 

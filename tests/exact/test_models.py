@@ -162,13 +162,12 @@ def test_networks_without_intercepts(name: str) -> None:
     assert not any(key.endswith("bias") for key, _, _ in parameter_layout(module))
 
 
-@pytest.mark.parametrize("activation", ["tanh", "silu"])
-def test_mlp_activations(activation: str) -> None:
-    module = Mlp((2,), [3], 1, intercept=False, activation=activation)
+def test_mlp_activations() -> None:
+    module = Mlp((2,), [3], 1, intercept=False)
     x = torch.tensor([[0.3, -2.0]])
     first, second = module.layers[0].weight, module.layers[1].weight
     with RunningError() as analysis:
-        analysis.close(module(x), getattr(torch.nn.functional, activation)(x @ first.T) @ second.T)
+        analysis.close(module(x), torch.tanh(x @ first.T) @ second.T)
 
 
 @pytest.mark.parametrize(("name", "grey"), [("lenet5", True), ("resnet20", False)])

@@ -304,25 +304,17 @@ def test_the_page_of_hyper_parameters_shows_the_run_and_its_metric(tmp_path: Pat
     assert group.hparams["tensorboard"].bool_value is True
 
 
-def test_texts_layout_and_histograms_can_be_read(tmp_path: Path) -> None:
+def test_texts_and_layout_can_be_read(tmp_path: Path) -> None:
     from tensorboard.plugins.custom_scalar import layout_pb2
 
-    drift = torch.randn(200, generator=torch.Generator().manual_seed(0))
     with Recorder(tmp_path) as recorder:
         recorder.describe("seed = 3", {})
-        recorder.submit(4, 10, {}, histograms={"client/drift": drift, "client/none": torch.full((3,), torch.nan)})
+        recorder.submit(4, 10, {"round/nll": 1.0})
     accumulator = curves(tmp_path)
     assert b"seed = 3" in accumulator.Tensors("config")[0].tensor_proto.string_val[0]
     layout = layout_pb2.Layout.FromString(accumulator.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     band = {chart.title: chart for category in layout.category for chart in category.chart}["upload norm"].margin
     assert (band.series[0].lower, band.series[0].value) == ("client/upload_norm/p05", "client/upload_norm/p50")
-    assert accumulator.Tags()["histograms"] == ["client/drift"]
-    histogram = accumulator.Histograms("client/drift")[0].histogram_value
-    assert histogram.num == 200
-    assert sum(histogram.bucket) == 200
-    assert histogram.min == float(drift.min())
-    below = sum(n for limit, n in zip(histogram.bucket_limit, histogram.bucket, strict=True) if limit <= 0)
-    assert below <= int((drift <= 0).sum()) <= below + max(histogram.bucket)
 
 
 def test_event_records_carry_the_checksums_of_the_format(tmp_path: Path) -> None:
@@ -472,12 +464,11 @@ def test_plain_lines_come_seconds_apart_and_say_where_the_run_is(clock: Clock) -
     with Progress(1000, console=out) as progress:
         for round in range(1, 601):
             clock.now += 0.02
-            progress.show({"accuracy": 0.95})
             progress.update(round, 1000 * round, 200_000 * round)
     lines = written(out).splitlines()
     assert len(lines) == 4  # at 0, 5, 10 and, at the end, 12 seconds
     assert lines[0].startswith("round 1/1000    0%  up 1 kB")
-    assert lines[-1] == "round 600/1000   60%  50 rounds/s  ETA 0:08  up 600 kB, down 120.0 MB  accuracy 0.95"
+    assert lines[-1] == "round 600/1000   60%  50 rounds/s  ETA 0:08  up 600 kB, down 120.0 MB"
 
 
 def test_a_resumed_run_counts_its_own_pace(clock: Clock) -> None:
@@ -561,9 +552,9 @@ def test_an_update_that_draws_nothing_costs_microseconds() -> None:
 # Report
 
 
-def report(summary: dict[str, Any], path: str = "runs/one", **kwargs: Any) -> str:
+def report(summary: dict[str, Any], path: str = "runs/one") -> str:
     out = console(width=100)
-    out.print(summary_table(summary, path, **kwargs))
+    out.print(summary_table(summary, path))
     return written(out)
 
 
@@ -610,10 +601,6 @@ def test_what_is_missing_says_why() -> None:
     assert "adaptive ECE            │ - (needs all held-out rows in one process)" in text
     assert "Brier score             │ - (no held-out data)" in text
     assert "smallest tail ESS       │ - (nothing moved)" in text
-    text = report(
-        SUMMARY | {"predicted_variance_bias": None}, reasons={"predicted_variance_bias": "no step to predict"}
-    )
-    assert "- (no step to predict)" in text
 
 
 def test_the_command_can_be_pasted_whatever_the_directory_is_called() -> None:
