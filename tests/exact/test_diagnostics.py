@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from rounding import ELEMENTARY, agree, gamma, near
-from running_error import RunningError
 
 from fedsample.config import load
 from fedsample.diagnostics.calibration import (
