@@ -117,9 +117,16 @@ def main_job(clone: Path, environment: dict[str, str]) -> str:
     command = begun + seen + command.removeprefix(begun).replace(install, " -c constraints.txt --no-deps .")
     terminal = Terminal(clone, environment)
     try:
-        return terminal.type(command)
+        said = terminal.type(command)
     finally:
         terminal.end()
+    for script in Path(sys.executable).parent.glob("fl*"):  # Flower's commands, in the clone's Python
+        first, _, rest = script.read_text().partition("\n")
+        if first.startswith("#!"):
+            own = clone / ".venv" / "bin" / script.name
+            own.write_text(f"#!{own.with_name('python')}\n{rest}")
+            own.chmod(0o755)
+    return said
 
 
 @pytest.fixture

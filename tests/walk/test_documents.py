@@ -255,7 +255,7 @@ APP = {
         @app.main()
         def main(grid, context):
             strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=2)
-            rounds = context.run_config["num-server-rounds"]
+            rounds = context.run_config.get("num-server-rounds", 3)
             result = strategy.start(grid, ArrayRecord([np.ones(3)]), rounds)
             print("ended at", result.arrays.to_numpy_ndarrays()[0])
     """,
