@@ -105,7 +105,12 @@ def test_linear_regression_has_its_closed_form(uplink: dict[str, object], tmp_pa
 @pytest.mark.slow
 def test_a_wrong_noise_scale_is_seen(tmp_path: Path) -> None:
     """The mutant of the test above: a likelihood twice as sharp is not the closed form's."""
-    wrong = {**DIABETES, "model": {**DIABETES["model"], "noise_scale": 0.6}, "uplink": {"name": "dense"}}  # type: ignore[dict-item]
+    wrong = {
+        **DIABETES,
+        "model": {**DIABETES["model"], "noise_scale": 0.6},
+        "uplink": {"name": "dense"},
+        "rounds": 1500,
+    }  # type: ignore[dict-item]
     run = fedsample.run(wrong, out=tmp_path / "run", progress="quiet")
     mean, covariance = closed_form()
     scaled = (run.draws.numpy() - mean) @ np.linalg.inv(np.linalg.cholesky(covariance)).T

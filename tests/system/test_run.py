@@ -103,8 +103,7 @@ def assert_moments(draws: torch.Tensor, mean: np.ndarray[Any, Any], variance: np
 # --- is it the posterior? ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("prior_scale", ["flat", 0.7])
+@pytest.mark.parametrize(("prior_scale", "dtype"), [("flat", "float32"), (0.7, "float64")])
 def test_quadratic_clients_against_their_closed_form(
     dtype: str, prior_scale: Any, gaussians: Gaussians, folder: Path
 ) -> None:
@@ -134,38 +133,43 @@ def test_quadratic_clients_against_their_closed_form(
     assert summary["accuracy"] is summary.get("rmse") is None
 
 
-@pytest.mark.parametrize("kind", ["npz", "csv"])
-def test_linear_regression_against_ridge(kind: str, regression: dict[str, np.ndarray[Any, Any]], folder: Path) -> None:
-    data: dict[str, Any] = {"kind": "npz", "file": str(folder / "regression.npz")}
-    if kind == "csv":
-        rows = np.column_stack([regression["X"], regression["y"], regression["client"]])
-        lines = ["a,b,c,out,owner", *(",".join(f"{v:.17g}" for v in row[:4]) + f",{int(row[4])}" for row in rows)]
-        (folder / "regression.csv").write_text("\n".join(lines) + "\n")
-        data = {"kind": "csv", "file": str(folder / "regression.csv"), "target": "out", "client_column": "owner"}
-        data |= {"standardize": False, "test_fraction": 0.0}
-    run = sample(
-        folder,
-        f"ridge-{kind}",
-        rounds=3000,
-        thin=2,
-        data=data,
-        model={"name": "linear", "noise_scale": 0.5, "prior_scale": 2.0},
-    )
+RIDGE: dict[str, Any] = {"thin": 2, "model": {"name": "linear", "noise_scale": 0.5, "prior_scale": 2.0}}
+
+
+@pytest.fixture(scope="module")
+def ridge(regression: dict[str, np.ndarray[Any, Any]], folder: Path) -> Run:
+    data = {"kind": "npz", "file": str(folder / "regression.npz")}
+    return sample(folder, "ridge-npz", rounds=3000, data=data, **RIDGE)
+
+
+def test_linear_regression_against_ridge(ridge: Run, regression: dict[str, np.ndarray[Any, Any]]) -> None:
     x = np.column_stack([regression["X"], np.ones(40)])
     precision = x.T @ x / 0.25 + np.eye(4) / 4
     covariance = np.linalg.inv(precision)
-    assert_moments(run.draws, covariance @ x.T @ regression["y"] / 0.25, np.diag(covariance))
-    assert run.summary["clients"] == 4
-    if kind == "npz":
-        assert 0.4 < run.summary["rmse"] < 0.75
-        assert set(run.summary) >= ALWAYS | {"rmse", "nll"}
-        last = {tag: value for row in read_jsonl(run.path / "metrics.jsonl") for tag, value in row.items()}
-        assert last["round/rmse"] == pytest.approx(run.summary["rmse"], rel=1e-4)
-        assert last["round/nll"] == pytest.approx(run.summary["nll"], rel=1e-4)
-    else:
-        assert run.summary["rmse"] is run.summary["nll"] is None
-    layout = json.loads((run.path / "params.json").read_text())
+    assert_moments(ridge.draws, covariance @ x.T @ regression["y"] / 0.25, np.diag(covariance))
+    assert ridge.summary["clients"] == 4
+    assert 0.4 < ridge.summary["rmse"] < 0.75
+    assert set(ridge.summary) >= ALWAYS | {"rmse", "nll"}
+    last = {tag: value for row in read_jsonl(ridge.path / "metrics.jsonl") for tag, value in row.items()}
+    assert last["round/rmse"] == pytest.approx(ridge.summary["rmse"], rel=1e-4)
+    assert last["round/nll"] == pytest.approx(ridge.summary["nll"], rel=1e-4)
+    layout = json.loads((ridge.path / "params.json").read_text())
     assert [(row["shape"], row["offset"]) for row in layout] == [([1, 3], 0), ([1], 3)]
+
+
+def test_a_csv_of_the_same_rows_has_the_same_draws(
+    ridge: Run, regression: dict[str, np.ndarray[Any, Any]], folder: Path
+) -> None:
+    rows = np.column_stack([regression["X"], regression["y"], regression["client"]])
+    lines = ["a,b,c,out,owner", *(",".join(f"{v:.17g}" for v in row[:4]) + f",{int(row[4])}" for row in rows)]
+    (folder / "regression.csv").write_text("\n".join(lines) + "\n")
+    data = {"kind": "csv", "file": str(folder / "regression.csv"), "target": "out", "client_column": "owner"}
+    run = sample(folder, "ridge-csv", data={**data, "standardize": False, "test_fraction": 0.0}, **RIDGE)
+    assert torch.equal(run.draws, ridge.draws[:, : run.draws.shape[1]])
+    assert run.draws.shape[1] == 250
+    assert run.summary["clients"] == 4
+    assert run.summary["rmse"] is run.summary["nll"] is None
+    assert (run.path / "params.json").read_text() == (ridge.path / "params.json").read_text()
 
 
 def test_classification_of_a_table(folder: Path) -> None:
