@@ -23,8 +23,12 @@ class Part(NamedTuple):
     """One benchmark.
 
     Attributes:
-        script: its file. title: what it compares. full: arguments of the whole of it. quick: those that make it short.
-        ray: whether it starts Flower's simulation. cuda: whether it takes --device.
+        script: its file.
+        title: what it compares.
+        full: arguments of the whole of it.
+        quick: those that make it short.
+        ray: whether it starts Flower's simulation.
+        cuda: whether it takes --device.
     """
 
     script: str

@@ -12,10 +12,15 @@ class Line(NamedTuple):
     """A line of the table.
 
     Attributes:
-        workload: part of the benchmark. clients: how many; None where it has no such number. what: was measured.
-        ms: milliseconds a round; None: not measured. ratio: ms over those of the line `over`, of the same run.
-        over: what `ratio` compares with. target: the largest (times `ours`: the smallest) that was aimed for, as text.
-        reached: whether it was. note: why a line has no time, or a remark.
+        workload: part of the benchmark.
+        clients: how many; None where it has no such number.
+        what: was measured.
+        ms: milliseconds a round; None: not measured.
+        ratio: ms over those of the line `over`, of the same run.
+        over: what `ratio` compares with.
+        target: the largest (times `ours`: the smallest) that was aimed for, as text.
+        reached: whether it was.
+        note: why a line has no time, or a remark.
     """
 
     workload: str
@@ -165,7 +170,8 @@ def lines(parts: Mapping[str, Sequence[Row]], absent: Mapping[str, str]) -> list
     """The table.
 
     Args:
-        parts: rows of each part that was measured. absent: of each other part, why not.
+        parts: rows of each part that was measured.
+        absent: of each other part, why not.
     """
     found: list[Line] = []
     for name, rows in parts.items():

@@ -135,13 +135,13 @@ def client(
     others = [name for name, value in given.items() if value is not None]
     if app is not None and others:
         raise click.UsageError(f"{', '.join(others)}: not with --app, whose ClientApp finds its own data and device")
-    from fedsample.fleets.grpc.device.process import Presence, take_part
+    from fedsample.fleets.grpc.device.process import DeviceOptions, take_part
 
-    presence = Presence(
+    options = DeviceOptions(
         address, certs, -1 if index is None else index, state or _state_home(), device, data, target, partition,
         partitions, attempts, quiet, app,
     )  # fmt: skip
-    typer.echo(take_part(presence))
+    typer.echo(take_part(options))
 
 
 def _serve_app(

@@ -27,9 +27,11 @@ def simulate_app(
     """Run an app; what it prints goes where it would go, and one line of ours to standard error.
 
     Args:
-        folder: of the app. clients: nodes; None: as many as the app's default federation, where it names one, else 10.
-            run_config: 'key=value ...' or a TOML file. others: options of `simulate` that were given and mean nothing
-            here. quiet: no log of Flower's and no line of ours.
+        folder: of the app.
+        clients: nodes; None: as many as the app's default federation, where it names one, else 10.
+        run_config: 'key=value ...' or a TOML file.
+        others: options of `simulate` that were given and mean nothing here.
+        quiet: no log of Flower's and no line of ours.
 
     Raises:
         ConfigError: if the folder holds no app that can be imported, or `run_config` does not fit it. FedSampleError:
@@ -60,8 +62,12 @@ def serve_app(
     """Run an app's ServerApp with devices that run its ClientApp; see `simulate_app`.
 
     Args:
-        folder: of the app. clients: devices. run_config: as for `simulate_app`. host: where to listen. patience:
-            seconds after which a device that is away is gone. quiet: no log of Flower's and no line of ours.
+        folder: of the app.
+        clients: devices.
+        run_config: as for `simulate_app`.
+        host: where to listen.
+        patience: seconds after which a device that is away is gone.
+        quiet: no log of Flower's and no line of ours.
 
     Raises:
         FedSampleError: as `simulate_app`, or if the address or the certificates cannot be used.

@@ -118,7 +118,8 @@ def _sample(
     """Run, and print the summary.
 
     Args:
-        configured: the experiment; None: that of the run in `out` or `replay`. changes: to its settings, of a replay.
+        configured: the experiment; None: that of the run in `out` or `replay`.
+        changes: to its settings, of a replay.
     """
     from fedsample.runs import api
 

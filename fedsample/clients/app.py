@@ -19,7 +19,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsample import protocol
-from fedsample.clients.message_handler import Device, Trace
+from fedsample.clients.message_handler import MessageHandler, Trace
 from fedsample.config import Experiment, dump_toml
 from fedsample.config.loading import of_run_config, reread
 from fedsample.errors import ConfigError
@@ -60,7 +60,7 @@ def _problem(text: str) -> Problem:
 
 
 @lru_cache(maxsize=256)
-def _device(text: str, index: int, partitions: int) -> Device:
+def _device(text: str, index: int, partitions: int) -> MessageHandler:
     """The client of a partition, from the configuration as TOML.
 
     Raises:
@@ -73,7 +73,7 @@ def _device(text: str, index: int, partitions: int) -> Device:
             f"partition {index} of {partitions}, but the configuration has {n} clients: run {n} nodes (in a simulation "
             f"--federation-config 'num-supernodes={n}'), or set data.clients = {partitions}"
         )
-    return Device(experiment, problem, problem.clients.client(index), index, n)
+    return MessageHandler(experiment, problem, problem.clients.client(index), index, n)
 
 
 @lru_cache(maxsize=16)
@@ -104,7 +104,7 @@ def _handler(kind: str, text: str | None) -> Callable[[Message, Context], Messag
     return handle
 
 
-def _recall(device: Device, state: RecordDict) -> None:
+def _recall(device: MessageHandler, state: RecordDict) -> None:
     """Give the client back what the last message left in `context.state`."""
     what = "what this client remembers"
     device.hold(parcel_of(state, what, _METRIC) if f"{_METRIC}{HEADER}" in state else None)
@@ -115,7 +115,7 @@ def _recall(device: Device, state: RecordDict) -> None:
     device.restore(unpack_tensors(arrays, {name: forms[name] for name in arrays if name in forms}, what))
 
 
-def _keep(state: RecordDict, device: Device) -> None:
+def _keep(state: RecordDict, device: MessageHandler) -> None:
     """Remember it until the next message."""
     parts = {_STATE: Parcel(header(), pack_tensors(device.state()))}
     if device.metric is not None:
@@ -125,7 +125,7 @@ def _keep(state: RecordDict, device: Device) -> None:
             state[name] = record
 
 
-def _find(context: Context, text: str | None, trace: Trace) -> Device:
+def _find(context: Context, text: str | None, trace: Trace) -> MessageHandler:
     node = context.node_config
     index, partitions = node.get("partition-id"), node.get("num-partitions")
     if not isinstance(index, int) or not isinstance(partitions, int):

@@ -25,13 +25,16 @@ from fedsample.targets.metric import Identity
 _ENTRIES = 1 << 20  # of matrices of clients that are held at a time
 
 
-class Worker:
+class ClientStack:
     """Computes what `Request`s ask of a stack of clients, and keeps their memories.
 
     Args:
-        clients: their potentials, in the model's own parameters. uplink: the estimator. seed: the experiment's seed.
-        chains: C. indices: (n,) int64, which clients of the federation these are. batch_size: rows of a gradient, or
-            None for all.
+        clients: their potentials, in the model's own parameters.
+        uplink: the estimator.
+        seed: the experiment's seed.
+        chains: C.
+        indices: (n,) int64, which clients of the federation these are.
+        batch_size: rows of a gradient, or None for all.
 
     Raises:
         DeviceMemoryError: if the device's memory does not hold the clients' memories.

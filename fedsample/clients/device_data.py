@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fedsample.clients.message_handler import Device
+from fedsample.clients.message_handler import MessageHandler
 from fedsample.data.device_files import Potential, read_device
 from fedsample.data.schema import Schema
 from fedsample.data.standardize import Scale, first_sums, second_sums
@@ -83,7 +83,7 @@ class DeviceData:
         """Squares about the means."""
         return second_sums(self._rows(), first)
 
-    def finish(self, first: Tensor | None, second: Tensor | None) -> Device:
+    def finish(self, first: Tensor | None, second: Tensor | None) -> MessageHandler:
         """Standardise, if sums are given; then the client."""
         if self._share is None or self._agreed is None:
             raise DataError("the scale before the schema: the server has lost track of this device")
@@ -93,7 +93,7 @@ class DeviceData:
         mine = device_problem(self.experiment, share)
         self._evaluator = Evaluator(mine)
         everyone = remote_problem(self.experiment, self._agreed, self.n)
-        return Device(self.experiment, everyone, mine.clients, self.index, self.n)
+        return MessageHandler(self.experiment, everyone, mine.clients, self.index, self.n)
 
     def score(self, draws: Tensor) -> Tensor:
         """Add draws (S, d) to the predictions of the rows kept aside -> counts that sum over devices."""

@@ -1,7 +1,7 @@
 """One client of a federation behind messages: what it computes, and what it remembers from one to the next.
 
-The same `Device` answers in a Flower ClientApp, which gives it its memory back with each message, and in a process of
-its own at the end of a gRPC stream, which keeps it. A message that fails leaves what is remembered as it was told.
+The same `MessageHandler` answers in a Flower ClientApp, which gives it its memory back with each message, and in a
+process of its own at the end of a gRPC stream, which keeps it. A message that fails leaves what is remembered as it was.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsample import protocol
-from fedsample.clients.client_stack import Worker
+from fedsample.clients.client_stack import ClientStack
 from fedsample.errors import DataError
 from fedsample.estimators import Memory, build_links
 from fedsample.estimators.links import refresh_of
@@ -38,12 +38,15 @@ class Trace:
     stage: str = "configuration"
 
 
-class Device:
+class MessageHandler:
     """A client, its estimator's memory, and the points that it was told.
 
     Args:
-        experiment: the configuration. problem: whose links and clients' number count. clients: its own potential, a
-            stack of one. index: which client it is. n: how many there are.
+        experiment: the configuration.
+        problem: whose links and clients' number count.
+        clients: its own potential, a stack of one.
+        index: which client it is.
+        n: how many there are.
     """
 
     def __init__(self, experiment: Experiment, problem: Problem, clients: Clients, index: int, n: int) -> None:
@@ -52,7 +55,7 @@ class Device:
         links = build_links(experiment, problem.clients)
         uplink, self.downlink = links.uplink, links.downlink
         indices = torch.tensor([index], device=clients.device)
-        self.worker = Worker(clients, uplink, experiment.seed, experiment.chains, indices, experiment.batch_size)
+        self.worker = ClientStack(clients, uplink, experiment.seed, experiment.chains, indices, experiment.batch_size)
         self.origin = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
         self.recall = Recall()
         self._anchored = refresh_of(experiment) == 0
@@ -70,7 +73,9 @@ class Device:
         """The reply to a message.
 
         Args:
-            kind: such as `protocol.EXACT_QUERY`. parcel: its content. trace: is kept up to date.
+            kind: such as `protocol.EXACT_QUERY`.
+            parcel: its content.
+            trace: is kept up to date.
 
         Raises:
             DataError: if the message does not fit; other errors come from the model.

@@ -17,7 +17,8 @@ class Reference:
     """Full gradients of n clients at points that stay for many rounds, kept only to save computing them again.
 
     Attributes:
-        round: (n,) int64, since which round each client's is kept (-1: none). gradient: (n, C, d), or None.
+        round: (n,) int64, since which round each client's is kept (-1: none).
+        gradient: (n, C, d), or None.
         anchor: (n, 1, d) at the origin of the metric's coordinates, or None.
     """
 

@@ -42,9 +42,12 @@ def pack(
     """`head`, then integer codes (n,) with codes + plus in 0, ..., 2^width - 1.
 
     Args:
-        codes: signed or unsigned. width: bits of a code. head: bytes in front. plus: what is added to every code.
-        check: called with the codes, piece by piece while they are in the cache, to raise what it finds. low: it is
-            shown the lowest bytes of the codes alone, which takes half the time; of codes of at least 8 bits.
+        codes: signed or unsigned.
+        width: bits of a code.
+        head: bytes in front.
+        plus: what is added to every code.
+        check: called with the codes, piece by piece while they are in the cache, to raise what it finds.
+        low: it is shown the lowest bytes of the codes alone, which takes half the time; of codes of at least 8 bits.
     """
     # The stream's own bytes are filled in place and handed out: no second copy, which costs more than the packing.
     stream = io.BytesIO(bytes(len(head) + size_of(len(codes), width)))
@@ -114,8 +117,11 @@ def unpack(
     """(count,) codes of `dtype` (unsigned, wide enough) from the bytes that `pack` made.
 
     Args:
-        data: what it wrote, without the head. count, width: as there. check: sees the codes, piece by piece while they
-            are in the cache. minus: what is taken off every code afterwards, modulo the dtype's range. low: as there.
+        data: what it wrote, without the head.
+        count, width: as there.
+        check: sees the codes, piece by piece while they are in the cache.
+        minus: what is taken off every code afterwards, modulo the dtype's range.
+        low: as there.
 
     Raises:
         DataError: if the length is wrong or the padding is not zero.

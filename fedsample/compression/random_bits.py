@@ -17,7 +17,10 @@ class Coins:
     different entries are independent and uniform on 0, ..., 2^bits - 1.
 
     Args:
-        key: (...) keys. d: entries of a vector. bits: at most 31 for int32, 63 for int64. dtype: int32 or int64.
+        key: (...) keys.
+        d: entries of a vector.
+        bits: at most 31 for int32, 63 for int64.
+        dtype: int32 or int64.
     """
 
     def __init__(self, key: Key, d: int, bits: int, dtype: torch.dtype) -> None:

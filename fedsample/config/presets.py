@@ -21,8 +21,8 @@ class Preset(NamedTuple):
         reference: who published it.
         summary: what it is, in one line.
         guarantee: what its draws follow, and at which order in the step they miss it.
-        up, down: what travels a chain and round in each direction. bits_up, bits_down: its bits in float32, padding to
-            bytes left out: K, s, p, d as in the settings.
+        up, down: what travels a chain and round in each direction.
+        bits_up, bits_down: its bits in float32, padding to bytes left out: K, s, p, d as in the settings.
     """
 
     name: str

@@ -23,8 +23,9 @@ class Direct(Uplink):
     """Compressed gradients without memory; needs an unbiased compressor.
 
     Args:
-        compressor: unbiased. anchored: whether the clients subtract their gradients at the reference, which is the
-            origin of the metric's coordinates (the mode).
+        compressor: unbiased.
+        anchored: whether the clients subtract their gradients at the reference, which is the origin of the metric's
+            coordinates (the mode).
     """
 
     name: ClassVar[str] = "direct"

@@ -59,7 +59,10 @@ class Ef21P(Downlink):
     """Compressed increments; needs a contractive compressor.
 
     Args:
-        compressor: contractive. seed: the experiment's. chains: C. device: of the iterate.
+        compressor: contractive.
+        seed: the experiment's.
+        chains: C.
+        device: of the iterate.
     """
 
     name: ClassVar[str] = "ef21-p"

@@ -26,8 +26,9 @@ class Marina(Uplink):
     """Langevin-MARINA's estimator.
 
     Args:
-        compressor: unbiased. p: probability of a dense round, 0 < p <= 1; None: K / d, or in general compressed over
-            dense bits (of float32), for which dense and compressed rounds cost the same on average.
+        compressor: unbiased.
+        p: probability of a dense round, 0 < p <= 1; None: K / d, or in general compressed over dense bits (of float32),
+            for which dense and compressed rounds cost the same on average.
     """
 
     name: ClassVar[str] = "marina"

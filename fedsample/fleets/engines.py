@@ -42,8 +42,11 @@ def choose_engine(
     """The engine to use.
 
     Args:
-        clients: what is computed. wanted: a name, which is taken as it is, or "auto". chains: C. batch_size: rows of a
-            gradient; None: all. tune: let a stopwatch choose where "auto" is wanted; it does not choose the same twice.
+        clients: what is computed.
+        wanted: a name, which is taken as it is, or "auto".
+        chains: C.
+        batch_size: rows of a gradient; None: all.
+        tune: let a stopwatch choose where "auto" is wanted; it does not choose the same twice.
         strict: whether what is named is taken untried, because a run that goes on began with it: `LocalFleet` says why
             it is not possible. Otherwise the next engine of the table takes its place, with a warning.
     """

@@ -35,10 +35,16 @@ class Federation:
     """What the server knows of its clients, whatever carries the messages.
 
     Attributes:
-        n: clients. uplink: the estimator. seed: the experiment's. chains: C. like: (d,), whose dtype and device points
-            and sums have. downlink: how points travel. blocks: makes the flat positions (out, in) of the model's
-            parameter matrices, for Kronecker factors; None: there are none. arrival: probability in (0, 1] with which
-            a reply comes in time, if it is known; None: every reply is waited for.
+        n: clients.
+        uplink: the estimator.
+        seed: the experiment's.
+        chains: C.
+        like: (d,), whose dtype and device points and sums have.
+        downlink: how points travel.
+        blocks: makes the flat positions (out, in) of the model's parameter matrices, for Kronecker factors; None: there
+            are none.
+        arrival: probability in (0, 1] with which a reply comes in time, if it is known; None: every reply is waited
+            for.
 
     Raises:
         ConfigError: if `arrival` is no such probability.
@@ -72,8 +78,10 @@ class Dispatch:
     """What has been asked, to be read together with the replies.
 
     Attributes:
-        request: for all clients. estimate: (n,) bool, who was asked for an estimate. anyone: (n,) bool, who was asked
-            for anything. down: bits sent.
+        request: for all clients.
+        estimate: (n,) bool, who was asked for an estimate.
+        anyone: (n,) bool, who was asked for anything.
+        down: bits sent.
     """
 
     request: Request
@@ -197,7 +205,8 @@ class RemoteFleet(ABC):
         """The sums over clients.
 
         Args:
-            dispatch: from `compose`. answers: (client, content), in the order of clients.
+            dispatch: from `compose`.
+            answers: (client, content), in the order of clients.
 
         Raises:
             QuorumError: if one did not answer and had to. DataError: if an answer has another form than was asked for.
@@ -218,7 +227,7 @@ class RemoteFleet(ABC):
                     norms[i] = part.to(torch.float64).square().sum(-1).mean().sqrt()
         missing = [i for i in _indices(dispatch.anyone) if not here[i]]
         if missing:
-            self._bear(missing, request)
+            self._allow_missing(missing, request)
             exact = {}
         if ESTIMATE in request.outputs:
             for i in range(self.n):
@@ -265,7 +274,7 @@ class RemoteFleet(ABC):
         )
 
     @abstractmethod
-    def _bear(self, missing: list[int], request: Request) -> None:
+    def _allow_missing(self, missing: list[int], request: Request) -> None:
         """Go on without some answers, where that is sound.
 
         Raises:

@@ -38,7 +38,7 @@ class Description:
     metrics: Sequence[str]
 
 
-class LossyQueue:
+class DropQueue:
     """A bounded queue that drops its oldest item where it is full, and so never makes a writer wait."""
 
     def __init__(self, limit: int) -> None:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.drop_queue import Description, LossyQueue, Row, Scalars
+from fedsample.monitor.drop_queue import Description, DropQueue, Row, Scalars
 from fedsample.monitor.events import BYTES, EventWriter
 from fedsample.monitor.jsonl import JsonLines, read_jsonl, truncate_jsonl
 
@@ -80,7 +80,7 @@ class Recorder:
         self._warned: set[str] = set()
         self._submitted: list[Row] = []
         self._lines = JsonLines(metrics)
-        self._rows, self._events = LossyQueue(queue), LossyQueue(queue)
+        self._rows, self._events = DropQueue(queue), DropQueue(queue)
         self._threads = [
             threading.Thread(target=self._write_rows, name="fedsample-metrics", daemon=True),
             threading.Thread(target=self._write_events, name="fedsample-events", daemon=True),

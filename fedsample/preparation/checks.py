@@ -67,8 +67,10 @@ def check_spacing(experiment: Experiment, problem: Problem, metric: Metric, curv
     """Refuse a posterior that is too narrow, beside where it lies, for the numbers of the dtype.
 
     Args:
-        experiment: gives dtype and temperature. problem: names the parameters. metric: mode, and with S the standard
-            deviations; curvature: in its coordinates, by which the identity metric tells the smallest one.
+        experiment: gives dtype and temperature.
+        problem: names the parameters.
+        metric: mode, and with S the standard deviations;
+        curvature: in its coordinates, by which the identity metric tells the smallest one.
 
     Raises:
         ConfigError: with the parameter that is worst off.

@@ -49,13 +49,18 @@ class Geometry:
     """What a run knows of its target before the first round, in the metric's coordinates.
 
     Attributes:
-        metric: m and S. curvature: largest eigenvalue of the Hessian of U seen. flattest: its smallest at the mode, or
-            an upper estimate. stiffest: (d,) unit vector of the largest at the mode; zeros where none stands out.
-        mean_curvature: mean of the Hessian's diagonal. mixing: (d,) r_j = sum_i (H_i^2)_jj. share: mean
-            curvature that one client contributes to a coordinate. force: (d,) sum_i (grad U_i)^2 at the mode. Of both,
-            where masks are shared, what those leave (see `Terrain`).
+        metric: m and S.
+        curvature: largest eigenvalue of the Hessian of U seen.
+        flattest: its smallest at the mode, or an upper estimate.
+        stiffest: (d,) unit vector of the largest at the mode; zeros where none stands out.
+        mean_curvature: mean of the Hessian's diagonal.
+        mixing: (d,) r_j = sum_i (H_i^2)_jj.
+        share: mean curvature that one client contributes to a coordinate.
+        force: (d,) sum_i (grad U_i)^2 at the mode. Of both, where masks are shared, what those leave (see
+            `GeometryProbe`).
         gradient: (d,) summed over clients at the mode, prior not included.
-        traffic: bits that it cost, all clients together. exchanges: round trips.
+        traffic: bits that it cost, all clients together.
+        exchanges: round trips.
     """
 
     metric: Metric
@@ -72,16 +77,19 @@ class Geometry:
 
 
 @dataclass
-class Terrain:
+class GeometryProbe:
     """Where a target is measured.
 
     Attributes:
-        survey: asks the clients, who hold the metric. temperature: of the posterior. points: (P, d) in the metric's
-            coordinates, like the posterior's. tops: largest eigenvalues of the Hessian of U seen on the way.
-        flattest: its smallest at the mode. stiffest: see `Geometry`. hessian, clients_hessian: (d, d) float64 at the
-            mode, of U and of the clients' part; None: not known. shared: c where all clients' masks together noise a
-            coordinate by (1 + c) sum_i a_i^2 - c (sum_i a_i)^2 in place of sum_i a_i^2, times omega; 0: they are
-            independent.
+        survey: asks the clients, who hold the metric.
+        temperature: of the posterior.
+        points: (P, d) in the metric's coordinates, like the posterior's.
+        tops: largest eigenvalues of the Hessian of U seen on the way.
+        flattest: its smallest at the mode.
+        stiffest: see `Geometry`.
+        hessian, clients_hessian: (d, d) float64 at the mode, of U and of the clients' part; None: not known.
+        shared: c where all clients' masks together noise a coordinate by (1 + c) sum_i a_i^2 - c (sum_i a_i)^2 in place
+            of sum_i a_i^2, times omega; 0: they are independent.
     """
 
     survey: Survey
@@ -148,8 +156,8 @@ class Terrain:
         """What is left of `spread` between independent draws, relative to what the Hessians at single ones say.
 
         Args:
-            expected: (d,) `spread` for root root^T; None: measured here. root: (d, d), of the covariance at temperature
-                1 of a draw.
+            expected: (d,) `spread` for root root^T; None: measured here.
+            root: (d, d), of the covariance at temperature 1 of a draw.
         """
         if len(self.points) < 2:
             return 1.0
@@ -169,37 +177,39 @@ def explore(
     temperature: float,
     clients_hessian: Tensor | None = None,
     shared: float = 0.0,
-) -> Terrain:
+) -> GeometryProbe:
     """Find points like the posterior's, at which to measure; at temperature 0, the mode.
 
     Args:
-        survey: asks the clients, who hold the metric. seed: the experiment's. temperature: T >= 0 of the posterior.
-        clients_hessian: (d, d) sum over clients of their Hessians at the mode, where it is known. shared: see
-            `Terrain`.
+        survey: asks the clients, who hold the metric.
+        seed: the experiment's.
+        temperature: T >= 0 of the posterior.
+        clients_hessian: (d, d) sum over clients of their Hessians at the mode, where it is known.
+        shared: see `GeometryProbe`.
     """
     keys = key(seed, client=SERVER, purpose="geometry", device=survey.device)
     origin = torch.zeros(1, len(metric.mean), dtype=survey.dtype, device=survey.device)
-    terrain = Terrain(survey, metric, keys, temperature, origin, [], math.inf, torch.zeros_like(origin[0]))
+    terrain = GeometryProbe(survey, metric, keys, temperature, origin, [], math.inf, torch.zeros_like(origin[0]))
     terrain.shared = shared
     normal = _normal(terrain, "draw", _POINTS if len(metric.mean) <= _MANY else _POINTS_OF_MANY)
     if clients_hessian is not None:
-        white = _know(terrain, clients_hessian)
+        white = _use_hessian(terrain, clients_hessian)
     elif isinstance(metric, Identity) and temperature > 0:
         normal = normal[:_LOOKS]
         runs = _lanczos(terrain, origin.expand(_LOOKS, -1), normal, _PRODUCTS_FOR_DRAWS)
         _see(terrain, runs)
         terrain.points = math.sqrt(temperature) * torch.stack([run.inverse_root() for run in runs])
-        return _look_around(terrain)
+        return _curvature_at_points(terrain)
     else:
         _see(terrain, _lanczos(terrain, origin, _normal(terrain, "start", 1), _PRODUCTS))
         white = None
     if temperature > 0:
         terrain.points = _relaxed(terrain, normal, white, temperature)
-        _look_around(terrain)
+        _curvature_at_points(terrain)
     return terrain
 
 
-def survey_geometry(terrain: Terrain) -> Geometry:
+def survey_geometry(terrain: GeometryProbe) -> Geometry:
     """Curvature and mixing in the coordinates of the metric."""
     survey, metric = terrain.survey, terrain.metric
     mixing, clients = terrain.spread()
@@ -226,12 +236,12 @@ def survey_geometry(terrain: Terrain) -> Geometry:
     )
 
 
-def _normal(terrain: Terrain, name: str, count: int) -> Tensor:
+def _normal(terrain: GeometryProbe, name: str, count: int) -> Tensor:
     index = torch.arange(count, device=terrain.survey.device)
     return terrain.keys.fold(name).fold(index).normal(len(terrain.metric.mean), terrain.survey.dtype)
 
 
-def _prior(terrain: Terrain, vectors: Tensor) -> Tensor:
+def _prior(terrain: GeometryProbe, vectors: Tensor) -> Tensor:
     """The Hessian of the prior times (P, d)."""
     return terrain.metric.pull(terrain.survey.prior.precision * terrain.metric.scale(vectors))
 
@@ -239,7 +249,7 @@ def _prior(terrain: Terrain, vectors: Tensor) -> Tensor:
 # --- points like the posterior's ----------------------------------------------------------------------------------
 
 
-def _know(terrain: Terrain, clients_hessian: Tensor) -> Tensor:
+def _use_hessian(terrain: GeometryProbe, clients_hessian: Tensor) -> Tensor:
     """Take note of the Hessian at the mode -> H^{-1/2} (d, d); flat and concave directions count as nearly flat."""
     survey = terrain.survey
     clients = clients_hessian.to(torch.float64)
@@ -256,7 +266,7 @@ def _know(terrain: Terrain, clients_hessian: Tensor) -> Tensor:
     return root.to(survey.dtype)
 
 
-def _relaxed(terrain: Terrain, normal: Tensor, white: Tensor | None, temperature: float) -> Tensor:
+def _relaxed(terrain: GeometryProbe, normal: Tensor, white: Tensor | None, temperature: float) -> Tensor:
     """(P, d) from draws y of the Laplace approximation in coordinates x = white y, by exact steps in y."""
     survey, metric = terrain.survey, terrain.metric
 
@@ -296,14 +306,14 @@ class _Run(NamedTuple):
         return result
 
 
-def _look_around(terrain: Terrain) -> Terrain:
+def _curvature_at_points(terrain: GeometryProbe) -> GeometryProbe:
     """Add the largest curvature at each point to what was seen."""
     runs = _lanczos(terrain, terrain.points[:_LOOKS], _normal(terrain, "look", _LOOKS), _PRODUCTS)
     terrain.tops += [float(run.values[-1]) + run.residual for run in runs]
     return terrain
 
 
-def _see(terrain: Terrain, runs: Sequence[_Run]) -> None:
+def _see(terrain: GeometryProbe, runs: Sequence[_Run]) -> None:
     """Take note of the ends of the spectrum at the mode."""
     terrain.tops += [float(run.values[-1]) + run.residual for run in runs]
     terrain.flattest = min(float(run.values[0]) for run in runs)
@@ -312,7 +322,7 @@ def _see(terrain: Terrain, runs: Sequence[_Run]) -> None:
         terrain.stiffest = torch.from_numpy(top.vectors[:, -1]).to(top.basis) @ top.basis
 
 
-def _lanczos(terrain: Terrain, points: Tensor, starts: Tensor, products: int) -> list[_Run]:
+def _lanczos(terrain: GeometryProbe, points: Tensor, starts: Tensor, products: int) -> list[_Run]:
     """The Hessian of U at each of the points (P, d), seen from as many starts; one exchange serves all points."""
     count, d = starts.shape
     lengths = starts.norm(dim=-1, keepdim=True)

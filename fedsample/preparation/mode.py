@@ -30,7 +30,9 @@ class Survey:
     """Asks a fleet for exact sums and counts what that costs.
 
     Attributes:
-        fleet: the clients. prior: U_0 in the model's parameters. traffic: bits so far.
+        fleet: the clients.
+        prior: U_0 in the model's parameters.
+        traffic: bits so far.
     """
 
     fleet: Fleet

@@ -32,8 +32,10 @@ class Prepared:
     """What is fixed before the first round.
 
     Attributes:
-        geometry: metric and curvature. forecast: the step, and what it will do. start: (C, d) starting points in the
-            metric's coordinates. radius: see `Stability`.
+        geometry: metric and curvature.
+        forecast: the step, and what it will do.
+        start: (C, d) starting points in the metric's coordinates.
+        radius: see `Stability`.
     """
 
     geometry: Geometry
@@ -50,7 +52,8 @@ class Prepared:
         """Store it beside the run's configuration.
 
         Args:
-            path: of the run. configurations: digests of those that it was made from, see `prepared_for`.
+            path: of the run.
+            configurations: digests of those that it was made from, see `prepared_for`.
         """
         from safetensors.torch import save
 

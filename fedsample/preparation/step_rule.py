@@ -26,7 +26,7 @@ from fedsample.theory.moments import Coordinate
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.preparation.curvature import Geometry, Terrain
+    from fedsample.preparation.curvature import Geometry, GeometryProbe
 
 MOST_MOMENTS = 1000  # parameters up to which all d x d moments are solved for
 _EVALUATIONS = 16
@@ -39,11 +39,14 @@ class Forecast:
     """What a step will do; variances relative to the target's, at stationarity.
 
     Attributes:
-        step_size: h. bias: the larger of the next two; infinite where unstable. stiff_bias: excess along the stiffest
-            direction. mean_bias: mean over the metric's coordinates. mean_heating, worst_heating: mean and largest
-            over coordinates of what the uplink adds (without d x d moments: of a coordinate of mean mixing, and of the
-            0.9 quantile of mixing). limit: largest stable step. relaxation: rounds in which the slowest direction
-            forgets all but 1 / e of where it was.
+        step_size: h.
+        bias: the larger of the next two; infinite where unstable.
+        stiff_bias: excess along the stiffest direction.
+        mean_bias: mean over the metric's coordinates.
+        mean_heating, worst_heating: mean and largest over coordinates of what the uplink adds (without d x d moments:
+            of a coordinate of mean mixing, and of the 0.9 quantile of mixing).
+        limit: largest stable step.
+        relaxation: rounds in which the slowest direction forgets all but 1 / e of where it was.
     """
 
     step_size: float
@@ -61,9 +64,11 @@ class StepRule:
     """Predictions for one run.
 
     Attributes:
-        typical: a coordinate of mean curvature and mean mixing. stiff: the direction of largest curvature, without the
-            estimator's noise. worst: largest curvature and much mixing together. slow: the direction of smallest
-            curvature, without the estimator's noise. covariance, spread: all second moments, where they are known.
+        typical: a coordinate of mean curvature and mean mixing.
+        stiff: the direction of largest curvature, without the estimator's noise.
+        worst: largest curvature and much mixing together.
+        slow: the direction of smallest curvature, without the estimator's noise.
+        covariance, spread: all second moments, where they are known.
         sure: inclusions of both links that hold for every vector, for the limit; None: those of the coordinates.
     """
 
@@ -213,7 +218,7 @@ def _followed(lag: float, inclusion: float, sampler: str) -> float:
 
 
 def shared_masks(uplink: Uplink, d: int) -> float:
-    """`Terrain.shared`: 1 / omega, or half of it for diana, where the clients share the coordinates out; else 0.
+    """`GeometryProbe.shared`: 1 / omega, or half of it for diana, where the clients share the coordinates out; else 0.
 
     With masks m_i of which one at a time is 1 the noise sum_i (n m_i - 1) a_i has the variance n sum_i a_i^2 -
     (sum_i a_i)^2. Under diana a_i is of an age of client i's own. No two are renewed at once, so that their difference
@@ -237,7 +242,7 @@ def solvable(experiment: Experiment, downlink: Downlink, participation: float, d
 
 
 def concentrated(rule: StepRule, concentration: Array, mixing: Array) -> StepRule:
-    """The rule of diana whose memories lag with the curvature of the clients whose noise it is (`Terrain`)."""
+    """The rule of diana whose memories lag with the curvature of the clients whose noise it is (`GeometryProbe`)."""
     mean = float(np.average(concentration, weights=mixing if mixing.any() else None))
     return replace(
         rule, typical=replace(rule.typical, concentration=mean), worst=replace(rule.worst, concentration=mean)
@@ -245,7 +250,7 @@ def concentrated(rule: StepRule, concentration: Array, mixing: Array) -> StepRul
 
 
 def with_moments(
-    rule: StepRule, uplink: Uplink, terrain: Terrain, geometry: Geometry, step_size: float, temperature: float
+    rule: StepRule, uplink: Uplink, terrain: GeometryProbe, geometry: Geometry, step_size: float, temperature: float
 ) -> StepRule:
     """The rule with all d x d moments, whose probes have the covariance that matters at `step_size`."""
     if terrain.hessian is None or terrain.clients_hessian is None:

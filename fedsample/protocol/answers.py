@@ -31,7 +31,8 @@ class Answer:
     """What the clients of a worker send; leading axis n.
 
     Attributes:
-        upload: the estimator's, if an estimate was asked for. exact: exact outputs (n, ...) by name.
+        upload: the estimator's, if an estimate was asked for.
+        exact: exact outputs (n, ...) by name.
     """
 
     upload: Upload | None
@@ -42,7 +43,9 @@ def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -
     """What one client sends.
 
     Args:
-        answer: of a worker with one client. request: as `unpack_request` gave it. client: its index.
+        answer: of a worker with one client.
+        request: as `unpack_request` gave it.
+        client: its index.
 
     Raises:
         DataError: if the upload holds NaN or infinite values.
@@ -65,8 +68,11 @@ def unpack_answer(
     """A client's upload, if it was asked for one, and its exact outputs.
 
     Args:
-        parcel: from `pack_answer`. client: who should have sent it. turn: what it was told; None: no estimate was
-            asked of it. round: in which it was asked. exact: the exact outputs that it was asked for.
+        parcel: from `pack_answer`.
+        client: who should have sent it.
+        turn: what it was told; None: no estimate was asked of it.
+        round: in which it was asked.
+        exact: the exact outputs that it was asked for.
 
     Raises:
         DataError: if the answer belongs to another request, or anything in it has another form.

@@ -86,7 +86,8 @@ class Traffic(NamedTuple):
     """Bits on the wire, summed over clients; headers not included.
 
     Attributes:
-        up: sent by clients. down: received by clients (each one counted: a broadcast costs the server a share of it).
+        up: sent by clients.
+        down: received by clients (each one counted: a broadcast costs the server a share of it).
         up_dense: what `up` would have been without compression, for the same replies.
     """
 

@@ -24,7 +24,9 @@ def unpack_metric(parcel: Parcel, like: Tensor, blocks: Sequence[Tensor]) -> Met
     """The metric that `pack_metric` sent, without what only the server needs.
 
     Args:
-        parcel: the message's content. like: (d,), whose dtype and device it has. blocks: the parameter matrices.
+        parcel: the message's content.
+        like: (d,), whose dtype and device it has.
+        blocks: the parameter matrices.
 
     Raises:
         DataError: if it is of no known kind, or an array has another form.

@@ -17,8 +17,10 @@ def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None)
     """One quantity of every client -> tensors (n, ...) by name, whose sums over clients the server wants.
 
     Args:
-        clients: in the coordinates of the points. name: one of `exchange.EXACT`. points: (C, d). vector: (C, d), for
-            products with the Hessian.
+        clients: in the coordinates of the points.
+        name: one of `exchange.EXACT`.
+        points: (C, d).
+        vector: (C, d), for products with the Hessian.
     """
     if name == "value":
         return {name: clients.potential(points)}

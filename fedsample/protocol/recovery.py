@@ -30,7 +30,7 @@ class Recovers(Protocol):
         """Everyone back to a snapshot -> who had none, and begins with an empty memory."""
         ...
 
-    def rally(self, lost: Sequence[int]) -> list[int]:
+    def resume_without(self, lost: Sequence[int]) -> list[int]:
         """Everyone goes on from where they are, `lost` and other newcomers with an empty memory -> who that is."""
         ...
 
@@ -47,7 +47,8 @@ class Rollback(Exception):
     """The run has to go back to a snapshot.
 
     Attributes:
-        round: of the snapshot. client: whose return asks for it.
+        round: of the snapshot.
+        client: whose return asks for it.
     """
 
     def __init__(self, round: int, client: int) -> None:

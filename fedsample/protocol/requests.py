@@ -37,8 +37,9 @@ class Outgoing:
     """A request on its way to many clients; arrays are made once and shared by all messages.
 
     Args:
-        request: what is asked. metric: tag of the metric in whose coordinates, see `metric_tag`; empty: in the model's
-            own parameters. coins: whether this round tosses coins, so that clients are told how they fell.
+        request: what is asked.
+        metric: tag of the metric in whose coordinates, see `metric_tag`; empty: in the model's own parameters.
+        coins: whether this round tosses coins, so that clients are told how they fell.
     """
 
     def __init__(self, request: Request, metric: str, *, coins: bool) -> None:
@@ -59,10 +60,11 @@ class Outgoing:
         """The message for one client.
 
         Args:
-            client: which. estimate: whether it is asked for everything, or for the exact outputs only. missed: the
-                increments from the points that it holds to those of the request; None: the points are sent. previous:
-                whether it is told the points of the round before, where there are any, or remembers them. reference:
-                the same for the reference of variance reduction.
+            client: which.
+            estimate: whether it is asked for everything, or for the exact outputs only.
+            missed: the increments from the points that it holds to those of the request; None: the points are sent.
+            previous: whether it is told the points of the round before, where there are any, or remembers them.
+            reference: the same for the reference of variance reduction.
         """
         request = self._request
         applied = 0 if request.applied is None else int(request.applied[client])
@@ -111,7 +113,8 @@ class Missed(NamedTuple):
     """Increments of the clients' points, for who has missed some rounds.
 
     Attributes:
-        since: the round whose points the client holds. array: the packets of the rounds after it, one after the other.
+        since: the round whose points the client holds.
+        array: the packets of the rounds after it, one after the other.
     """
 
     since: int
@@ -146,8 +149,12 @@ def unpack_request(
     """What one client is asked; `active` and `applied` hold its own row at every index.
 
     Args:
-        parcel: from `Outgoing.parcel`. clients: n. chains: C. like: (d,), whose dtype and device the points have.
-        recall: what the client remembers; it is not changed. downlink: how points come back.
+        parcel: from `Outgoing.parcel`.
+        clients: n.
+        chains: C.
+        like: (d,), whose dtype and device the points have.
+        recall: what the client remembers; it is not changed.
+        downlink: how points come back.
 
     Raises:
         DataError: if the message does not fit, or speaks of points that the client does not remember.

@@ -30,7 +30,9 @@ class Failure:
     """What a client says when it fails; travels as the reason of a Flower error.
 
     Attributes:
-        client, round: which, and when; -1 where it does not know. stage: what it was doing. detail: its traceback.
+        client, round: which, and when; -1 where it does not know.
+        stage: what it was doing.
+        detail: its traceback.
     """
 
     client: int

@@ -36,7 +36,10 @@ class Array(NamedTuple):
     """A tensor that travels.
 
     Attributes:
-        dtype: such as "float32". shape: of the tensor. stype: how `data` stands for it. data: raw bytes.
+        dtype: such as "float32".
+        shape: of the tensor.
+        stype: how `data` stands for it.
+        data: raw bytes.
     """
 
     dtype: str
@@ -50,7 +53,8 @@ class Parcel:
     """The content of a message.
 
     Attributes:
-        header: plain values by name; made by `header`, read by `Header`. arrays: by name.
+        header: plain values by name; made by `header`, read by `Header`.
+        arrays: by name.
     """
 
     header: Mapping[str, Field]
@@ -177,7 +181,8 @@ class Header:
     """The header of a message that has arrived, read field by field.
 
     Args:
-        parcel: the message's content. what: what it should be, for error messages.
+        parcel: the message's content.
+        what: what it should be, for error messages.
 
     Raises:
         DataError: if it is of another version, or a field is not what it must be.

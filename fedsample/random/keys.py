@@ -355,9 +355,11 @@ def key(
     """The key of one draw; coordinates left out are shared by everything below them.
 
     Args:
-        seed: the experiment's seed, any integer. round, client, chain: integers, or int64 tensors that broadcast
-            against each other (the server is client `SERVER`). purpose: what the draw is for; different purposes
-            never share a stream. device: where draws are made; their values do not depend on it.
+        seed: the experiment's seed, any integer.
+        round, client, chain: integers, or int64 tensors that broadcast against each other (the server is client
+            `SERVER`).
+        purpose: what the draw is for; different purposes never share a stream.
+        device: where draws are made; their values do not depend on it.
     """
     result = Key(_mix_int(seed & _MASK), torch.device(device)).fold(purpose)
     for name, coordinate in (("client", client), ("chain", chain), ("round", round)):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedsample.targets import Posterior
 
 
-_PATIENT = ("fleet.quorum=1.0", "fleet.deadline=none")  # what only devices have
+_WAIT_FOR_ALL = ("fleet.quorum=1.0", "fleet.deadline=none")  # what only devices have
 _FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}  # read once, when flwr is imported
 
 
@@ -36,7 +36,9 @@ class Run:
     """What an experiment left behind.
 
     Attributes:
-        path: the run directory. summary: what `summary.json` holds. experiment: the resolved configuration.
+        path: the run directory.
+        summary: what `summary.json` holds.
+        experiment: the resolved configuration.
     """
 
     path: Path
@@ -75,11 +77,13 @@ def run(
     """Sample, and keep everything in a run directory.
 
     Args:
-        source: a configuration as dict, TOML path or `Experiment`; None: the default job. out: the run directory, by
-            default runs/<time>-<preset>. resume: go on with the run in `out`, as configured there. overrides:
-            "section.key=value" strings, as `--set` takes them. progress: a live bar, plain lines, or nothing.
-            check_step: sample again at half the step, in `out`/check-step, and say in the summary's `step_check`
-            whether that confirms the step; see `fedsample.runs.step_check`.
+        source: a configuration as dict, TOML path or `Experiment`; None: the default job.
+        out: the run directory, by default runs/<time>-<preset>.
+        resume: go on with the run in `out`, as configured there.
+        overrides: "section.key=value" strings, as `--set` takes them.
+        progress: a live bar, plain lines, or nothing.
+        check_step: sample again at half the step, in `out`/check-step, and say in the summary's `step_check` whether
+            that confirms the step; see `fedsample.runs.step_check`.
 
     Raises:
         FedSampleError: whatever went wrong, in words; see `fedsample.errors`.
@@ -100,7 +104,7 @@ def run(
         if source is not None:
             raise ConfigError("replay takes the configuration from the run: give no other, only overrides")
         kept = tomllib.loads(dump_toml(reread(_config_of(Path(replay)))))
-        source, overrides = kept, ["fleet.name=local", "fleet.engine=by-client", *_PATIENT, *overrides]
+        source, overrides = kept, ["fleet.name=local", "fleet.engine=by-client", *_WAIT_FOR_ALL, *overrides]
     experiment = load(source, overrides)
     check(experiment)
     if experiment.fleet.name == "grpc":

@@ -29,7 +29,7 @@ def check(experiment: Experiment) -> None:
         )
 
 
-def hasty(experiment: Experiment) -> bool:
+def allows_stragglers(experiment: Experiment) -> bool:
     """Whether rounds go on without devices that are slow."""
     quorum = experiment.fleet.quorum
     return not (isinstance(quorum, float) and quorum == 1.0)
@@ -38,12 +38,12 @@ def hasty(experiment: Experiment) -> bool:
 def _check_devices(experiment: Experiment) -> None:
     """Refuse what real devices cannot do, and rounds without some of them where that changes the law."""
     section, uplink = experiment.fleet, experiment.uplink.name
-    if section.dropout or (section.loss and not hasty(experiment)):
+    if section.dropout or (section.loss and not allows_stragglers(experiment)):
         raise ConfigError(
             'fleet.loss and fleet.dropout simulate faults in fleet "local"; those of devices are real: set both to 0 '
             "(with a quorum, fleet.loss states how likely an answer is late)"
         )
-    if hasty(experiment) and uplink not in ("diana", "ef21") and not section.loss:
+    if allows_stragglers(experiment) and uplink not in ("diana", "ef21") and not section.loss:
         raise UnsoundError(
             f"fleet.quorum = {section.quorum}: without knowing how likely a device is late, {uplink} samples another "
             'posterior, because nothing stands in for who is missing; take uplink.name = "diana", whose memories do, '

@@ -30,7 +30,8 @@ class LiveMetrics:
     """Follows the draws of a running chain; the costly part runs in the recorder's thread.
 
     Args:
-        problem: what is sampled. experiment: its configuration.
+        problem: what is sampled.
+        experiment: its configuration.
     """
 
     def __init__(self, problem: Problem, experiment: Experiment) -> None:

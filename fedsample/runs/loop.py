@@ -192,7 +192,7 @@ class RoundLoop:
         """The state after a client has lost its memory for good."""
         if self._recovers is None:
             raise fork
-        lost = self._recovers.rally(fork.clients)
+        lost = self._recovers.resume_without(fork.clients)
         return self.session.forked(self.driver, state, lost)
 
     def _save(self, state: State, traffic: Traffic, clock: Clock) -> State:

@@ -35,9 +35,12 @@ class Comparison:
     """One variance at a step h and at h / 2.
 
     Attributes:
-        of: what varies. change: its relative excess at h over that at h / 2. error: the change's standard error.
-            predicted_change: what the moments say; None: nothing. bias, bias_error: estimated excess at h over the
-            target's, with its standard error. predicted_bias: what the moments say.
+        of: what varies.
+        change: its relative excess at h over that at h / 2.
+        error: the change's standard error.
+        predicted_change: what the moments say; None: nothing.
+        bias, bias_error: estimated excess at h over the target's, with its standard error.
+        predicted_bias: what the moments say.
     """
 
     of: str
@@ -127,8 +130,9 @@ def check(path: Path, experiment: Experiment, summary: dict[str, Any], other: di
     """Compare a finished run with the one at half its step -> the `step_check` object of its summary.
 
     Args:
-        path: the run's directory, which holds the other's in `DIRECTORY`. experiment: as it ran. summary, other: of
-            the run and of the one at half the step.
+        path: the run's directory, which holds the other's in `DIRECTORY`.
+        experiment: as it ran.
+        summary, other: of the run and of the one at half the step.
     """
     from fedsample.monitor.draws import load_draws
     from fedsample.preparation.prepared import restore_prepared

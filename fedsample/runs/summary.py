@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsample.diagnostics import calibration
 from fedsample.diagnostics.convergence import worst_ess_tail, worst_rhat_and_ess
 from fedsample.protocol.exchange import Traffic
-from fedsample.runs.verdict import doubts
+from fedsample.runs.verdict import run_warnings
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
@@ -60,7 +60,7 @@ def summarise(
         "preparation_uplink_bytes_per_client": prepared.geometry.traffic.up / 8 / n,
         "uplink_ratio": total.up_dense / max(1, total.up),
     }
-    return result | {"warnings": doubts(experiment, result)}
+    return result | {"warnings": run_warnings(experiment, result)}
 
 
 def _prediction(experiment: Experiment, value: float) -> float | None:

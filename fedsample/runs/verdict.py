@@ -16,11 +16,12 @@ _FEW = 50  # effective draws, below which a single chain tells little
 _OVER = 1.05  # times the tolerance: what an automatic step may predict by rounding
 
 
-def doubts(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
+def run_warnings(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
     """Why the draws of a run are not to be trusted yet, each with what to do; empty where nothing says so.
 
     Args:
-        experiment: what was run. summary: of it, see `fedsample.runs.summary.summarise`.
+        experiment: what was run.
+        summary: of it, see `fedsample.runs.summary.summarise`.
     """
     if experiment.temperature == 0:
         return []

@@ -61,7 +61,8 @@ class Polynomial(Schedule):
     """Decay with a power of the round.
 
     Attributes:
-        power: > 0. offset: rounds in which the step falls to 2^-power of itself.
+        power: > 0.
+        offset: rounds in which the step falls to 2^-power of itself.
     """
 
     power: float = 0.55

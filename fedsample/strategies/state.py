@@ -14,9 +14,13 @@ class State(NamedTuple):
     """Where C chains stand after `round` rounds.
 
     Attributes:
-        round: rounds done. params: (C, d) positions z in the metric's coordinates. previous: (C, d) the positions at
-            the last request. kernel: the sampler's own variables, such as momenta. uplink: the estimator's server half.
-        applied: (n,) int64, the last round in which each client's upload was applied. epoch: of the clients' memories.
+        round: rounds done.
+        params: (C, d) positions z in the metric's coordinates.
+        previous: (C, d) the positions at the last request.
+        kernel: the sampler's own variables, such as momenta.
+        uplink: the estimator's server half.
+        applied: (n,) int64, the last round in which each client's upload was applied.
+        epoch: of the clients' memories.
         seen: (C, d) what clients see of the positions, which a compressed downlink lets lag.
         reference: (C, d) where clients reduce the variance of their minibatches, if they do.
         resync: whether the next round must be a dense one of all clients, because one has lost its memory.

@@ -21,7 +21,10 @@ class Clients(ABC):
     """Potentials U_i of n clients and their derivatives at C points.
 
     Attributes:
-        n: number of clients. d: number of parameters. rows: (n,) rows each client holds. dtype, device: of all arrays.
+        n: number of clients.
+        d: number of parameters.
+        rows: (n,) rows each client holds.
+        dtype, device: of all arrays.
     """
 
     n: int

@@ -108,7 +108,8 @@ class Replayed:
     """The function, recorded for each shape that it meets.
 
     Args:
-        function: tensors to a tensor. example: inputs for a first record, which tells whether there can be one.
+        function: tensors to a tensor.
+        example: inputs for a first record, which tells whether there can be one.
         recorder: what makes graphs.
 
     Raises:

@@ -81,8 +81,11 @@ class FusedGradient:
     """Gradients of all or some clients of one design.
 
     Args:
-        design: (N, q) contiguous, on a CPU. targets: (N,) of its dtype. offsets: (n + 1,) int64. logistic: otherwise
-            linear. weight: 1 / sigma^2 of the linear likelihood.
+        design: (N, q) contiguous, on a CPU.
+        targets: (N,) of its dtype.
+        offsets: (n + 1,) int64.
+        logistic: otherwise linear.
+        weight: 1 / sigma^2 of the linear likelihood.
 
     Raises:
         CompileError: as `library` does.

@@ -43,10 +43,13 @@ class GeneralizedLinear(Clients):
     """Regression clients over ragged data.
 
     Args:
-        x: (N, p) rows sorted by client. y: (N,) integer labels below `outputs` (categorical), 0 / 1 (bernoulli), or
-            targets (gaussian). offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
-        likelihood: which regression. outputs: k, the classes (1 unless categorical). intercept: whether the parameters
-            end with a bias. noise_scale: sigma of the Gaussian likelihood.
+        x: (N, p) rows sorted by client.
+        y: (N,) integer labels below `outputs` (categorical), 0 / 1 (bernoulli), or targets (gaussian).
+        offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
+        likelihood: which regression.
+        outputs: k, the classes (1 unless categorical).
+        intercept: whether the parameters end with a bias.
+        noise_scale: sigma of the Gaussian likelihood.
     """
 
     def __init__(

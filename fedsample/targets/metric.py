@@ -135,8 +135,8 @@ class Dense(Metric):
 
     Attributes:
         unmeasured: how many directions of P were too flat, beside the others, for its precision: they got the floor's
-            scale in place of their own. narrowed: how many were measured, but so flat beside the others that they got
-            the floor's scale all the same.
+            scale in place of their own.
+        narrowed: how many were measured, but so flat beside the others that they got the floor's scale all the same.
     """
 
     name: ClassVar[str] = "hessian"

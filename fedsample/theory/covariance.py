@@ -44,11 +44,17 @@ class Covariance:
     """A quadratic target, a sampler and an uplink; every client takes part, and sees the iterate as it is.
 
     Attributes:
-        hessian: (d, d) of U. clients_hessian: (d, d), the clients' part of it. clients: n >= 1. sampler: "langevin" or
-            "baoab". uplink: one of `UPLINKS`. inclusion: s = K / d of the compressor, in (0, 1]. sync: p of marina.
-            force: (d,) zeta. friction: of baoab. concentration: (d,) curvature of the clients whose noise a coordinate
-            has, over the mean client's. noise: (d,) what the compressor adds to mean squares (d,); None: 1 / s - 1
-            times those, as masks do.
+        hessian: (d, d) of U.
+        clients_hessian: (d, d), the clients' part of it.
+        clients: n >= 1.
+        sampler: "langevin" or "baoab".
+        uplink: one of `UPLINKS`.
+        inclusion: s = K / d of the compressor, in (0, 1].
+        sync: p of marina.
+        force: (d,) zeta.
+        friction: of baoab.
+        concentration: (d,) curvature of the clients whose noise a coordinate has, over the mean client's.
+        noise: (d,) what the compressor adds to mean squares (d,); None: 1 / s - 1 times those, as masks do.
     """
 
     hessian: Array
@@ -147,7 +153,8 @@ class Covariance:
         """What compression adds to the covariance: variances of coordinates (d,) and of eigendirections of H (d,).
 
         Args:
-            step_size: h. spread: D -> sum_i diag(H_i D H_i); `measured` makes one of probes.
+            step_size: h.
+            spread: D -> sum_i diag(H_i D H_i); `measured` makes one of probes.
 
         Returns:
             Infinite where the chain is unstable.

@@ -38,12 +38,19 @@ class Coordinate:
     """A coordinate of the target, a sampler, an uplink and a downlink.
 
     Attributes:
-        sampler: "langevin" or "baoab". uplink: which estimator.
-        curvature: lambda > 0 of U, prior included. mixing: r >= 0. share: lambda_c / n, a client's part of lambda.
-        clients: n >= 1. friction: of baoab. inclusion: of the uplink's compressor, in (0, 1].
-        participation: pi in (0, 1]. sync: p of marina. force: zeta >= 0.
-        downlink: inclusion of the downlink's compressor; 1 where the iterate is sent as it is. concentration: curvature
-            of the clients whose noise it is, over a client's mean share (diana).
+        sampler: "langevin" or "baoab".
+        uplink: which estimator.
+        curvature: lambda > 0 of U, prior included.
+        mixing: r >= 0.
+        share: lambda_c / n, a client's part of lambda.
+        clients: n >= 1.
+        friction: of baoab.
+        inclusion: of the uplink's compressor, in (0, 1].
+        participation: pi in (0, 1].
+        sync: p of marina.
+        force: zeta >= 0.
+        downlink: inclusion of the downlink's compressor; 1 where the iterate is sent as it is.
+        concentration: curvature of the clients whose noise it is, over a client's mean share (diana).
     """
 
     sampler: Literal["langevin", "baoab"]

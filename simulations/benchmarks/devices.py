@@ -77,20 +77,20 @@ async def our_devices(target: str, certs: Path, count: int, file: Path, state: P
     """Take part in whatever runs there are."""
     from fedsample.clients.device_data import DataSource, DeviceData
     from fedsample.config.loading import reread
-    from fedsample.fleets.grpc.device.connection import Attendant, prepare_threads
-    from fedsample.fleets.grpc.device.replica import Resident
+    from fedsample.fleets.grpc.device.connection import Connection, prepare_threads
+    from fedsample.fleets.grpc.device.replica import Replica
     from fedsample.fleets.grpc.security.credentials import client_credentials
 
-    def attendant(index: int) -> Attendant:
-        def found(welcome: Any) -> Resident:
+    def connection(index: int) -> Connection:
+        def found(welcome: Any) -> Replica:
             prepare_threads(1)
             experiment = reread(welcome.config)
             held = DeviceData(experiment, index, count, DataSource(str(file), None, index, count))
-            return Resident(state / str(index), welcome.run, experiment, index, count, held)
+            return Replica(state / str(index), welcome.run, experiment, index, count, held)
 
-        return Attendant(target, client_credentials(certs / f"client-{index}"), index, found)
+        return Connection(target, client_credentials(certs / f"client-{index}"), index, found)
 
-    await asyncio.gather(*(attendant(index).attend() for index in range(count)))
+    await asyncio.gather(*(connection(index).attend() for index in range(count)))
 
 
 # --- bare streams -----------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Ours:
         from fedsample.estimators import build_links
         from fedsample.fleets.grpc.framing.version import run_id
         from fedsample.fleets.grpc.security.credentials import server_credentials
-        from fedsample.fleets.grpc.server.dispatcher import Desk
+        from fedsample.fleets.grpc.server.dispatcher import Dispatcher
         from fedsample.fleets.grpc.server.fleet import fleet_on, gather
         from fedsample.fleets.grpc.server.host import _agree, _certified
         from fedsample.fleets.grpc.server.hub import Hub
@@ -200,12 +200,12 @@ class Ours:
         self.d, self.number = d, 0
 
         def begin() -> None:
-            desk = Desk(self.hub)
+            dispatcher = Dispatcher(self.hub)
             schemas = gather(self.hub)
             agreed = agreed_schema(self.experiment, [Schema.from_json(text) for text in schemas.values()])
-            _agree(desk, agreed)
+            _agree(dispatcher, agreed)
             clients = remote_problem(self.experiment, agreed, count).clients
-            self.fleet = fleet_on(desk, self.experiment, clients, build_links(self.experiment, clients))
+            self.fleet = fleet_on(dispatcher, self.experiment, clients, build_links(self.experiment, clients))
 
         self.begin = begin
 
@@ -223,10 +223,10 @@ class Ours:
 
     def sizes(self) -> tuple[int, int]:
         """Bytes down and up of one round with one device."""
-        seat = self.hub.seats[0]
-        before = seat.sent[1], seat.received[1]
+        record = self.hub.records[0]
+        before = record.sent[1], record.received[1]
         self.round()
-        return seat.sent[1] - before[0], seat.received[1] - before[1]
+        return record.sent[1] - before[0], record.received[1] - before[1]
 
 
 def compare(count: int, d: int, rounds: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fedsample.clients.message_handler import Trace
 from fedsample.errors import ConfigError, DataError, FedSampleError, RunDirectoryError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.device import connection as attends
-from fedsample.fleets.grpc.device.connection import Attendant, Refused, Watching
+from fedsample.fleets.grpc.device.connection import Connection, Refused, Watching
 from fedsample.fleets.grpc.device.replica import Standing
 from fedsample.fleets.grpc.framing.frames import PIECE, Assembler, Message, Name, pieces
 from fedsample.fleets.grpc.framing.version import PROTOCOL, SERVICE
@@ -27,7 +27,7 @@ WELCOME = pb.Welcome(protocol=PROTOCOL, run=RUN, clients=1)
 
 
 class Half:
-    """In place of a `Resident`: takes its time, and answers with as many bytes as the round says MiB."""
+    """In place of a `Replica`: takes its time, and answers with as many bytes as the round says MiB."""
 
     def __init__(self) -> None:
         self.trace, self.round = Trace(0), 0
@@ -125,7 +125,7 @@ def meet(
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        device = Attendant(
+        device = Connection(
             f"127.0.0.1:{port}", None, 0, found or (lambda _: mine), attempts=attempts, watching=watching
         )
         try:

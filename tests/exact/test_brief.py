@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from fedsample.fleets.grpc.device import connection
-from fedsample.fleets.grpc.device.connection import STEADY, Attendant
+from fedsample.fleets.grpc.device.connection import STEADY, Connection
 from fedsample.fleets.grpc.framing.frames import Message
 from fedsample.fleets.grpc.framing.headers import Name
 from fedsample.protocol.wire import Parcel
 
 
 class Half:
-    """In place of a `Resident`: notes the thread, and the number of threads for tensors, of each answer."""
+    """In place of a `Replica`: notes the thread, and the number of threads for tensors, of each answer."""
 
     def __init__(self) -> None:
         self.threads: list[tuple[bool, int]] = []
@@ -33,7 +33,7 @@ class Half:
 def test_brief_estimates_are_made_where_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "BRIEF", 0.1)
     half, before = Half(), torch.get_num_threads()
-    device = Attendant("nowhere:1", None, 0, lambda _: None)  # type: ignore[arg-type, return-value]
+    device = Connection("nowhere:1", None, 0, lambda _: None)  # type: ignore[arg-type, return-value]
 
     async def ask(kind: str, count: int = 1) -> None:
         for _ in range(count):

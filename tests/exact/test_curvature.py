@@ -15,7 +15,7 @@ from fedsample.compression import build as compressor_of
 from fedsample.config import Experiment
 from fedsample.estimators import DenseDownlink, build
 from fedsample.fleets.local import LocalFleet
-from fedsample.preparation.curvature import Terrain, explore, survey_geometry
+from fedsample.preparation.curvature import GeometryProbe, explore, survey_geometry
 from fedsample.preparation.mode import Survey
 from fedsample.preparation.step_rule import solvable, step_rule, with_moments
 from fedsample.targets import GaussianPrior, Quadratic
@@ -31,7 +31,7 @@ def hessians(seed: int = 3) -> Tensor:
     return torch.from_numpy(np.einsum("ijk,ilk->ijl", factors, factors) / D)
 
 
-def terrain(known: bool, temperature: float = 1.0, seed: int = 0) -> tuple[Tensor, Terrain]:
+def terrain(known: bool, temperature: float = 1.0, seed: int = 0) -> tuple[Tensor, GeometryProbe]:
     each = hessians()
     clients = Quadratic(each, torch.zeros(N, D, dtype=torch.float64))
     fleet = LocalFleet(clients, build("dense", compressor_of("identity")), seed, 1)

@@ -12,7 +12,7 @@ import fedsample
 from fedsample.errors import ConfigError, DeviceMemoryError, DivergenceError
 from fedsample.monitor import summary_table
 from fedsample.runs.plan import plan
-from fedsample.runs.verdict import doubts
+from fedsample.runs.verdict import run_warnings
 
 SHORT = {"rounds": 60, "warmup": 10, "monitor": {"tensorboard": False}}
 SUMMARY = {
@@ -29,7 +29,7 @@ SUMMARY = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("doubts")
+    folder = tmp_path_factory.mktemp("run_warnings")
     draw = np.random.default_rng(0)
     x, client = draw.normal(size=(40, 2)), np.arange(40) % 2
     np.savez(folder / "apart.npz", X=x, y=(x[:, 0] > 0).astype(int), client=client)
@@ -104,7 +104,7 @@ def test_chains_that_have_not_mixed_are_said_not_to_have(folder: Path, tmp_path:
     ],
 )
 def test_each_doubt(change: dict[str, Any], says: str | None) -> None:
-    found = doubts(fedsample.Experiment(), SUMMARY | change)
+    found = run_warnings(fedsample.Experiment(), SUMMARY | change)
     assert len(found) == (says is not None)
     assert says is None or says in found[0]
 
@@ -112,7 +112,7 @@ def test_each_doubt(change: dict[str, Any], says: str | None) -> None:
 @pytest.mark.parametrize(("uplink", "advised"), [("diana", False), ("ef21", False), ("direct", True), ("marina", True)])
 def test_an_uplink_with_a_memory_is_not_advised_to_who_has_one(uplink: str, advised: bool) -> None:
     experiment = fedsample.Experiment.model_validate({"uplink": {"name": uplink, "compressor": "randk"}})
-    (found,) = doubts(experiment, SUMMARY | {"predicted_variance_bias": 0.3})
+    (found,) = run_warnings(experiment, SUMMARY | {"predicted_variance_bias": 0.3})
     assert ("such as diana" in found) is advised
 
 
@@ -128,13 +128,13 @@ def test_an_uplink_with_a_memory_is_not_advised_to_who_has_one(uplink: str, advi
 )
 def test_a_schedule_is_judged_by_its_steps_while_draws_are_kept(schedule: dict[str, Any], doubted: bool) -> None:
     experiment = fedsample.Experiment.model_validate({"step_size": {"initial": 0.6, **schedule}})
-    found = doubts(experiment, SUMMARY | {"step_size": 0.6, "predicted_variance_bias": 2.0})
+    found = run_warnings(experiment, SUMMARY | {"step_size": 0.6, "predicted_variance_bias": 2.0})
     assert bool(found) is doubted
     assert not doubted or "no stationary variance is predicted" in found[0]
 
 
 def test_nothing_is_doubted_where_nothing_is_drawn() -> None:
-    assert doubts(fedsample.Experiment(temperature=0), SUMMARY | {"rhat_max": 9.0}) == []
+    assert run_warnings(fedsample.Experiment(temperature=0), SUMMARY | {"rhat_max": 9.0}) == []
 
 
 def test_what_the_memory_does_not_hold_is_no_defect(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rounding import agree, assert_within, gamma, near
 from running_error import RunningError
 from torch import Tensor
 
-from fedsample.clients.client_stack import Worker
+from fedsample.clients.client_stack import ClientStack
 from fedsample.compression import QSGD, Composed, Compressor, Identity, LinkKeys, Natural, RandBlock, RandK
 from fedsample.errors import ConfigError, DataError, UnsoundError
 from fedsample.estimators import Dense, Diana, Marina, Memory, Oracle, Turn, Uplink, Upload, build, check, table
@@ -447,7 +447,7 @@ def test_a_real_minibatch_worker_draws_one_batch_a_round_for_both_points() -> No
     keys = key(4, purpose="rows")
     x, y = keys.normal(60 * 3).view(60, 3), keys.integers(3, 60)
     clients = GeneralizedLinear(x, y, torch.tensor([0, 25, 60]), "categorical", 3)
-    worker = Worker(clients, Marina(Identity(), None), 9, C, torch.arange(2), batch_size=4)
+    worker = ClientStack(clients, Marina(Identity(), None), 9, C, torch.arange(2), batch_size=4)
     here, before = (key(5, r, chain=torch.arange(C)).normal(clients.d) for r in (2, 1))
 
     def difference(round: int) -> Tensor:

@@ -13,7 +13,7 @@ from running_error import RunningError
 from torch import Tensor
 
 from fedsample.clients import client_stack as workers
-from fedsample.clients.client_stack import Worker
+from fedsample.clients.client_stack import ClientStack
 from fedsample.compression import Identity as NoCompression
 from fedsample.compression import RandBlock, RandK
 from fedsample.errors import ConfigError
@@ -97,7 +97,7 @@ class Rig:
         for worker in self.fleet.workers:
             self._tap(worker)
 
-    def _tap(self, worker: Worker) -> None:
+    def _tap(self, worker: ClientStack) -> None:
         original = worker.estimate
 
         def estimate(request: Request, who: Tensor | None = None) -> Upload:
@@ -789,7 +789,7 @@ def test_replies_arrive_as_often_as_the_server_believes(uplink: str) -> None:
         assert request.active is not None
         wanted += int(request.active.any(-1).sum())
         arrived += int(aggregate.arrived.sum())
-    # Presence persists for about 2 rounds, so 40 rounds of 200 clients count as some 4,000 independent trials.
+    # DeviceOptions persists for about 2 rounds, so 40 rounds of 200 clients count as some 4,000 independent trials.
     assert abs(arrived / wanted - presence_probability * 0.75) < 5 * math.sqrt(0.25 / 3000)
 
 

@@ -13,10 +13,10 @@ from fedsample.errors import DataError, FedSampleError, Interrupted, QuorumError
 from fedsample.fleets.grpc import display
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.device.connection import Watching
-from fedsample.fleets.grpc.device.process import Presence, _source
+from fedsample.fleets.grpc.device.process import DeviceOptions, _source
 from fedsample.fleets.grpc.display import FleetProgress, device_display, device_table, fleet_table, span
 from fedsample.fleets.grpc.security.address import Address, check_free
-from fedsample.fleets.grpc.server.client_record import Seat
+from fedsample.fleets.grpc.server.client_record import ClientRecord
 from fedsample.fleets.grpc.server.host import _farewell
 from fedsample.fleets.grpc.server.stream import Stream
 
@@ -45,8 +45,8 @@ def written(out: Console) -> str:
     return out.file.getvalue()
 
 
-def seat(client: int, here: bool, **more: object) -> Seat:
-    return Seat(client, Stream(b"x") if here else None, accepted=here, connections=1, since=95.0, **more)  # type: ignore[arg-type]
+def seat(client: int, here: bool, **more: object) -> ClientRecord:
+    return ClientRecord(client, Stream(b"x") if here else None, accepted=here, connections=1, since=95.0, **more)  # type: ignore[arg-type]
 
 
 def test_the_table_says_since_when_a_device_is_away_and_keeps_a_row_a_line(clock: Clock) -> None:
@@ -154,7 +154,7 @@ def test_a_share_of_a_built_in_set_is_the_clients_own(
 ) -> None:
     said: list[str] = []
     watching = Watching(say=said.append)
-    presence = Presence("localhost:1", None, 1, Path("state"), "cpu", "digits", None, *given, None, True)
+    presence = DeviceOptions("localhost:1", None, 1, Path("state"), "cpu", "digits", None, *given, None, True)
     source = _source(presence, pb.Welcome(client=1, clients=3), watching)
     assert (source.partition, source.partitions) == taken
     assert bool(said) == noted

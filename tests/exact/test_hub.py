@@ -20,7 +20,7 @@ from fedsample.fleets.grpc.framing.version import PROTOCOL, SERVICE
 from fedsample.fleets.grpc.server import backpressure, streams
 from fedsample.fleets.grpc.server import hub as hubs
 from fedsample.fleets.grpc.server.client_record import Batch
-from fedsample.fleets.grpc.server.dispatcher import Desk
+from fedsample.fleets.grpc.server.dispatcher import Dispatcher
 from fedsample.fleets.grpc.server.fleet import gather
 from fedsample.fleets.grpc.server.hub import Hub
 from fedsample.fleets.grpc.server.stream import Stream
@@ -105,7 +105,7 @@ class Chain:
         self.said: list[str] = []
         self.hub.say = self.said.append
         self.hub.start()
-        self.desk = Desk(self.hub)
+        self.dispatcher = Dispatcher(self.hub)
         self.stubs: list[Stub] = []
         self._pool = ThreadPoolExecutor(1)
 
@@ -114,7 +114,7 @@ class Chain:
         return self.stubs[-1]
 
     def gathered(self) -> list[Stub]:
-        stubs = [self.stub(client).ready() for client in range(len(self.hub.seats))]
+        stubs = [self.stub(client).ready() for client in range(len(self.hub.records))]
         gather(self.hub)
         return stubs
 
@@ -160,19 +160,19 @@ def get(future: Future[Any]) -> Any:
 def test_a_device_that_dies_after_its_answer_is_told_again(chain: Callable[[int], Chain]) -> None:
     server = chain(2)
     one, two = server.gathered()
-    told = server.do(server.desk.tell, "fit", HELD)
+    told = server.do(server.dispatcher.tell, "fit", HELD)
     one.obey("fit")
     two.obey("fit")
     get(told)
-    told = server.do(server.desk.tell, "metric", HELD)
+    told = server.do(server.dispatcher.tell, "metric", HELD)
     one.obey("metric")
-    until(lambda: server.hub.seats[0].asked is None)
+    until(lambda: server.hub.records[0].asked is None)
     one.close()
     again = server.stub(0, instance=b"another").ready()
     again.obey("fit", "metric")
     two.obey("metric")
     get(told)
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     again.obey("train")
     two.obey("train")
     get(asked)
@@ -182,11 +182,11 @@ def test_a_device_that_is_not_yet_prepared_is_not_asked_when_its_stream_breaks(c
     server = chain(1)
     (one,) = server.gathered()
     for kind in ("fit", "metric"):
-        told = server.do(server.desk.tell, kind, HELD)
+        told = server.do(server.dispatcher.tell, kind, HELD)
         one.obey(kind)
         get(told)
     one.close()
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     half = server.stub(0, instance=b"another").ready()
     half.obey("fit")
     half.request()
@@ -208,7 +208,7 @@ def all_fitted(chain: Callable[[int], Chain], devices: int) -> tuple[Chain, list
     """A server with devices, which were told the first thing."""
     server = chain(devices)
     stubs = server.gathered()
-    told = server.do(server.desk.tell, "fit", HELD)
+    told = server.do(server.dispatcher.tell, "fit", HELD)
     for stub in stubs:
         stub.obey("fit")
     get(told)
@@ -218,7 +218,7 @@ def all_fitted(chain: Callable[[int], Chain], devices: int) -> tuple[Chain, list
 def test_what_is_asked_after_a_newcomer_was_told_has_a_higher_number(chain: Callable[[int], Chain]) -> None:
     """Or a device that has heard the question, and is told what comes before it, would take that for older."""
     server, one = fitted(chain)
-    asked = server.do(server.desk.tell, "spread", HELD)
+    asked = server.do(server.dispatcher.tell, "spread", HELD)
     first = one.request()
     one.close()  # its answer is lost; the process lives on, but cannot be live before it has a scale
     back = server.stub(0).ready(term=server.hub.term)
@@ -231,7 +231,7 @@ def test_what_is_asked_after_a_newcomer_was_told_has_a_higher_number(chain: Call
 def test_the_same_process_may_come_back_while_it_is_being_prepared(chain: Callable[[int], Chain]) -> None:
     server, one = fitted(chain)
     one.close()
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     first = server.stub(0, instance=b"another").ready()
     assert first.request().kind == "fit"
     second = server.stub(0, instance=b"another").ready()  # the first stream is still open
@@ -243,7 +243,7 @@ def test_two_newcomers_are_prepared_one_after_the_other(chain: Callable[[int], C
     server, stubs = all_fitted(chain, 2)
     for stub in stubs:
         stub.close()
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     one = server.stub(0, instance=b"new 0").ready()
     question = one.request()
     two = server.stub(1, instance=b"new 1").ready()
@@ -281,14 +281,14 @@ def test_a_device_whose_call_is_cancelled_just_after_it_closed_its_end_has_left(
 
     hub._loop.close()  # of a hub that was never started
     asyncio.run(visit())
-    assert hub.seats[0].connections == 1
-    assert hub.seats[0].stream is None
+    assert hub.records[0].connections == 1
+    assert hub.records[0].stream is None
 
 
 def test_a_newcomer_that_cannot_take_part_is_sent_away_and_the_run_waits(chain: Callable[[int], Chain]) -> None:
     server, one = fitted(chain)
     one.close()
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     wrong = server.stub(0, instance=b"wrong").ready()
     question = wrong.request()
     wrong.send(failure=pb.Failure(digest=question.name.digest, stage="data", detail="Traceback\nDataError: no column"))
@@ -304,7 +304,7 @@ def test_a_device_that_has_heard_of_a_higher_term_is_asked_in_a_higher_one(chain
     server = chain(2)
     one, two = server.gathered()
     one.close()
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     old = server.stub(0, instance=b"another").ready(term=77, live=True)
     assert old.obey("train")[0].name.term > 77
     two.obey("train")
@@ -326,11 +326,11 @@ def test_a_rival_is_refused_while_the_older_answers(
     refusal = rival.read("refusal")
     assert refusal.retry
     assert "is connected already, from another process that answers" in refusal.reason
-    assert "another process that says it is this device was turned away" in server.hub.seats[0].error
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    assert "another process that says it is this device was turned away" in server.hub.records[0].error
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     one.obey("train")
     get(asked)
-    asked = server.do(server.desk.broadcast, "train", HELD, 2)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 2)
     newer = server.stub(0, instance=b"newer").ready()  # the older does not answer its ping: its place is taken
     newer.obey("train")
     get(asked)
@@ -363,7 +363,7 @@ def test_who_does_not_belong_here_is_told_why(
 def test_nothing_that_a_device_sends_stops_the_server(chain: Callable[[int], Chain]) -> None:
     server = chain(1)
     (one,) = server.gathered()
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     question = one.request()
     name = question.name
     hostile: list[dict[str, Any]] = [
@@ -395,10 +395,10 @@ def test_nothing_that_a_device_sends_stops_the_server(chain: Callable[[int], Cha
     one.answer(question)
     one.answer(question, octets(3))  # again
     assert [reply.arrays for reply in get(asked)] == [{}]
-    asked = server.do(server.desk.broadcast, "train", HELD, 2)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 2)
     one.obey("train")
     assert [reply.arrays for reply in get(asked)] == [{}]
-    assert server.hub.seats[0].answers == 2  # five others were to no request
+    assert server.hub.records[0].answers == 2  # five others were to no request
 
 
 @pytest.mark.parametrize(
@@ -407,12 +407,12 @@ def test_nothing_that_a_device_sends_stops_the_server(chain: Callable[[int], Cha
 def test_a_failure_is_the_runs_whatever_it_says(chain: Callable[[int], Chain], detail: str, last: str) -> None:
     server = chain(1)
     (one,) = server.gathered()
-    asked = server.do(server.desk.broadcast, "train", HELD, 3)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 3)
     digest = one.request().name.digest
     one.send(failure=pb.Failure(digest=digest, stage="gradient", detail=detail, round=3))
     with pytest.raises(ClientError, match="client 0 failed in round 3 while computing its gradient"):
         get(asked)
-    assert server.hub.seats[0].error == last
+    assert server.hub.records[0].error == last
 
 
 def test_the_last_word_is_read_before_the_call_is_over(chain: Callable[[int], Chain]) -> None:
@@ -439,7 +439,7 @@ def test_the_last_word_is_read_before_the_call_is_over(chain: Callable[[int], Ch
 def test_a_wait_says_what_it_waits_for_and_ends_when_the_run_is_to_stop(chain: Callable[[int], Chain]) -> None:
     server = chain(2)
     one, two = server.gathered()
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     one.obey("train")
     two.close()
     until(lambda: any(each.startswith("waiting for client 1 (away") for each in server.said))
@@ -451,7 +451,7 @@ def test_a_wait_says_what_it_waits_for_and_ends_when_the_run_is_to_stop(chain: C
 def test_who_has_lost_a_request_gets_it_again(chain: Callable[[int], Chain]) -> None:
     server = chain(1)
     (one,) = server.gathered()
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     first = one.request()
     assert one.request() == first  # it has said, to a ping, that it is not busy
     one.answer(first)
@@ -464,14 +464,14 @@ def test_silence_is_counted_from_a_ping(chain: Callable[[int], Chain], monkeypat
     server = chain(1)
     (one,) = server.gathered()
     time.sleep(1.3)  # idle for longer than a pong may take
-    asked = server.do(server.desk.broadcast, "train", HELD, 1)
+    asked = server.do(server.dispatcher.broadcast, "train", HELD, 1)
     assert one.read("ping").number == 2  # the stream is still there
     one.answer(one_request := Message(Name(RUN, 0, 0, 0, b"", 0), "late", HELD))  # any word will do
     assert one_request.kind == "late"
     assert one.read("ping").number == 2
     for frame in one.frames:  # and now no word follows
         assert frame.WhichOneof("frame") == "ping"
-    assert "silent for 1.2 s" in server.hub.seats[0].error
+    assert "silent for 1.2 s" in server.hub.records[0].error
     back = server.stub(0).ready(term=server.hub.term, live=True)
     back.obey("train")
     get(asked)
@@ -513,14 +513,14 @@ def test_enough_answers_are_enough(chain: Callable[[int], Chain]) -> None:
     for _ in range(8):
         began = time.monotonic()
         asked = server.do(
-            lambda: [i for i, _ in server.desk.ask("train", dict.fromkeys(range(3), HELD), 1, 0, quorum=2)]
+            lambda: [i for i, _ in server.dispatcher.ask("train", dict.fromkeys(range(3), HELD), 1, 0, quorum=2)]
         )
         for stub in stubs[:2]:
             stub.obey("train")
         assert get(asked) == [0, 1]
     assert time.monotonic() - began < 0.4
     newest = [stubs[2].request() for _ in range(8)][-1]
-    asked = server.do(server.desk.broadcast, "snapshot", HELD, 8)
+    asked = server.do(server.dispatcher.broadcast, "snapshot", HELD, 8)
     stubs[2].answer(newest)  # too late
     for stub in stubs:
         stub.obey("snapshot")
@@ -540,7 +540,7 @@ def test_a_device_that_does_not_read_is_not_sent_more_and_more() -> None:
 
 
 def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two: the last clients answer first, and the first, whom all wait for, has room all the same."""
+    """Backpressure for two: the last clients answer first, and the first, whom all wait for, has room all the same."""
     size = 3 * PIECE
     monkeypatch.setattr(backpressure, "STAGE", 2 * size)
     monkeypatch.setattr(streams, "_PONG", 1.0)
@@ -551,7 +551,7 @@ def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch:
     def ask() -> list[int]:
         nonlocal most
         found = []
-        for client, _ in server.desk.ask("train", dict.fromkeys(range(5), HELD), 1, size):
+        for client, _ in server.dispatcher.ask("train", dict.fromkeys(range(5), HELD), 1, size):
             most = max(most, server.hub.streams.room.taken)
             found.append(client)
         return found
@@ -559,7 +559,7 @@ def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch:
     asked = server.do(ask)
     for stub in stubs[:0:-1]:
         stub.answer(stub.request(), octets(size))
-    blocked = lambda: sum(seat.stream is not None and seat.stream.blocked for seat in server.hub.seats)  # noqa: E731
+    blocked = lambda: sum(seat.stream is not None and seat.stream.blocked for seat in server.hub.records)  # noqa: E731
     until(lambda: blocked() == 2)
     time.sleep(2.5)  # longer than silence may last: who is not read from is not silent
     assert blocked() == 2
@@ -578,7 +578,7 @@ def test_half_an_answer_gives_its_room_back(chain: Callable[[int], Chain], monke
     monkeypatch.setattr(backpressure, "STAGE", size)
     server = chain(1)
     (one,) = server.gathered()
-    asked = server.do(lambda: list(server.desk.ask("train", {0: HELD}, 1, size)))
+    asked = server.do(lambda: list(server.dispatcher.ask("train", {0: HELD}, 1, size)))
     for _ in range(3):
         question = one.request()
         one.send(piece=next(pieces(Message(question.name, "train", octets(size)))))
@@ -597,7 +597,7 @@ def test_what_a_newcomer_answers_has_room_whatever_waits(
     monkeypatch.setattr(backpressure, "STAGE", size)
     server, stubs = all_fitted(chain, 4)
     stubs[3].close()
-    asked = server.do(lambda: list(server.desk.ask("train", dict.fromkeys(range(4), HELD), 1, size)))
+    asked = server.do(lambda: list(server.dispatcher.ask("train", dict.fromkeys(range(4), HELD), 1, size)))
     for stub in stubs[1:3]:
         stub.answer(stub.request(), octets(size))
     until(lambda: server.hub.streams.room.taken == 2 * size)  # all that there is

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedsample import compression, estimators, protocol
-from fedsample.clients.client_stack import Worker
+from fedsample.clients.client_stack import ClientStack
 from fedsample.compression import LinkKeys
 from fedsample.errors import DataError
 from fedsample.estimators import DenseDownlink, Ef21P, Turn, Uplink
@@ -212,7 +212,7 @@ def test_a_spoiled_request_is_refused(spoil: Spoil) -> None:
 
 
 def answer_of(uplink: Uplink, request: Request, client: int, dtype: torch.dtype) -> Answer:
-    worker = Worker(quadratic(dtype).client(client), uplink, SEED, CHAINS, torch.tensor([client]))
+    worker = ClientStack(quadratic(dtype).client(client), uplink, SEED, CHAINS, torch.tensor([client]))
     return worker.answer(request)
 
 
@@ -257,7 +257,7 @@ def test_exact_outputs_there_and_back() -> None:
     request = Request(0, points, frozenset(EXACT), vector=vectors)
     forms = protocol.exact_forms(request, clients.blocks())
     uplink = uplink_of("dense", "identity", 1.0)
-    worker = Worker(clients.client(1), uplink, SEED, CHAINS, torch.tensor([1]))
+    worker = ClientStack(clients.client(1), uplink, SEED, CHAINS, torch.tensor([1]))
     answer = worker.answer(request)
     parcel = protocol.pack_answer(answer, request, 1, uplink)
     upload, exact = protocol.unpack_answer(parcel, 1, None, 0, forms, uplink)

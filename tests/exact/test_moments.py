@@ -65,7 +65,7 @@ def doubt_of(described: Coordinate, step: float) -> float:
     return 2 * gamma(roundings) * described.curvature * float(np.abs(moments).max())
 
 
-def doubts(exact: Chain, described: Coordinate, step: float) -> float:
+def run_warnings(exact: Chain, described: Coordinate, step: float) -> float:
     """Of a bias by the map and one by the package together; both are infinite where they say so."""
     if not exact.radius < 1:
         return 0.0
@@ -131,7 +131,7 @@ def test_dense_closed_forms(step: float, curvature: float) -> None:
     assert langevin.spread()[0] == pytest.approx(
         1 / (curvature * (1 - step * curvature / 2)), abs=seen(doubt(langevin))
     )
-    assert described.bias(step) == pytest.approx(excess(langevin), abs=seen(doubts(langevin, described, step)))
+    assert described.bias(step) == pytest.approx(excess(langevin), abs=seen(run_warnings(langevin, described, step)))
     baoab, described = pair(([curvature], [0.5]), "baoab", "dense", step)
     assert baoab.spread()[0] == pytest.approx(1 / curvature, abs=seen(doubt(baoab)))
     assert baoab.whole_momenta()[0] == pytest.approx(1 - step**2 * curvature / 4, abs=seen(4 * doubt(baoab)))
@@ -302,7 +302,7 @@ def test_equal_clients_are_exact(
 ) -> None:
     exact, described = pair(EQUAL, sampler, uplink, step, arrive=arrive, prior=prior, see=see)
     want = excess(exact) if exact.radius < 1 else math.inf
-    assert described.bias(step) == pytest.approx(want, abs=seen(doubts(exact, described, step), 1 + want))
+    assert described.bias(step) == pytest.approx(want, abs=seen(run_warnings(exact, described, step), 1 + want))
 
 
 @pytest.mark.parametrize("arrive", [1.0, 0.6])
@@ -314,7 +314,7 @@ def test_unequal_clients_without_memories_are_exact(
 ) -> None:
     """Their noise depends on the clients through sum lam_i^2 and the force alone."""
     exact, described = pair(R4, sampler, uplink, step, arrive=arrive, prior=0.4, see=see)
-    assert described.bias(step) == pytest.approx(excess(exact), abs=seen(doubts(exact, described, step)))
+    assert described.bias(step) == pytest.approx(excess(exact), abs=seen(run_warnings(exact, described, step)))
 
 
 @pytest.mark.parametrize("arrive", [1.0, 0.6])
@@ -399,7 +399,7 @@ def test_disagreement_of_clients(sampler: str, uplink: str, arrive: float) -> No
     near, described_near = pair(R4, sampler, uplink, 0.01, arrive=arrive)
     far, described_far = pair((R4[0], [10 * a for a in R4[1]]), sampler, uplink, 0.01, arrive=arrive)
     heated = excess(far) - excess(near)
-    own = doubts(near, described_near, 0.01) + doubts(far, described_far, 0.01)
+    own = run_warnings(near, described_near, 0.01) + run_warnings(far, described_far, 0.01)
     assert described_far.bias(0.01) - described_near.bias(0.01) == pytest.approx(heated, abs=seen(own, 100.0))
     if uplink == "direct" or (uplink == "dense" and arrive < 1):
         assert heated > 0.1

@@ -13,7 +13,7 @@ from moment_maps import Array, Chain, coordinate, independent_pairs
 
 import fedsample
 from fedsample.compression import QSGD, LinkKeys, Natural, PermK, build
-from fedsample.preparation.curvature import Terrain
+from fedsample.preparation.curvature import GeometryProbe
 from fedsample.preparation.step_rule import _weighted
 from fedsample.theory.covariance import Covariance
 from fedsample.theory.moments import Coordinate
@@ -215,7 +215,7 @@ def test_the_step_under_client_sampling_knows_whose_noise_it_is(
         "fleet": {"participation": 2},
     }
     told = fedsample.run(config, out=tmp_path / "told", progress="quiet").summary["step_size"]
-    monkeypatch.setattr(Terrain, "concentration", lambda self: torch.ones(8, dtype=torch.float64))
+    monkeypatch.setattr(GeometryProbe, "concentration", lambda self: torch.ones(8, dtype=torch.float64))
     blind = fedsample.run(config, out=tmp_path / "blind", progress="quiet").summary["step_size"]
     assert told < 0.95 * blind
 

@@ -12,7 +12,7 @@ import torch
 from fedsample.clients.device_data import DataSource, DeviceData
 from fedsample.config import Experiment, load
 from fedsample.errors import DataError
-from fedsample.fleets.grpc.device.replica import Resident
+from fedsample.fleets.grpc.device.replica import Replica
 from fedsample.fleets.grpc.framing.frames import Message, Name
 from fedsample.protocol import EXACT_QUERY, TRAIN, Outgoing
 from fedsample.protocol.exchange import ESTIMATE, Request
@@ -41,7 +41,7 @@ class Server:
 
     def __init__(self, folder: Path, data: Path, experiment: Experiment, term: int = 1) -> None:
         self.held = DeviceData(experiment, 0, 1, DataSource(str(data)))
-        self.resident = Resident(folder, RUN, experiment, 0, 1, self.held)
+        self.resident = Replica(folder, RUN, experiment, 0, 1, self.held)
         self.term, self.sequence = term, 0
 
     def message(self, kind: str, parcel: Parcel, round: int = 0) -> Message:

@@ -1,7 +1,7 @@
 r"""Gradients from minibatches, and what a reference takes away of their noise.
 
-Exactly, by enumeration: one chain for every combination of the clients' minibatches, through `Worker`. By simulation,
-where the law is known: on y = theta x + noise with one coefficient a client's minibatch gradient is affine in theta, so
+Exactly, by enumeration: one chain for every combination of the clients' minibatches, through `ClientStack`. By
+simulation, where the law is known: on y = theta x + noise with one coefficient a client's minibatch gradient is affine in theta, so
 that second moments close. With s(f) = sum_i (N_i^2 / b) (N_i - b) / (N_i - 1) var_j(f_ij) and u = theta - mode,
 
     no reference        noise s(grad U_ij at the mode) + s(x^2) u^2
@@ -24,7 +24,7 @@ from rounding import ELEMENTARY, gamma
 from simulation import Estimate, advance
 from torch import Tensor
 
-from fedsample.clients.client_stack import Worker, _TurnOracle
+from fedsample.clients.client_stack import ClientStack, _TurnOracle
 from fedsample.clients.oracle import Reference
 from fedsample.compression import Identity as Whole
 from fedsample.estimators import Dense, Diana, Direct, Ef21, Links, Marina, Uplink
@@ -88,7 +88,7 @@ def asked(reference: Place | None = None, since: int = 0, previous: Place | None
 
 def uploads(uplink: Uplink, request: Request) -> Tensor:
     """(n, C, d) what a server reads, for every combination of minibatches."""
-    worker = Worker(logistic(), uplink, 0, len(BATCHES), torch.arange(2), batch_size=BATCH)
+    worker = ClientStack(logistic(), uplink, 0, len(BATCHES), torch.arange(2), batch_size=BATCH)
     upload = worker.answer(request).upload
     assert upload is not None
     return uplink.decompress(upload, request.sync, request.active, 2)

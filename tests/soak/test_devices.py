@@ -60,7 +60,7 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
 
 
 def resident(process: Command) -> float:
-    """Resident size in MB."""
+    """Replica size in MB."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from fedsample.clients.device_data import DataSource, DeviceData
 from fedsample.config.loading import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.device.connection import Attendant, prepare_threads
-from fedsample.fleets.grpc.device.replica import Resident
+from fedsample.fleets.grpc.device.connection import Connection, prepare_threads
+from fedsample.fleets.grpc.device.replica import Replica
 
 
-def attendant(target: str, index: int, devices: int, state: Path, data: str) -> Attendant:
-    def found(welcome: pb.Welcome) -> Resident:
+def attendant(target: str, index: int, devices: int, state: Path, data: str) -> Connection:
+    def found(welcome: pb.Welcome) -> Replica:
         prepare_threads(1)
         experiment = reread(welcome.config)
         own = data.endswith(".npz")
@@ -22,9 +22,9 @@ def attendant(target: str, index: int, devices: int, state: Path, data: str) -> 
         )
         held = DeviceData(experiment, index, devices, source)
         folder = state / f"{welcome.run.hex()}-{index}"
-        return Resident(folder, welcome.run, experiment, index, devices, held)
+        return Replica(folder, welcome.run, experiment, index, devices, held)
 
-    return Attendant(target, None, index, found)
+    return Connection(target, None, index, found)
 
 
 async def attend(target: str, devices: int, state: Path, data: str) -> None:

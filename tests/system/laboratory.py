@@ -22,7 +22,7 @@ from device_pool import attendant
 
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.device import connection
-from fedsample.fleets.grpc.device.connection import Attendant
+from fedsample.fleets.grpc.device.connection import Connection
 from fedsample.fleets.grpc.framing.version import SERVICE
 from fedsample.fleets.grpc.server import hub, streams
 
@@ -68,7 +68,7 @@ class Laboratory:
         self.folder, self.devices, self.server, self.data, self.meddling = folder, devices, server, data, meddling
         self.errors: dict[int, BaseException] = {}
         self.kills = 0
-        self._running: dict[int, tuple[Attendant, asyncio.Task[Any]]] = {}
+        self._running: dict[int, tuple[Connection, asyncio.Task[Any]]] = {}
         self._before: dict[tuple[bool, int], list[list[bytes]]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -135,11 +135,11 @@ class Laboratory:
         device = self.device(index)
         self._running[index] = device, asyncio.create_task(self._attend(index, device))
 
-    def device(self, index: int, disk: str = "") -> Attendant:
+    def device(self, index: int, disk: str = "") -> Connection:
         target, data = f"127.0.0.1:{self.port}", self.data.format(index)
         return attendant(target, index, self.devices, self.folder / disk, data)
 
-    async def _attend(self, index: int, device: Attendant) -> None:
+    async def _attend(self, index: int, device: Connection) -> None:
         try:
             await device.attend()
         except Exception as error:

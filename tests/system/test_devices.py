@@ -159,7 +159,7 @@ def test_a_lost_disk_forks_the_chain_and_the_fork_can_be_replayed(
 
 BAD_MOMENTS = (
     (
-        ["fedsample.fleets.grpc.server.dispatcher.Desk.tell"],
+        ["fedsample.fleets.grpc.server.dispatcher.Dispatcher.tell"],
         3,
     ),  # the devices have agreed on the schema, not on the scale
     (["fedsample.fleets.grpc.server.fleet.GrpcFleet.exchange"], 2),  # while the mode is looked for

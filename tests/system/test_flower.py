@@ -27,7 +27,7 @@ import fedsample
 from fedsample import protocol
 from fedsample.clients import app as client_module
 from fedsample.clients.app import client_app
-from fedsample.clients.client_stack import Worker
+from fedsample.clients.client_stack import ClientStack
 from fedsample.compression import Packet
 from fedsample.config import Experiment, dump_toml, load
 from fedsample.config.loading import of_run_config
@@ -422,14 +422,14 @@ def test_an_arrival_is_a_probability() -> None:
 
 def test_a_failure_names_client_round_and_stage_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, fleet = started()
-    original = Worker.answer
+    original = ClientStack.answer
 
-    def failing(self: Worker, request: Request) -> Any:
+    def failing(self: ClientStack, request: Request) -> Any:
         if self.indices.tolist() == [2] and request.round == 2:
             raise ValueError("the battery is empty")
         return original(self, request)
 
-    monkeypatch.setattr(Worker, "answer", failing)
+    monkeypatch.setattr(ClientStack, "answer", failing)
     state = reference.sampler.begin(reference.prepared.start)
     _, state, _ = advance(reference.sampler, state, fleet, 1)
     assert isinstance(fleet.grid, LoopbackGrid)

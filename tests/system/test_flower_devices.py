@@ -27,8 +27,8 @@ from fedsample.errors import ConfigError, QuorumError, RunDirectoryError
 from fedsample.fleets.flower_grid import AppFolder, FlowerRun, adapter, imported, node_id, read_app, run_flower
 from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.device import process
-from fedsample.fleets.grpc.device.connection import Attendant, Watching
-from fedsample.fleets.grpc.device.process import Presence
+from fedsample.fleets.grpc.device.connection import Connection, Watching
+from fedsample.fleets.grpc.device.process import DeviceOptions
 from fedsample.fleets.grpc.flower_app.carrier import FLOWER, message_in, parcel_of
 from fedsample.fleets.grpc.flower_app.host import serve_app
 from fedsample.fleets.grpc.flower_app.node import FILE, FlowerNode, run_config_in
@@ -267,7 +267,7 @@ def served(
     attending: list[asyncio.Task[str]] = []
 
     async def attend(port: int) -> None:
-        def device(index: int) -> Attendant:
+        def device(index: int) -> Connection:
             def found(welcome: pb.Welcome) -> FlowerNode:
                 place = folder / f"{index}"
                 place.mkdir(exist_ok=True)
@@ -275,7 +275,7 @@ def served(
                 assert config is not None
                 return FlowerNode(place, welcome.run, welcome.client, welcome.clients, app, config)
 
-            return Attendant(f"127.0.0.1:{port}", None, index, found)
+            return Connection(f"127.0.0.1:{port}", None, index, found)
 
         fleet = [device(index) for index in range(clients)]
         attending.extend(asyncio.create_task(each.attend()) for each in fleet)
@@ -334,7 +334,7 @@ def test_a_device_that_stays_away_is_gone(tmp_path: Path) -> None:
         codes.extend(reply.error.code for reply in replies if reply.has_error())
         assert len(replies) == 2
         assert list(grid.get_node_ids()) == [node_id(0)]
-        until(lambda: main.__dict__["hub"].seats[1].asked is None, seconds=5)  # it is not asked that again
+        until(lambda: main.__dict__["hub"].records[1].asked is None, seconds=5)  # it is not asked that again
         assert [seen(reply) for reply in ask(grid)] == [2]
 
     run, said = served(main, client_app(leaving), tmp_path, 2, patience=0.3)
@@ -440,7 +440,7 @@ def test_options_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
 
 def test_each_side_says_when_the_other_runs_something_else(tmp_path: Path) -> None:
     apps, samples = '[flower]\nname = "x"\n[config]\n', "rounds = 3\n"
-    named = Presence("", None, 0, tmp_path, "cpu", "digits", None, None, None, None, True)
+    named = DeviceOptions("", None, 0, tmp_path, "cpu", "digits", None, None, None, None, True)
     with pytest.raises(ConfigError, match="add --app"):
         process._sampling(named, Watching(""), lambda welcome: tmp_path)(pb.Welcome(config=apps))
     (tmp_path / "stock.py").write_text("from flwr.clientapp import ClientApp\napp = ClientApp()\n")

@@ -40,7 +40,9 @@ class FlowerFleet(RemoteFleet):
     """A federation of Flower ClientApps made by `fedsample.clients.app.client_app`.
 
     Args:
-        grid: of a running ServerApp. federation: who the clients are. timeout: seconds to wait for replies.
+        grid: of a running ServerApp.
+        federation: who the clients are.
+        timeout: seconds to wait for replies.
     """
 
     def __init__(self, grid: Grid, federation: Federation, *, timeout: float = TIMEOUT) -> None:
@@ -123,7 +125,7 @@ class FlowerFleet(RemoteFleet):
         """
         return self.collect(dispatch, self.roster.sort(replies, dispatch.request.round).items())
 
-    def _bear(self, missing: list[int], request: Request) -> None:
+    def _allow_missing(self, missing: list[int], request: Request) -> None:
         if self.arrival is None or ESTIMATE not in request.outputs or self._whole(request):
             raise self.roster.quorum(missing, f"round {request.round}" if request.round else "preparation")
 

@@ -24,8 +24,10 @@ class Roster:
     """The clients of a federation, whatever nodes they run on.
 
     Args:
-        grid: of a running ServerApp. n: clients. terms: what each must compute, see `protocol.terms`. timeout: seconds
-            to wait for nodes and for replies.
+        grid: of a running ServerApp.
+        n: clients.
+        terms: what each must compute, see `protocol.terms`.
+        timeout: seconds to wait for nodes and for replies.
     """
 
     def __init__(self, grid: Grid, n: int, terms: Mapping[str, int | str], timeout: float) -> None:

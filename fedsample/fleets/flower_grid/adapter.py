@@ -276,7 +276,9 @@ def unavailable(what: str, run_id: int, message_id: str, sent: Metadata | None =
 
     Args:
         what: "message": expired, or never sent. "reply": it came and has expired. "node": it is gone.
-        run_id: of the grid. message_id: of what was asked. sent: its metadata, where they are known.
+        run_id: of the grid.
+        message_id: of what was asked.
+        sent: its metadata, where they are known.
     """
     code, reason = _reasons()[what]
     metadata = Metadata(

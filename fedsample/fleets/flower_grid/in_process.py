@@ -53,8 +53,11 @@ class InProcess:
     node; when half the time that it has is over, another thread takes its place for the other nodes.
 
     Args:
-        app: what every node runs. node_configs: what each node's context says of it, `partition-id` and
-            `num-partitions` among it; the order of clients. run_config: of every context. workers: threads, >= 1.
+        app: what every node runs.
+        node_configs: what each node's context says of it, `partition-id` and `num-partitions` among it; the order of
+            clients.
+        run_config: of every context.
+        workers: threads, >= 1.
     """
 
     fixed = True

@@ -25,9 +25,11 @@ class FlowerRun:
     """What is left when a ServerApp has returned.
 
     Attributes:
-        context: the ServerApp's; what it keeps of a run lies in `context.state`. clients: the nodes' contexts, by
-            partition, where the nodes are in this process. answered: replies with content. failed: replies with an
-            error. seconds: from start to end.
+        context: the ServerApp's; what it keeps of a run lies in `context.state`.
+        clients: the nodes' contexts, by partition, where the nodes are in this process.
+        answered: replies with content.
+        failed: replies with an error.
+        seconds: from start to end.
     """
 
     context: Context
@@ -52,9 +54,12 @@ def run_flower(
     the order of partitions, and replies are handed over in that order with any number. Several runs may go on at once.
 
     Args:
-        server_app: any. client_app: any. num_clients: nodes, each with `partition-id` and `num-partitions` in its
-            node configuration. run_config: of all contexts; nested tables become dotted keys. node_config: what else
-            the nodes' configurations hold, the same for all or one for each. workers: ClientApps at a time.
+        server_app: any.
+        client_app: any.
+        num_clients: nodes, each with `partition-id` and `num-partitions` in its node configuration.
+        run_config: of all contexts; nested tables become dotted keys.
+        node_config: what else the nodes' configurations hold, the same for all or one for each.
+        workers: ClientApps at a time.
 
     Returns:
         The contexts at the end, and what was sent.

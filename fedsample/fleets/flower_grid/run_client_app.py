@@ -17,7 +17,9 @@ def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message,
     """A node's reply, and what it remembers afterwards.
 
     Args:
-        app: the node's. message: its own, the app may change it. context: stays as it is.
+        app: the node's.
+        message: its own, the app may change it.
+        context: stays as it is.
 
     Returns:
         The app's reply, or an error with Flower's code if it raises, returns nothing or replies to something else. And

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from fedsample.fleets.grpc.device.connection import Watching
-    from fedsample.fleets.grpc.server.client_record import Seat
+    from fedsample.fleets.grpc.server.client_record import ClientRecord
 
 _ROWS = 40  # devices that fit on a screen; then those that need attention come first
 _ORDER = {"not here yet": 0, "away": 1, "joining": 2, "ready": 3, "working": 4, "idle": 5}
@@ -27,18 +27,18 @@ _STATUS = 60.0  # seconds between two lines of a device
 class FleetProgress(Progress):
     """The progress of a run with devices: on a terminal a line of progress under a table that renews itself."""
 
-    _seats: Sequence[Seat] = ()
+    _seats: Sequence[ClientRecord] = ()
     _words = ""
     _stage = ""
     _when = 0.0  # of the last drawing
     _gap = _SOON
     _due = 0.0
 
-    def watch(self, seats: Sequence[Seat]) -> None:
+    def watch(self, records: Sequence[ClientRecord]) -> None:
         """Show these devices from now on, where there is a terminal."""
         from rich.live import Live
 
-        self._seats = seats
+        self._seats = records
         console = self._terminal()
         if self._mode != "auto" or not console.is_terminal or console.is_dumb_terminal:
             return
@@ -85,8 +85,8 @@ class FleetProgress(Progress):
     def _line(self) -> str:
         """What stands under the table."""
         now = time.monotonic()
-        away = [seat for seat in self._seats if seat.stream is None]
-        missing = ", ".join(seat.account(now) for seat in away[:8]) + (", ..." if len(away) > 8 else "")
+        away = [record for record in self._seats if record.stream is None]
+        missing = ", ".join(record.account(now) for record in away[:8]) + (", ..." if len(away) > 8 else "")
         if self._stage:
             still = f"; missing: {missing}" if away and not self._stage.startswith("waiting") else ""
             return f"{self._stage} ...{still}"
@@ -96,7 +96,7 @@ class FleetProgress(Progress):
         return line + (f"waiting for {missing}" if away and now - self._when > _STALE else self._words)
 
 
-def fleet_table(seats: Sequence[Seat]) -> RenderableType:
+def fleet_table(records: Sequence[ClientRecord]) -> RenderableType:
     """A row a device: state, round, latency, bytes, connections; below, a line for each device's last error."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
@@ -107,18 +107,25 @@ def fleet_table(seats: Sequence[Seat]) -> RenderableType:
     table = Table(box=SIMPLE_HEAD)
     for name in ("device", "state", "round", "latency", "up", "down", "connections"):
         table.add_column(name, no_wrap=True, justify="left" if name == "state" else "right")
-    shown = sorted(seats, key=lambda seat: (_ORDER.get(seat.state, 9), seat.client)) if len(seats) > _ROWS else seats
-    for seat in shown[:_ROWS]:
-        lag = f"{1e3 * statistics.median(list(seat.latencies)):.1f} ms" if seat.latencies else "-"
-        state = seat.state
+    shown = (
+        sorted(records, key=lambda record: (_ORDER.get(record.state, 9), record.client))
+        if len(records) > _ROWS
+        else records
+    )
+    for record in shown[:_ROWS]:
+        lag = f"{1e3 * statistics.median(list(record.latencies)):.1f} ms" if record.latencies else "-"
+        state = record.state
         table.add_row(
-            str(seat.client), Text(f"away {span(now - seat.since)}", style="red") if state == "away" else state,
-            str(seat.round or "-"), lag, size_of(seat.received[1]), size_of(seat.sent[1]), str(seat.connections),
+            str(record.client), Text(f"away {span(now - record.since)}", style="red") if state == "away" else state,
+            str(record.round or "-"), lag, size_of(record.received[1]), size_of(record.sent[1]),
+            str(record.connections),
         )  # fmt: skip
-    if len(seats) > _ROWS:
-        table.caption = f"and {len(seats) - _ROWS} more"
-    wrong = [seat for seat in shown if seat.error][:_ERRORS]
-    errors = [Text(f"last error of {seat.client}: {seat.error}", overflow="ellipsis", no_wrap=True) for seat in wrong]
+    if len(records) > _ROWS:
+        table.caption = f"and {len(records) - _ROWS} more"
+    wrong = [record for record in shown if record.error][:_ERRORS]
+    errors = [
+        Text(f"last error of {record.client}: {record.error}", overflow="ellipsis", no_wrap=True) for record in wrong
+    ]
     return Group(table, *errors)
 
 

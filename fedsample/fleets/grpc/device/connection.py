@@ -65,7 +65,8 @@ class Answering(Protocol):
     """A device's half of one run.
 
     Attributes:
-        trace: how far the last request has come. round: of the last one that was answered.
+        trace: how far the last request has come.
+        round: of the last one that was answered.
     """
 
     trace: Trace
@@ -86,10 +87,16 @@ class Watching:
     """What a device shows of itself.
 
     Attributes:
-        state: in a few words. round: last one answered. answers, connections: counts. received, sent: bytes of frames.
-        latencies: seconds of computing, the last few. error, erred: the last thing that went wrong, and when.
-        until: when the next attempt to connect is due. farewell: why the server left, until it is back. changed: called
-            when the state is another. say: says something to whoever looks on.
+        state: in a few words.
+        round: last one answered.
+        answers, connections: counts.
+        received, sent: bytes of frames.
+        latencies: seconds of computing, the last few.
+        error, erred: the last thing that went wrong, and when.
+        until: when the next attempt to connect is due.
+        farewell: why the server left, until it is back.
+        changed: called when the state is another.
+        say: says something to whoever looks on.
     """
 
     server: str = ""
@@ -120,15 +127,16 @@ class Watching:
         self.error, self.erred = reason, time.monotonic()
 
 
-class Attendant:
+class Connection:
     """One device of a fleet, for as long as it is wanted.
 
     Args:
-        target: host:port. credentials: of the device; None: plaintext. claimed: which client it is, where no
-            certificate says so. found: makes the device's half of a run, from what the server tells about it; called in
-            the computing thread.
-        attempts: failures to connect in a row after which it gives up; None: never. doctor: the command that examines
-            the way to the server.
+        target: host:port.
+        credentials: of the device; None: plaintext.
+        claimed: which client it is, where no certificate says so.
+        found: makes the device's half of a run, from what the server tells about it; called in the computing thread.
+        attempts: failures to connect in a row after which it gives up; None: never.
+        doctor: the command that examines the way to the server.
     """
 
     def __init__(
@@ -282,25 +290,25 @@ class Attendant:
             self._resident[1].add_done_callback(lambda done: done.cancelled() or done.exception())
         watching.to("reading the data")
         try:  # it is read once, whatever happens to the stream meanwhile
-            resident = await asyncio.shield(self._resident[1])
+            replica = await asyncio.shield(self._resident[1])
         except (ConfigError, DataError, RunDirectoryError) as error:
             await self._send(call, pb.DeviceFrame(failure=pb.Failure(stage="data", detail=str(error), round=-1)))
             await call.done_writing()
             raise
-        standing = resident.standing
+        standing = replica.standing
         ready = pb.Ready(
             run=welcome.run, term=standing.term, live=standing.live, snapshots=standing.snapshots,
             schema=standing.schema,
         )  # fmt: skip
         await self._send(call, pb.DeviceFrame(ready=ready))
         watching.to("connected")
-        return resident
+        return replica
 
     async def _work(
         self, call: Any, requests: asyncio.Queue[Message], welcome: asyncio.Future[pb.Welcome]
     ) -> str | None:
         """Answer requests, one after the other, for as long as the stream lasts; only the last one is still wanted."""
-        resident, watching = await self._enter(call, await welcome), self.watching
+        replica, watching = await self._enter(call, await welcome), self.watching
         while True:
             self._busy = False
             message = await requests.get()
@@ -309,9 +317,9 @@ class Attendant:
             self._busy, began = True, time.monotonic()
             watching.to("computing")
             try:
-                answer = await self._answered(resident, message)
+                answer = await self._answered(replica, message)
             except Exception as error:
-                trace = resident.trace
+                trace = replica.trace
                 reason = f"{type(error).__name__}: {error}"
                 plain = isinstance(error, RunDirectoryError)  # a full disk is nobody's defect: words suffice
                 failure = pb.Failure(
@@ -326,20 +334,20 @@ class Attendant:
             if answer is not None:
                 for frame in frames(answer):
                     await self._send(call, frame)
-                watching.round, watching.answers = resident.round, watching.answers + 1
+                watching.round, watching.answers = replica.round, watching.answers + 1
             watching.to("connected")
 
-    async def _answered(self, resident: Answering, message: Message) -> Message | None:
+    async def _answered(self, replica: Answering, message: Message) -> Message | None:
         """A request's answer, and how long estimates take."""
         if message.kind != TRAIN:
-            return (await self._compute(_timed, resident.answer, message))[0]  # type: ignore[no-any-return]
+            return (await self._compute(_timed, replica.answer, message))[0]  # type: ignore[no-any-return]
         if self._brief < STEADY:
-            timed: tuple[Message | None, float, int] = await self._compute(_timed, resident.answer, message)
+            timed: tuple[Message | None, float, int] = await self._compute(_timed, replica.answer, message)
             answer, spent, self._threads = timed
         else:
             torch.set_num_threads(self._threads)  # the setting is a thread's own, and sums depend on it
             began = time.perf_counter()
-            answer = resident.answer(message)
+            answer = replica.answer(message)
             spent = time.perf_counter() - began
             await asyncio.sleep(0)  # the next device of this process computes first, its code and data still at hand
         self._brief = self._brief + 1 if spent < BRIEF else 0

@@ -16,8 +16,8 @@ from fedsample.config.loading import reread
 from fedsample.data.device_files import check_source, is_builtin
 from fedsample.errors import ConfigError, Interrupted, RunDirectoryError
 from fedsample.fleets.grpc import fedsample_pb2 as pb
-from fedsample.fleets.grpc.device.connection import Answering, Attendant, Refused, Watching, prepare_threads
-from fedsample.fleets.grpc.device.replica import Resident
+from fedsample.fleets.grpc.device.connection import Answering, Connection, Refused, Watching, prepare_threads
+from fedsample.fleets.grpc.device.replica import Replica
 from fedsample.fleets.grpc.display import device_display
 from fedsample.fleets.grpc.framing.version import run_id
 from fedsample.fleets.grpc.security.address import check_insecure, parse_address
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from io import BufferedWriter
 
 
-class Presence(NamedTuple):
+class DeviceOptions(NamedTuple):
     """What a device is started with.
 
     Attributes:
@@ -60,7 +60,7 @@ class Presence(NamedTuple):
     app: str | None = None
 
 
-def take_part(presence: Presence) -> str:
+def take_part(options: DeviceOptions) -> str:
     """Serve until the run has ended -> the server's farewell.
 
     Raises:
@@ -69,10 +69,10 @@ def take_part(presence: Presence) -> str:
     """
     from rich.console import Console
 
-    if presence.certs is None:
-        address, credentials = check_insecure(presence.address), None
+    if options.certs is None:
+        address, credentials = check_insecure(options.address), None
     else:
-        address, credentials = parse_address(presence.address), client_credentials(presence.certs)
+        address, credentials = parse_address(options.address), client_credentials(options.certs)
     watching = Watching(str(address))
     folders: list[BufferedWriter] = []
 
@@ -83,50 +83,50 @@ def take_part(presence: Presence) -> str:
     def hold(welcome: pb.Welcome) -> Path:
         """This device's folder of a run, which no other process has."""
         release()  # that of another run, which this server may take up again
-        folder = presence.state / _name(welcome)
+        folder = options.state / _name(welcome)
         folders.append(_locked(folder))
         return folder
 
     with ExitStack() as stack:
         stack.callback(release)
-        entered = _sampling(presence, watching, hold) if presence.app is None else _app(presence.app, hold, stack)
+        entered = _sampling(options, watching, hold) if options.app is None else _app(options.app, hold, stack)
 
         def found(welcome: pb.Welcome) -> Answering:
             if welcome.run != run_id(welcome.nonce, welcome.config):
                 raise Refused("the server's run does not belong to its configuration: it is not a fedsample server's")
             return entered(welcome)
 
-        attendant = Attendant(
-            str(address), credentials, presence.claimed, found, attempts=presence.attempts, watching=watching,
+        connection = Connection(
+            str(address), credentials, options.claimed, found, attempts=options.attempts, watching=watching,
             doctor=f"fedsample doctor net {address} "
-            + ("--insecure" if presence.certs is None else f"--certs {shlex.quote(str(presence.certs))}"),
+            + ("--insecure" if options.certs is None else f"--certs {shlex.quote(str(options.certs))}"),
         )  # fmt: skip
-        stack.callback(attendant.close)
-        with device_display(watching, Console(stderr=True), quiet=presence.quiet):
-            return asyncio.run(_until_told(attendant))
+        stack.callback(connection.close)
+        with device_display(watching, Console(stderr=True), quiet=options.quiet):
+            return asyncio.run(_until_told(connection))
 
 
 def _sampling(
-    presence: Presence, watching: Watching, hold: Callable[[pb.Welcome], Path]
+    options: DeviceOptions, watching: Watching, hold: Callable[[pb.Welcome], Path]
 ) -> Callable[[pb.Welcome], Answering]:
     """What takes part in fedsample's own runs.
 
     Raises:
         ConfigError, DataError: if its options can be used in no run.
     """
-    check_source(presence.data, presence.target, presence.partition, presence.partitions)
-    device_of(presence.device)
+    check_source(options.data, options.target, options.partition, options.partitions)
+    device_of(options.device)
 
     def enter(welcome: pb.Welcome) -> Answering:
         if "flower" in tomllib.loads(welcome.config):
             raise ConfigError("this server runs a Flower app: add --app, its folder or the module:attribute here")
         experiment = reread(welcome.config)
-        place = experiment.fleet.model_copy(update={"device": presence.device})
+        place = experiment.fleet.model_copy(update={"device": options.device})
         experiment = experiment.model_copy(update={"fleet": place})
         prepare_threads(experiment.fleet.threads or 1)
-        source = _source(presence, welcome, watching)
+        source = _source(options, welcome, watching)
         data = DeviceData(experiment, welcome.client, welcome.clients, source)
-        return Resident(hold(welcome), welcome.run, experiment, welcome.client, welcome.clients, data)
+        return Replica(hold(welcome), welcome.run, experiment, welcome.client, welcome.clients, data)
 
     return enter
 
@@ -147,12 +147,12 @@ def _app(app: str, hold: Callable[[pb.Welcome], Path], stack: ExitStack) -> Call
     return enter
 
 
-async def _until_told(attendant: Attendant) -> str:
+async def _until_told(connection: Connection) -> str:
     """Attend until the run ends, or a signal comes."""
     loop, told = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, told.set)
-    attending, waiting = asyncio.create_task(attendant.attend()), asyncio.create_task(told.wait())
+    attending, waiting = asyncio.create_task(connection.attend()), asyncio.create_task(told.wait())
     done, _ = await asyncio.wait({attending, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if attending in done:
         waiting.cancel()
@@ -162,19 +162,19 @@ async def _until_told(attendant: Attendant) -> str:
     raise Interrupted("stopped; start it again with the same options, and the run goes on")
 
 
-def _source(presence: Presence, welcome: pb.Welcome, watching: Watching) -> DataSource:
+def _source(options: DeviceOptions, welcome: pb.Welcome, watching: Watching) -> DataSource:
     """Where the rows come from; a share of a built-in set is this client's own, unless told otherwise."""
     client, clients = welcome.client, welcome.clients
-    partition, partitions = presence.partition, presence.partitions
-    builtin = is_builtin(presence.data)
+    partition, partitions = options.partition, options.partitions
+    builtin = is_builtin(options.data)
     if builtin and partition is None and partitions is None:
         partition, partitions = client, clients
     elif builtin and None not in (partition, partitions) and (partition, partitions) != (client, clients):
         watching.say(
-            f"note: client {client} of {clients} takes partition {partition} of {partitions} of {presence.data}; rows "
+            f"note: client {client} of {clients} takes partition {partition} of {partitions} of {options.data}; rows "
             "that two devices hold count twice, and rows that none holds do not count"
         )
-    return DataSource(presence.data, presence.target, partition, partitions)
+    return DataSource(options.data, options.target, partition, partitions)
 
 
 def _name(welcome: pb.Welcome) -> str:

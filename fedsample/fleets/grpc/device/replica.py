@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from fedsample import protocol
-from fedsample.clients.message_handler import Device, Trace
+from fedsample.clients.message_handler import MessageHandler, Trace
 from fedsample.errors import DataError, RunDirectoryError
 from fedsample.fleets.grpc.framing.frames import Message
 from fedsample.fleets.grpc.framing.headers import Name
@@ -38,12 +38,16 @@ class Standing(NamedTuple):
     schema: str
 
 
-class Resident:
+class Replica:
     """What a device is in one run.
 
     Args:
-        folder: of this run, for snapshots. run: 16 bytes. experiment: the configuration. index: which client. n: how
-            many there are. data: its own.
+        folder: of this run, for snapshots.
+        run: 16 bytes.
+        experiment: the configuration.
+        index: which client.
+        n: how many there are.
+        data: its own.
 
     Raises:
         DataError: if the data are not those with which this device has taken part before. RunDirectoryError: if the
@@ -58,7 +62,7 @@ class Resident:
         # One more than the server, which writes last: if either end finds one damaged, both still have one in common.
         self._store = CheckpointStore(folder, digest=run.hex(), kept=KEPT + 1)
         self._fingerprint_file = folder / "data"
-        self._device: Device | None = None
+        self._device: MessageHandler | None = None
         self._term = 0
         self._sequence = 0
         self._answer: Message | None = None
@@ -125,7 +129,7 @@ class Resident:
         sums = {"sums": self.data.first_sums()} if head.value("sums") is True else {}
         return Parcel(header(), pack_tensors(sums))
 
-    def _snapshot(self, round: int, mark: int, device: Device) -> Parcel:
+    def _snapshot(self, round: int, mark: int, device: MessageHandler) -> Parcel:
         self.trace.stage = "snapshot"
         if round in self._store.rounds():
             self._store.rewind(round - 1)  # of a path that the run has left
@@ -135,7 +139,7 @@ class Resident:
         self._whole.add(round)
         return Parcel(header())
 
-    def _rewind(self, round: int, head: Header, device: Device) -> Parcel:
+    def _rewind(self, round: int, head: Header, device: MessageHandler) -> Parcel:
         """Back to a snapshot; a device that has none begins anew, and says so."""
         self.trace.stage = "rewind"
         if head.value("live") is True:

@@ -33,8 +33,10 @@ class Devices:
     """A carrier to the devices of a hub, which have all been accepted.
 
     Args:
-        hub: their streams. patience: seconds after which a device that is away is gone: what it was sent is answered
-            with Flower's error 5 in its place, and it is no node until it is back. say: told who comes and goes.
+        hub: their streams.
+        patience: seconds after which a device that is away is gone: what it was sent is answered with Flower's error 5
+            in its place, and it is no node until it is back.
+        say: told who comes and goes.
     """
 
     def __init__(self, hub: Hub, patience: float, say: Callable[[str], None] = lambda text: None) -> None:
@@ -87,8 +89,8 @@ class Devices:
     # --- threads ------------------------------------------------------------------------------------------------------
 
     def _gone(self, client: int) -> bool:
-        seat = self._hub.seats[client]
-        return seat.stream is None and time.monotonic() - seat.since > self._patience
+        record = self._hub.records[client]
+        return record.stream is None and time.monotonic() - record.since > self._patience
 
     def _watch(self) -> None:
         """Accept whoever is back, and give up who is gone."""
@@ -98,18 +100,18 @@ class Devices:
                 self._greet(self._hub.newcomers.get(timeout=_LOOK))
             except queue.Empty:
                 pass
-            for seat in self._hub.seats:
-                if (seat.stream is None) != (seat.client in away):
-                    away ^= {seat.client}
-                    self._say(f"client {seat.client} is {'away' if seat.client in away else 'back'}")
-                if self._gone(seat.client):
-                    self._hub.excuse(seat.client)
+            for record in self._hub.records:
+                if (record.stream is None) != (record.client in away):
+                    away ^= {record.client}
+                    self._say(f"client {record.client} is {'away' if record.client in away else 'back'}")
+                if self._gone(record.client):
+                    self._hub.excuse(record.client)
 
     def _greet(self, client: int) -> None:
         """A newcomer needs no telling: what its ClientApp remembers lies on its own disk."""
-        seat = self._hub.seats[client]
-        if seat.stream is not None and seat.stream.ready and not seat.accepted:
-            self._hub.accept(client, seat.stream)
+        record = self._hub.records[client]
+        if record.stream is not None and record.stream.ready and not record.accepted:
+            self._hub.accept(client, record.stream)
 
     def _work(self, client: int) -> None:
         """Carry one message after the other."""

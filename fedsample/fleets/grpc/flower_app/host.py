@@ -33,8 +33,13 @@ def serve_app(
     """Wait for all devices, then run a ServerApp over them -> what is left, no client's context.
 
     Args:
-        app: what devices are told of it. server_app: what runs here. clients: devices. config: of the run.
-            host: where to listen. patience: see `Devices`. say: told who is waited for, comes and goes.
+        app: what devices are told of it.
+        server_app: what runs here.
+        clients: devices.
+        config: of the run.
+        host: where to listen.
+        patience: see `Devices`.
+        say: told who is waited for, comes and goes.
 
     Raises:
         FedSampleError: if the address or the certificates cannot be used. Whatever the ServerApp raises.

@@ -33,8 +33,12 @@ class FlowerNode:
     """What a device is in one run of a Flower app.
 
     Args:
-        folder: of this run, of this device alone. run: 16 bytes. index: which client. n: how many there are.
-            app: what it runs. run_config: the server's.
+        folder: of this run, of this device alone.
+        run: 16 bytes.
+        index: which client.
+        n: how many there are.
+        app: what it runs.
+        run_config: the server's.
 
     Raises:
         RunDirectoryError: if what lies in the folder cannot be read.

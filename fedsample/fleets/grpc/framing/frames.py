@@ -49,7 +49,8 @@ class Sealed:
     """The content of messages, ready to travel: what does not depend on their names is made once for all of them.
 
     Args:
-        kind, parcel: the content. digests: where the arrays' checksums are kept; None: no digest is wanted.
+        kind, parcel: the content.
+        digests: where the arrays' checksums are kept; None: no digest is wanted.
     """
 
     def __init__(self, kind: str, parcel: Parcel, digests: Digests | None = None) -> None:

@@ -31,8 +31,12 @@ class Name(NamedTuple):
     """Which request, or the answer to which.
 
     Attributes:
-        run: 16 bytes. term: rises when the run goes back or forks. round: 0 while the run is prepared. client: index.
-        digest: 16 bytes that stand for the request's content. sequence: rises from request to request within a term.
+        run: 16 bytes.
+        term: rises when the run goes back or forks.
+        round: 0 while the run is prepared.
+        client: index.
+        digest: 16 bytes that stand for the request's content.
+        sequence: rises from request to request within a term.
     """
 
     run: bytes

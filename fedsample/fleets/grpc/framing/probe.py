@@ -30,7 +30,8 @@ def probe_handler(clients: Callable[[], int] = lambda: 0, clock: Callable[[], fl
     It answers a caller of any protocol version, so that the caller can say what differs.
 
     Args:
-        clients: how many clients the server expects; 0 where it does not know. clock: seconds since 1970.
+        clients: how many clients the server expects; 0 where it does not know.
+        clock: seconds since 1970.
 
     Returns:
         `grpc.GenericRpcHandler`; it leaves the service's other methods to other handlers.

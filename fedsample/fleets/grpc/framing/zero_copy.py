@@ -28,7 +28,8 @@ class Piece(NamedTuple):
     """A part of a message; see the message of this name in `fedsample.proto`.
 
     Attributes:
-        head, offset, data, crc: as there. size: bytes of the whole frame.
+        head, offset, data, crc: as there.
+        size: bytes of the whole frame.
     """
 
     head: bytes

@@ -23,7 +23,8 @@ class Address(NamedTuple):
     """Where a server listens.
 
     Attributes:
-        host: DNS name in lower case, or an IP address without brackets. port: 1 to 65535; 0 only to listen.
+        host: DNS name in lower case, or an IP address without brackets.
+        port: 1 to 65535; 0 only to listen.
     """
 
     host: str
@@ -37,7 +38,8 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
     """Read `host:port`.
 
     Args:
-        text: the address. listen: allow port 0, by which a server has a free one chosen.
+        text: the address.
+        listen: allow port 0, by which a server has a free one chosen.
 
     Raises:
         AddressError: no port, a port out of range, IPv6 without brackets, a URL, or a host that is no name.
@@ -65,7 +67,8 @@ def parse_host(host: str, where: str) -> str:
     """The host in its one spelling: a DNS name in lower case, or an IP address.
 
     Args:
-        host: a name, or an address without brackets. where: what it was read from, for the error.
+        host: a name, or an address without brackets.
+        where: what it was read from, for the error.
 
     Raises:
         AddressError: it is neither.
@@ -126,7 +129,8 @@ def check_insecure(address: Address | str, *, listen: bool = False) -> Address:
     """Refuse plaintext anywhere but on loopback, and say where exactly it is allowed.
 
     Args:
-        address: as given to `--insecure`. listen: allow port 0.
+        address: as given to `--insecure`.
+        listen: allow port 0.
 
     Returns:
         The same place with its host as an IP address (IPv4 where a name has both): use this one, because a name may

@@ -77,9 +77,12 @@ def sign(
     """Certify that a key belongs to an identity.
 
     Args:
-        authority: who signs. public_key: of the holder. identity: who the holder is.
+        authority: who signs.
+        public_key: of the holder.
+        identity: who the holder is.
         names: DNS names and IP addresses of a server, as `server_names` gives them; none for a client.
-        days: how long it lasts. now: when it starts; the clock's time by default.
+        days: how long it lasts.
+        now: when it starts; the clock's time by default.
 
     Raises:
         CertificateError: days out of range, or beyond the life of the authority.

@@ -48,8 +48,10 @@ def init(
     """Make an authority, a server's folder and `clients` client folders.
 
     Args:
-        folder: where; it must not exist. names: of the server, beside this machine's own.
-        clients: how many, with indices 0, 1, ... days: how long server and clients last; the authority: 3650.
+        folder: where; it must not exist.
+        names: of the server, beside this machine's own.
+        clients: how many, with indices 0, 1, ...
+        days: how long server and clients last; the authority: 3650.
         now: when they start; the clock's time by default.
 
     Raises:
@@ -116,7 +118,9 @@ def sign(
     """Sign a request that a device sent; the certificate and the authority's own, beside it, go back.
 
     Args:
-        ca: folder with ca.pem and ca-key.pem. asked: the request. identity, names: what it must ask for.
+        ca: folder with ca.pem and ca-key.pem.
+        asked: the request.
+        identity, names: what it must ask for.
         out: where to write the certificate; it must not exist, and a ca.pem beside it must be this authority's.
         days: how long it lasts.
 

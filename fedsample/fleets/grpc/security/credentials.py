@@ -30,10 +30,14 @@ class Material(NamedTuple):
     """What a folder holds, and what is wrong with it.
 
     Attributes:
-        folder: where. authorities: those of ca.pem; several while an old one is being replaced.
-        certificate: of cert.pem. key: of key.pem. ca_pem, certificate_pem, key_pem: the files' bytes.
+        folder: where.
+        authorities: those of ca.pem; several while an old one is being replaced.
+        certificate: of cert.pem.
+        key: of key.pem.
+        ca_pem, certificate_pem, key_pem: the files' bytes.
         identity: who it says; None where that is one of the problems.
-        problems: why it cannot be used now, the first to mend first; empty: it can. warning: it ends soon, or "".
+        problems: why it cannot be used now, the first to mend first; empty: it can.
+        warning: it ends soon, or "".
     """
 
     folder: Path

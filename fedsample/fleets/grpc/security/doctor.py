@@ -53,8 +53,10 @@ def examine_net(address: str, certs: Path | None, *, insecure: bool = False, tim
     """Walk from this machine to the server, step by step, as each ends.
 
     Args:
-        address: `host:port` of the server. certs: this client's folder; not asked for over plaintext.
-        insecure: plaintext, on loopback only. timeout: seconds that each step may wait for the network.
+        address: `host:port` of the server.
+        certs: this client's folder; not asked for over plaintext.
+        insecure: plaintext, on loopback only.
+        timeout: seconds that each step may wait for the network.
 
     Raises:
         AddressError: the address cannot be meant, plaintext is asked for beyond loopback, or neither `certs` nor

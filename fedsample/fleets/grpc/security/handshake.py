@@ -38,8 +38,10 @@ def handshake(peer: tuple[str, int], name: str, certs: Path, timeout: float) -> 
     """Shake hands as a client of the fleet does, and say with whom.
 
     Args:
-        peer: IP address and port to connect to. name: what the server's certificate must be for: a DNS name, or an IP
-            address. certs: folder of the client. timeout: seconds to wait for each answer.
+        peer: IP address and port to connect to.
+        name: what the server's certificate must be for: a DNS name, or an IP address.
+        certs: folder of the client.
+        timeout: seconds to wait for each answer.
 
     Returns:
         The TLS version, and the server's names and expiry.

@@ -1,4 +1,4 @@
-"""Room for large answers that wait to be added to a sum: so many bytes, whoever sends them.
+"""Backpressure for large answers that wait to be added to a sum: so many bytes, whoever sends them.
 
 A device whose answer has no room is not read from, and so cannot send on: the network holds its answer, not the server.
 """
@@ -12,12 +12,12 @@ from fedsample.fleets.grpc.server.stream import Stream
 STAGE, ANSWERS = 16 << 20, 2  # bytes of large answers that may wait, all clients together; or so many answers
 
 
-class Room:
+class Backpressure:
     """Lives in the thread of the streams' loop.
 
     Attributes:
-        taken: bytes of answers that have arrived or are arriving, and are not yet added. wanted: the client whose
-            answer is added next, which always has room; any thread may set it, and then `knock`.
+        taken: bytes of answers that have arrived or are arriving, and are not yet added.
+        wanted: the client whose answer is added next, which always has room; any thread may set it, and then `knock`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -20,7 +20,9 @@ class Asked:
     """A request to one client, until it is answered.
 
     Attributes:
-        message: the request. limit: bytes that the answer's arrays may have. batch: where the answer goes.
+        message: the request.
+        limit: bytes that the answer's arrays may have.
+        batch: where the answer goes.
         since: when it was asked, seconds of `time.monotonic`.
     """
 
@@ -49,14 +51,20 @@ class Batch:
 
 
 @dataclass
-class Seat:
+class ClientRecord:
     """What the server knows of one client.
 
     Attributes:
-        client: its index. stream: the open one. member: the process that was accepted last. accepted: whether it is
-            asked; a newcomer is not until the chain says so. asked: what it has not answered. ready: its last Ready.
-        sent, received: bytes on the wire, (payload, all). answers, late, failed, connections: counts.
-        latencies: seconds from request to answer, the last few. error: the last thing that went wrong.
+        client: its index.
+        stream: the open one.
+        member: the process that was accepted last.
+        accepted: whether it is asked; a newcomer is not until the chain says so.
+        asked: what it has not answered.
+        ready: its last Ready.
+        sent, received: bytes on the wire, (payload, all).
+        answers, late, failed, connections: counts.
+        latencies: seconds from request to answer, the last few.
+        error: the last thing that went wrong.
         since: when it came or went.
     """
 

@@ -16,15 +16,16 @@ SLACK = 1 << 16  # bytes of an answer beyond what its arrays must have
 _ANSWER = 1 << 24  # bytes of an answer of a newcomer to what it is told
 
 
-class Desk:
+class Dispatcher:
     """Names requests, asks them, and keeps what every newcomer is told first.
 
     Args:
         hub: the streams.
 
     Attributes:
-        told: (kind, content) of what every device was told, in order. welcome: what is done with a newcomer while
-            others are asked; by default it is told what they know, and then asked too.
+        told: (kind, content) of what every device was told, in order.
+        welcome: what is done with a newcomer while others are asked; by default it is told what they know, and then
+            asked too.
     """
 
     def __init__(self, hub: Hub) -> None:
@@ -41,8 +42,12 @@ class Desk:
         """Ask devices, and yield their answers in the order of clients.
 
         Args:
-            kind: of message. parcels: by client. round: of the request. limit: bytes of an answer. deadline, quorum:
-                see `Hub.ask`. welcome: in place of the desk's.
+            kind: of message.
+            parcels: by client.
+            round: of the request.
+            limit: bytes of an answer.
+            deadline, quorum: see `Hub.ask`.
+            welcome: in place of the desk's.
         """
         digests = Digests()
         asked = {client: self._message(client, kind, parcel, round, digests) for client, parcel in parcels.items()}
@@ -66,7 +71,7 @@ class Desk:
 
     def equip(self, client: int) -> None:
         """Tell a newcomer what the others know; from then on it is asked. One that cannot use it is sent away."""
-        stream, digests = self.hub.seats[client].stream, Digests()
+        stream, digests = self.hub.records[client].stream, Digests()
         if stream is None:
             return
         parts = [self._message(client, kind, parcel, 0, digests) for kind, parcel in self.told]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsample import protocol
 from fedsample.errors import QuorumError
-from fedsample.fleets.grpc.server.dispatcher import SLACK, Desk
+from fedsample.fleets.grpc.server.dispatcher import SLACK, Dispatcher
 from fedsample.fleets.grpc.server.hub import Hub
 from fedsample.fleets.grpc.server.stream import Stream
 from fedsample.fleets.remote import Federation, RemoteFleet
@@ -41,13 +41,16 @@ class GrpcFleet(RemoteFleet):
     """The devices of a run.
 
     Args:
-        desk: where they are asked. federation: who they are. quorum: answers after which a round goes on; None: all.
-            deadline: seconds that it waits for all the same; None: none. snapshot_rounds: see `Recovers`.
+        dispatcher: where they are asked.
+        federation: who they are.
+        quorum: answers after which a round goes on; None: all.
+        deadline: seconds that it waits for all the same; None: none.
+        snapshot_rounds: see `Recovers`.
     """
 
     def __init__(
         self,
-        desk: Desk,
+        dispatcher: Dispatcher,
         federation: Federation,
         *,
         deadline: float | None = None,
@@ -56,7 +59,7 @@ class GrpcFleet(RemoteFleet):
     ) -> None:
         """Devices that are here have been told the setup."""
         super().__init__(federation)
-        self.desk, self.hub, self.deadline = desk, desk.hub, deadline
+        self.dispatcher, self.hub, self.deadline = dispatcher, dispatcher.hub, deadline
         self.quorum = self.n if quorum is None else quorum
         self._kept: Callable[[], list[int]] = list
         self.snapshot_rounds = snapshot_rounds
@@ -77,8 +80,8 @@ class GrpcFleet(RemoteFleet):
         """
         parcels, dispatch = self.compose(request)
         kind = protocol.TRAIN if ESTIMATE in request.outputs else protocol.EXACT_QUERY
-        hasty = self._hasty(request)
-        answers = self.desk.ask(
+        hasty = self._allows_stragglers(request)
+        answers = self.dispatcher.ask(
             kind, parcels, request.round, self._limit(request), deadline=self.deadline if hasty else None,
             quorum=self.quorum if hasty else None,
         )  # fmt: skip
@@ -92,8 +95,8 @@ class GrpcFleet(RemoteFleet):
         parcel = protocol.pack_metric(metric)
         self.tag = protocol.metric_tag(parcel)
         self.forget()
-        self.desk.told = [each for each in self.desk.told if each[0] != protocol.METRIC]
-        self.desk.tell(protocol.METRIC, parcel)
+        self.dispatcher.told = [each for each in self.dispatcher.told if each[0] != protocol.METRIC]
+        self.dispatcher.tell(protocol.METRIC, parcel)
         return Traffic(down=self.n * parcel.bits)
 
     def state(self) -> dict[str, Tensor]:
@@ -102,9 +105,9 @@ class GrpcFleet(RemoteFleet):
         Both carry a mark, drawn anew: a snapshot of the same round may be of a path that the run has left.
         """
         self._mark = secrets.randbits(62)
-        self.desk.broadcast(SNAPSHOT, Parcel(header(mark=self._mark)), self._round)
+        self.dispatcher.broadcast(SNAPSHOT, Parcel(header(mark=self._mark)), self._round)
         self._counting = True
-        counts = torch.tensor([seat.counts for seat in self.hub.seats])
+        counts = torch.tensor([record.counts for record in self.hub.records])
         return self.links_state() | {"mark": torch.tensor(self._mark), "counts": counts}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -120,13 +123,13 @@ class GrpcFleet(RemoteFleet):
     def keep(self, rounds: Callable[[], list[int]]) -> None:
         """From now on there is a memory to lose: `rounds` tells which snapshots the server can go back to."""
         self._kept = rounds
-        self.desk.welcome = self._welcome
+        self.dispatcher.welcome = self._welcome
 
     def common(self, kept: Sequence[int]) -> int | None:
         """The latest of the server's snapshots that every device has which has any of them; None: nobody has one."""
         held = []
-        for seat in self.hub.seats:
-            ready = seat.ready
+        for record in self.hub.records:
+            ready = record.ready
             mine = set() if ready is None or ready.run != self.hub.invitation.run else set(ready.snapshots) & set(kept)
             held += [mine] if mine else []
         return max(set.intersection(*held), default=None) if held else None
@@ -139,7 +142,7 @@ class GrpcFleet(RemoteFleet):
             self.lost(client)
         return lost
 
-    def rally(self, lost: Sequence[int]) -> list[int]:
+    def resume_without(self, lost: Sequence[int]) -> list[int]:
         """Everyone goes on from where they are, `lost` and whoever else is new with an empty memory -> who that is."""
         gone = sorted({*lost, *self._regroup(self._round, live=True)})
         self.forget()
@@ -154,13 +157,13 @@ class GrpcFleet(RemoteFleet):
         def welcome(client: int) -> None:
             nonlocal again
             fresh.add(client)
-            again = again or self.hub.seats[client].asked is None  # its answer was of a process that is gone
-            self.desk.equip(client)
+            again = again or self.hub.records[client].asked is None  # its answer was of a process that is gone
+            self.dispatcher.equip(client)
 
         while again:
             again = False
             self.hub.term += 1
-            replies = self.desk.broadcast(REWIND, parcel, round, welcome=welcome)
+            replies = self.dispatcher.broadcast(REWIND, parcel, round, welcome=welcome)
         lost = [i for i, reply in enumerate(replies) if Header(reply, "a rewind").value("held") is not True]
         return sorted({*lost, *fresh}) if live else lost
 
@@ -173,7 +176,7 @@ class GrpcFleet(RemoteFleet):
             Rollback, Fork: always.
         """
         self.hub.newcomers.put(client)  # it is not dealt with here
-        ready = self.hub.seats[client].ready
+        ready = self.hub.records[client].ready
         mine = set(self._kept()) & set(ready.snapshots if ready and ready.run == self.hub.invitation.run else ())
         if mine:
             raise Rollback(max(mine), client)
@@ -185,12 +188,12 @@ class GrpcFleet(RemoteFleet):
         upload = self._upload if ESTIMATE in request.outputs else 0
         return sum(-(-form.bits // 8) for form in forms.values()) + upload + SLACK
 
-    def _hasty(self, request: Request) -> bool:
+    def _allows_stragglers(self, request: Request) -> bool:
         """Whether a round may go on without who is slow."""
         return ESTIMATE in request.outputs and self.quorum < self.n and not self._whole(request)
 
-    def _bear(self, missing: list[int], request: Request) -> None:
-        if not self._hasty(request):
+    def _allow_missing(self, missing: list[int], request: Request) -> None:
+        if not self._allows_stragglers(request):
             raise QuorumError(
                 f"round {request.round}: clients {missing} of {self.n} did not answer, and the round needs everyone"
             )
@@ -199,21 +202,23 @@ class GrpcFleet(RemoteFleet):
 
     def score(self, draws: Tensor, round: int) -> dict[str, float]:
         """Every device adds draws (S, d), in the model's parameters, to the predictions of its rows aside."""
-        counts = sums_of(self.desk.broadcast(SCORE, Parcel(header(), pack_tensors({"draws": draws})), round), "counts")
+        counts = sums_of(
+            self.dispatcher.broadcast(SCORE, Parcel(header(), pack_tensors({"draws": draws})), round), "counts"
+        )
         return self.scores(counts)
 
     def scalars(self) -> dict[str, float]:
         """Bytes on the wire a device, latencies, and who was late or failed."""
-        seats = self.hub.seats
-        times = torch.tensor([each for seat in seats for each in seat.latencies], dtype=torch.float64)
+        records = self.hub.records
+        times = torch.tensor([each for record in records for each in record.latencies], dtype=torch.float64)
         result = {
-            "comm/wire_up_bytes/payload": sum(seat.received[0] for seat in seats) / self.n,
-            "comm/wire_up_bytes/framing": sum(seat.received[1] - seat.received[0] for seat in seats) / self.n,
-            "comm/wire_down_bytes/payload": sum(seat.sent[0] for seat in seats) / self.n,
-            "comm/wire_down_bytes/framing": sum(seat.sent[1] - seat.sent[0] for seat in seats) / self.n,
-            "fleet/late": float(sum(seat.late for seat in seats)),
-            "fleet/failed": float(sum(seat.failed for seat in seats)),
-            "fleet/reconnections": float(sum(max(0, seat.connections - 1) for seat in seats)),
+            "comm/wire_up_bytes/payload": sum(record.received[0] for record in records) / self.n,
+            "comm/wire_up_bytes/framing": sum(record.received[1] - record.received[0] for record in records) / self.n,
+            "comm/wire_down_bytes/payload": sum(record.sent[0] for record in records) / self.n,
+            "comm/wire_down_bytes/framing": sum(record.sent[1] - record.sent[0] for record in records) / self.n,
+            "fleet/late": float(sum(record.late for record in records)),
+            "fleet/failed": float(sum(record.failed for record in records)),
+            "fleet/reconnections": float(sum(max(0, record.connections - 1) for record in records)),
         }
         return result | (quantiles("time/latency", times) if len(times) else {})
 
@@ -223,15 +228,19 @@ def gather(hub: Hub) -> dict[int, str]:
     here: dict[int, tuple[Stream, str]] = {}
 
     def welcome(client: int) -> None:
-        seat = hub.seats[client]
-        if seat.stream is not None and seat.ready is not None:
-            here[client] = seat.stream, seat.ready.schema
+        record = hub.records[client]
+        if record.stream is not None and record.ready is not None:
+            here[client] = record.stream, record.ready.schema
 
     def missing() -> list[int]:
-        return [seat.client for seat in hub.seats if seat.client not in here or seat.stream is not here[seat.client][0]]
+        return [
+            record.client
+            for record in hub.records
+            if record.client not in here or record.stream is not here[record.client][0]
+        ]
 
     hub.gather(missing, welcome)
-    hub.term = 1 + max([hub.term, *(seat.ready.term for seat in hub.seats if seat.ready is not None)])
+    hub.term = 1 + max([hub.term, *(record.ready.term for record in hub.records if record.ready is not None)])
     for client, (stream, _) in here.items():
         hub.accept(client, stream)
     return {client: here[client][1] for client in sorted(here)}
@@ -245,12 +254,12 @@ def sums_of(replies: Iterable[Parcel], name: str) -> Tensor:
     return total.total()
 
 
-def fleet_on(desk: Desk, experiment: Experiment, clients: Clients, links: Links) -> GrpcFleet:
+def fleet_on(dispatcher: Dispatcher, experiment: Experiment, clients: Clients, links: Links) -> GrpcFleet:
     """The devices of an experiment, once the data are agreed on."""
     section = experiment.fleet
     share = section.quorum
     quorum = share if isinstance(share, int) else math.ceil(share * clients.n)
     federation = Federation.of(experiment, clients, links, arrival=1 - section.loss)
     return GrpcFleet(
-        desk, federation, deadline=section.deadline, quorum=quorum, snapshot_rounds=section.snapshot_rounds
+        dispatcher, federation, deadline=section.deadline, quorum=quorum, snapshot_rounds=section.snapshot_rounds
     )

@@ -24,7 +24,7 @@ from fedsample.fleets.grpc.framing.version import run_id
 from fedsample.fleets.grpc.security.address import Address, check_free, check_insecure
 from fedsample.fleets.grpc.security.credentials import server_credentials
 from fedsample.fleets.grpc.security.identity import ClientIdentity, identity_of
-from fedsample.fleets.grpc.server.dispatcher import Desk
+from fedsample.fleets.grpc.server.dispatcher import Dispatcher
 from fedsample.fleets.grpc.server.fleet import GrpcFleet, fleet_on, gather, sums_of
 from fedsample.fleets.grpc.server.hub import Hub
 from fedsample.fleets.grpc.server.streams import Identified, Invitation
@@ -46,7 +46,8 @@ class Host:
     """Where a server listens, and how.
 
     Attributes:
-        address: to listen at. certs: folder of the server's certificate; None: plaintext, on loopback only.
+        address: to listen at.
+        certs: folder of the server's certificate; None: plaintext, on loopback only.
         opened: called with the hub once it listens.
     """
 
@@ -68,9 +69,9 @@ class Host:
 
         stack.push(leave)
         if isinstance(progress, FleetProgress):
-            progress.watch(hub.seats)
+            progress.watch(hub.records)
         self.opened(hub)
-        desk = Desk(hub)
+        dispatcher = Dispatcher(hub)
         if run.over:
             progress.note(
                 f"this run has ended with its round {experiment.rounds}; its devices are needed to sum it up again. To "
@@ -82,15 +83,15 @@ class Host:
         with progress.stage("agreeing on the data"):
             if kept is None:
                 agreed = agreed_schema(experiment, [Schema.from_json(text) for text in schemas.values()])
-                sums = _agree(desk, agreed)
+                sums = _agree(dispatcher, agreed)
                 run.directory.write_json(_SETUP, {"schema": agreed.to_json(), "sums": sums})
             else:
                 agreed, sums = Schema.from_json(kept["schema"]), kept["sums"]
-                desk.tell(FIT, Parcel(header(schema=agreed.to_json())))
-                desk.tell(SCALE, _scale(sums))
+                dispatcher.tell(FIT, Parcel(header(schema=agreed.to_json())))
+                dispatcher.tell(SCALE, _scale(sums))
         problem = remote_problem(experiment, agreed, experiment.data.clients)
         links = run.accept(problem)
-        fleet = fleet_on(desk, experiment, problem.clients, links)
+        fleet = fleet_on(dispatcher, experiment, problem.clients, links)
         fleet.scores = partial(_scores, likelihood=problem.likelihood)
         return problem, fleet
 
@@ -147,16 +148,16 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise RunDirectoryError(f"{path} is damaged ({error}): restore it from a copy, or start a new run") from error
 
 
-def _agree(desk: Desk, agreed: Schema) -> dict[str, list[float]]:
+def _agree(dispatcher: Dispatcher, agreed: Schema) -> dict[str, list[float]]:
     """Round 0: columns and labels; means and squares as sums over clients, if rows are standardised -> the sums."""
     fit = Parcel(header(schema=agreed.to_json(), sums=True if agreed.standardize else None))
-    answers = desk.tell(FIT, fit, _SUMS)
+    answers = dispatcher.tell(FIT, fit, _SUMS)
     sums = {}
     if agreed.standardize:
         first = sums_of(answers, "sums")
-        answers = desk.tell(SPREAD, Parcel(header(), pack_tensors({"first": first})), _SUMS)
+        answers = dispatcher.tell(SPREAD, Parcel(header(), pack_tensors({"first": first})), _SUMS)
         sums = {"first": first.tolist(), "second": sums_of(answers, "sums").tolist()}
-    desk.tell(SCALE, _scale(sums))
+    dispatcher.tell(SCALE, _scale(sums))
     return sums
 
 

@@ -46,9 +46,10 @@ class Hub:
     """The streams of n devices.
 
     Args:
-        invitation: what devices are told. address: host:port to listen at; port 0 takes a free one. credentials: of the
-            server; None: plaintext. identify: who a connection's peer is, from its call's context and what its Hello
-            claims.
+        invitation: what devices are told.
+        address: host:port to listen at; port 0 takes a free one.
+        credentials: of the server; None: plaintext.
+        identify: who a connection's peer is, from its call's context and what its Hello claims.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Hub:
         self.invitation, self.address = invitation, address
         self._loop = asyncio.new_event_loop()
         self.streams = Streams(invitation, identify, self._loop)
-        self.seats, self.newcomers = self.streams.seats, self.streams.newcomers
+        self.records, self.newcomers = self.streams.records, self.streams.newcomers
         self.port = 0
         self.say: Callable[[str], None] = lambda text: None
         self.streams.say = lambda text: self.say(text)
@@ -98,7 +99,7 @@ class Hub:
             "Connect": grpc.stream_stream_rpc_method_handler(self.streams.connect, device_frame, written),
         }
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, handlers), probe_handler(lambda: len(self.seats)))
+            (grpc.method_handlers_generic_handler(SERVICE, handlers), probe_handler(lambda: len(self.records)))
         )
         try:
             if self._credentials is None:
@@ -124,10 +125,10 @@ class Hub:
             self._loop.close()
 
     async def _close(self, reason: str, finished: bool) -> None:
-        for seat in self.seats:
-            if seat.stream is not None:
-                seat.stream.send(pb.ServerFrame(farewell=pb.Farewell(reason=reason, finished=finished)))
-                seat.stream.close(reason)
+        for record in self.records:
+            if record.stream is not None:
+                record.stream.send(pb.ServerFrame(farewell=pb.Farewell(reason=reason, finished=finished)))
+                record.stream.close(reason)
         if self._server is not None:
             await self._server.stop(LEAVE)
         if calls := asyncio.all_tasks() - {asyncio.current_task()}:  # gRPC's own too, which may have a step to go
@@ -150,9 +151,11 @@ class Hub:
         """Ask clients, and yield their answers in the order of clients.
 
         Args:
-            messages: by client. limit: bytes that the arrays of one answer may have. welcome: called with each newcomer
-                while waiting; may raise. None: newcomers wait. enough: answers after which nobody else is waited for;
-                None: all are. deadline: seconds that all are waited for all the same; None: none.
+            messages: by client.
+            limit: bytes that the arrays of one answer may have.
+            welcome: called with each newcomer while waiting; may raise. None: newcomers wait.
+            enough: answers after which nobody else is waited for; None: all are.
+            deadline: seconds that all are waited for all the same; None: none.
 
         Raises:
             ClientError: if a client failed. Abandoned: if the run is to stop while someone is away.
@@ -167,7 +170,7 @@ class Hub:
                 if answer is not None:
                     yield client, answer
                     if answer.size > PIECE:
-                        self._loop.call_soon_threadsafe(self.streams.room.release, answer.size)
+                        self._loop.call_soon_threadsafe(self.streams.backpressure.release, answer.size)
         finally:
             if batch.left or batch.answers:
                 self._loop.call_soon_threadsafe(self.streams.withdraw, batch)
@@ -191,33 +194,33 @@ class Hub:
             if enough is not None and (until is None or now >= until) and total - len(batch.left) >= enough:
                 if (answer := batch.answers.pop(client, None)) is not None:
                     break  # it is one of them
-                self.seats[client].late += 1
+                self.records[client].late += 1
                 return None
             if not batch.wake.wait(0.5 if until is None or until <= now else min(0.5, until - now)):
                 now = time.monotonic()
                 if now - said >= COMPLAIN:
                     said = now
-                    waiting = [self.seats[each].account(now) for each in sorted(batch.left)]
+                    waiting = [self.records[each].account(now) for each in sorted(batch.left)]
                     self.remind(f"waiting for {_listed(waiting)}")
                     self._loop.call_soon_threadsafe(self.streams.nudge, batch)
                 if self.stopping():
                     stop = stop or now
                     if now - stop > 2.0:
-                        away = [self.seats[each].account(now) for each in sorted(batch.left)]
+                        away = [self.records[each].account(now) for each in sorted(batch.left)]
                         raise Abandoned(f"the round was given up while waiting for {_listed(away)}")
             batch.wake.clear()
             self._greet(welcome)
         if isinstance(answer, pb.Failure):
-            self.seats[client].failed += 1
+            self.records[client].failed += 1
             raise ClientError(client, answer.round, answer.stage, answer.detail)
         return answer
 
     def _want(self, client: int) -> None:
         """The answer of this client has room from now on."""
-        room = self.streams.room
-        if room.wanted != client:
-            room.wanted = client
-            room.knock()
+        gate = self.streams.backpressure
+        if gate.wanted != client:
+            gate.wanted = client
+            gate.knock()
 
     def _greet(self, welcome: Callable[[int], None] | None) -> None:
         """Let the chain decide about newcomers."""
@@ -231,8 +234,8 @@ class Hub:
 
     def _waits(self, client: int) -> bool:
         """Whether a newcomer is here and waits for a word."""
-        stream = self.seats[client].stream
-        return stream is not None and stream.ready and not self.seats[client].accepted
+        stream = self.records[client].stream
+        return stream is not None and stream.ready and not self.records[client].accepted
 
     def gather(self, missing: Callable[[], list[int]], welcome: Callable[[int], None]) -> None:
         """Wait until nobody is missing; newcomers are welcomed.
@@ -251,7 +254,7 @@ class Hub:
             now = time.monotonic()
             if missing() and now - said >= COMPLAIN:
                 said = now
-                self.remind(f"waiting for {_listed([self.seats[each].account(now) for each in missing()])}")
+                self.remind(f"waiting for {_listed([self.records[each].account(now) for each in missing()])}")
             if self.stopping():
                 raise Abandoned("stopped while waiting for clients")
 
@@ -275,7 +278,7 @@ class Hub:
             if answer is None:
                 raise Damaged(f"client {client} left while it was being prepared")
             if answer.size > PIECE:
-                self._loop.call_soon_threadsafe(self.streams.room.release, answer.size)
+                self._loop.call_soon_threadsafe(self.streams.backpressure.release, answer.size)
             answers.append(answer)
         return answers
 
@@ -283,8 +286,9 @@ class Hub:
         """From now on the client at the end of a stream is asked; also what it had not answered.
 
         Args:
-            client: which. stream: nothing happens if it has ended. sequence: a new number for what it had not answered,
-                after what it was told since; 0: it keeps its name.
+            client: which.
+            stream: nothing happens if it has ended.
+            sequence: a new number for what it had not answered, after what it was told since; 0: it keeps its name.
         """
         self._call(self.streams.accept, client, stream, sequence)
 
@@ -297,11 +301,11 @@ class Hub:
         self._call(self.streams.excuse, client)
 
     def recount(self, counts: list[list[int]]) -> None:
-        """Go on from what an earlier server has counted, by client; see `Seat.counts`."""
+        """Go on from what an earlier server has counted, by client; see `ClientRecord.counts`."""
 
         def add() -> None:
-            for seat, each in zip(self.seats, counts, strict=True):
-                seat.add(each)
+            for record, each in zip(self.records, counts, strict=True):
+                record.add(each)
 
         self._call(add)
 
