@@ -42,7 +42,7 @@ class Dice:
     """Stands for `fedsample.random.key` and `LinkKeys`: what a key would draw is looked up in a script.
 
     Args:
-        rounds: for each round the outcomes, one a chain. masks: what the number of a mask means: coordinates of a
+        rounds: for each round the outcomes, one per chain. masks: what the number of a mask means: coordinates of a
             subset, or the start of a block. order: the permutation of RandBlock. first: the first scripted round.
         lost: for each round whose reply is lost.
     """

@@ -132,7 +132,7 @@ def growth(rows: Sequence[Row]) -> Iterator[Line]:
     for row in rows:
         note = f"peak memory {row['peak_mb']} MB, {row['times_data']} x the data; server state {row['state_kb']} kB"
         line = Line(
-            "growth", row["clients"], f"round: {row['engine']}, {row['rows']} rows a client", row["ms"], note=note
+            "growth", row["clients"], f"round: {row['engine']}, {row['rows']} rows per client", row["ms"], note=note
         )
         if row["clients"] == 1000 and row["rows"] == ROWS:
             line = line._replace(target=f"peak at most {PEAK:g} x the data", reached=row["times_data"] <= PEAK)
@@ -189,7 +189,7 @@ def rounded(line: Line) -> dict[str, Any]:
 
 def markdown(table: Sequence[Line]) -> str:
     """The table, and below it what is quoted for the parts in it."""
-    rows = [("workload", "clients", "what", "ms a round", "ratio", "target", "reached", "note")]
+    rows = [("workload", "clients", "what", "ms per round", "ratio", "target", "reached", "note")]
     for line in table:
         ratio = "" if line.ratio is None else f"{line.ratio:.3g} x {line.over}"
         ms, reached = "" if line.ms is None else f"{line.ms:.3g}", {None: "", True: "yes", False: "no"}[line.reached]
@@ -200,7 +200,7 @@ def markdown(table: Sequence[Line]) -> str:
     quoted = [(each.workload, f"{each.clients:,}", each.system, each.ms) for each in QUOTED if each.workload in shown]
     if quoted:
         text += f"\nOthers, quoted and not measured here ({QUOTED_AT}):\n\n"
-        text += _grid([("workload", "clients", "system", "ms a round"), *quoted])
+        text += _grid([("workload", "clients", "system", "ms per round"), *quoted])
     return text
 
 

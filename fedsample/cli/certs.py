@@ -43,7 +43,7 @@ def init(
     days: Days = 365,
     debug: Debug = False,
 ) -> None:
-    """Make an authority, a server's folder and one folder a client: DIR/ca, DIR/server, DIR/client-0, ...
+    """Make an authority, a server's folder and one folder per client: DIR/ca, DIR/server, DIR/client-0, ...
 
     For a trial, or where you hand the folders over yourself. Where devices are far away, make their keys on them:
     `fedsample certs request`.

@@ -30,7 +30,7 @@ def net(
 ) -> None:
     """Walk from this device to its server: name, connection, TLS, clock, identity, protocol version, round trip.
 
-    One line a step. Exit code 0 where none failed, 1 otherwise.
+    One line per step. Exit code 0 where none failed, 1 otherwise.
     """
     if (certs is None) != insecure:
         raise click.UsageError("give either --certs DIR, this client's folder, or --insecure on loopback")

@@ -1,7 +1,7 @@
 """One client of a federation behind messages: what it computes, and what it remembers from one to the next.
 
 The same `MessageHandler` answers in a Flower ClientApp, which gives it its memory back with each message, and in a
-process of its own at the end of a gRPC stream, which keeps it. A message that fails leaves what is remembered as it was.
+process of its own at the end of a gRPC stream, which keeps it. A message that fails changes nothing that is remembered.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class Natural(_Rounding):
 
 @dataclass(frozen=True)
 class Bfloat16(_Rounding):
-    """Random rounding to bfloat16: 16 bits an entry, of float64 too, whose range then shrinks to that of float32."""
+    """Random rounding to bfloat16: 16 bits per entry, of float64 too, whose range then shrinks to that of float32."""
 
     name: ClassVar[str] = "bf16"
     summary: ClassVar[str] = "each entry rounded at random to bfloat16"

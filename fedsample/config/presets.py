@@ -255,7 +255,7 @@ def table() -> list[dict[str, str]]:
             "guarantee": row.guarantee,
             "uplink": row.up,
             "downlink": row.down,
-            "bits a chain and round": f"{row.bits_up} up, {row.bits_down} down",
+            "bits per chain and round": f"{row.bits_up} up, {row.bits_down} down",
             "reference": row.reference,
         }
         for row in _ROWS

@@ -33,7 +33,7 @@ class FederatedData:
         y_test: (M,) as `y`.
         classes: number of classes, >= 2; None for regression.
         feature_names: one a feature, row-major over the feature axes; empty: x0, x1, ...
-        client_names: one a client; empty: "0", "1", ...
+        client_names: one per client; empty: "0", "1", ...
         class_names: the label that each class had in the source; empty: "0", "1", ...
         target_mean: subtracted from a regression target before it was stored here.
         target_scale: what it was then divided by: an error in the units of the source is `target_scale` times ours.
@@ -151,7 +151,7 @@ def _check_rows(x_name: str, x: Array, y_name: str, y: Array, classes: int | Non
     want = np.float64 if classes is None else np.int64
     if y.shape != (len(x),) or y.dtype != want:
         raise DataError(
-            f"{y_name} has shape {y.shape} and dtype {y.dtype}, expected ({len(x)},) in {np.dtype(want)}, one a row"
+            f"{y_name} has shape {y.shape} and dtype {y.dtype}, expected ({len(x)},) in {np.dtype(want)}, one per row"
         )
     if classes is None:
         return

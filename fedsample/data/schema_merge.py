@@ -49,7 +49,7 @@ def merge(
     """What all clients agree on.
 
     Args:
-        schemas: one a client, in client order.
+        schemas: one per client, in client order.
         features: the names of the columns in the order to use, where the experiment states them.
         labels: all labels that may occur, where the experiment states them.
         names: what to call the clients in an error; empty: client 0, client 1, ...

@@ -32,7 +32,7 @@ def first_sums(data: FederatedData) -> Tensor:
     """What one client sends first: its rows and their sum -> (1 + p,) or, for a numeric target, (1 + p + 1,).
 
     Args:
-        data: one client's data, not yet standardised; p numbers a row.
+        data: one client's data, not yet standardised; p numbers per row.
 
     Raises:
         DataError: a sum that float64 cannot hold.

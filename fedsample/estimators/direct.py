@@ -30,7 +30,7 @@ class Direct(Uplink):
 
     name: ClassVar[str] = "direct"
     reference: ClassVar[str] = "Vono et al. 2022"
-    summary: ClassVar[str] = "one packet a chain and round"
+    summary: ClassVar[str] = "one packet per chain and round"
 
     def __init__(self, compressor: Compressor, anchored: bool = False) -> None:
         super().__init__(compressor)

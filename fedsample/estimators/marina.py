@@ -36,7 +36,7 @@ class Marina(Uplink):
     needs_everyone_to_sync: ClassVar[bool] = True
     resyncs: ClassVar[bool] = True
     reference: ClassVar[str] = "Gorbunov et al. 2021; Sun, Salim & Richtarik 2022"
-    summary: ClassVar[str] = "p d + (1 - p) K values a chain and round"
+    summary: ClassVar[str] = "p d + (1 - p) K values per chain and round"
 
     def __init__(self, compressor: Compressor, p: float | None) -> None:
         super().__init__(compressor)

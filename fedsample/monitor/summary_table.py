@@ -34,11 +34,11 @@ _STEP = [
     ("predicted_worst_heating", "largest heating", "{:+.2%}"),
 ]
 _COST = [
-    ("uplink_bytes_per_client", "uplink a client", "{:.3f} MB"),
-    ("downlink_bytes_per_client", "downlink a client", "{:.3f} MB"),
+    ("uplink_bytes_per_client", "uplink per client", "{:.3f} MB"),
+    ("downlink_bytes_per_client", "downlink per client", "{:.3f} MB"),
     ("uplink_ratio", "uplink saved", "{:.1f} times fewer bytes than sending every gradient"),
     ("seconds", "time", "{:.1f} s"),
-    ("seconds_per_round", "time a round", "{:.3f} ms"),
+    ("seconds_per_round", "time per round", "{:.3f} ms"),
 ]
 _SIZE = [("rounds", "round"), ("clients", "client"), ("params", "parameter")]
 _UNITS = {"uplink_bytes_per_client": 1e-6, "downlink_bytes_per_client": 1e-6, "seconds_per_round": 1e3}
@@ -94,7 +94,7 @@ def _reason(key: str, summary: Mapping[str, Any]) -> str:
     if key == "rhat_max" and chains == 1:
         return "needs two chains"
     if key in ("rhat_max", "ess_bulk_min", "ess_tail_min"):
-        return "needs four draws a chain" if isinstance(draws, int) and draws < 4 else "nothing moved"
+        return "needs four draws per chain" if isinstance(draws, int) and draws < 4 else "nothing moved"
     if key == "predicted_variance_bias":
         return "not predicted for minibatches, drop-outs, temperature 0 or an unstable step"
     if key == "adaptive_ece" and summary.get("ece") is not None:

@@ -308,7 +308,7 @@ class Recorder:
 
 
 def quantiles(tag: str, values: Any) -> dict[str, float]:
-    """Summarise one number a client: `<tag>/p05`, `/p50`, `/p95`; NaN (an absent client) is left out.
+    """Summarise one number per client: `<tag>/p05`, `/p50`, `/p95`; NaN (an absent client) is left out.
 
     Args:
         tag: such as `client/upload_norm`.

@@ -34,10 +34,10 @@ def plan(source: Source = None, overrides: Sequence[str] = ()) -> dict[str, str]
         "metric": experiment.metric.name,
         "uplink": f"{experiment.uplink.name} + {links.uplink.compressor.name}",
         "step": str(experiment.step_size),
-        "rounds": f"{experiment.rounds} ({experiment.warmup} of warm-up), {experiment.draws} draws a chain",
-        "uplink a client and round": f"{packet / 8:,.0f} bytes (dense: {dense / 8:,.0f})",
-        "downlink a client and round": f"{down / 8:,.0f} bytes (dense: {dense / 8:,.0f})",
-        "uplink a client in all": f"{packet / 8e6 * experiment.rounds:,.2f} MB, preparation not counted",
+        "rounds": f"{experiment.rounds} ({experiment.warmup} of warm-up), {experiment.draws} draws per chain",
+        "uplink per client and round": f"{packet / 8:,.0f} bytes (dense: {dense / 8:,.0f})",
+        "downlink per client and round": f"{down / 8:,.0f} bytes (dense: {dense / 8:,.0f})",
+        "uplink per client in all": f"{packet / 8e6 * experiment.rounds:,.2f} MB, preparation not counted",
     }
 
 

@@ -39,7 +39,7 @@ def _of_mixing(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
     if rhat is not None and math.isfinite(rhat) and rhat > MIXED:
         return [f"the chains have not mixed: worst R-hat {rhat:.2f}, expected at most {MIXED}{slow}: {advice}"]
     if summary["draws"] < 4:
-        return [f"{summary['draws']} draws a chain tell nothing of their mixing, expected at least 4: {advice}"]
+        return [f"{summary['draws']} draws per chain tell nothing of their mixing, expected at least 4: {advice}"]
     if ess is None or not math.isfinite(ess) or (summary["chains"] > 1 and not _finite(rhat)):
         finer = ", or set dtype = 'float64'" if experiment.dtype == "float32" else ""
         return [f"the chains did not move as far as {experiment.dtype} tells: raise step_size, or rounds{finer}"]

@@ -66,7 +66,7 @@ class Baoab(Sampler):
     """
 
     name: ClassVar[str] = "baoab"
-    rule: ClassVar[str] = "underdamped Langevin, splitting B A O A B, one gradient a step"
+    rule: ClassVar[str] = "underdamped Langevin, splitting B A O A B, one gradient per step"
     reference: ClassVar[str] = "Leimkuhler & Matthews 2013"
 
     def __init__(self, *, friction: float, **rest: Any) -> None:

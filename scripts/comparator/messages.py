@@ -14,7 +14,7 @@ Fields = Mapping[str, Any]  # plain values by name; bytes as {"base64": text}
 
 
 def read_messages(file: Path) -> list[Fields]:
-    """Messages of a file, one a line; none where there is no file."""
+    """Messages of a file, one per line; none where there is no file."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -62,7 +62,7 @@ def federate(settings: Experiment, holdings: list[DeviceRows]) -> tuple[Schema, 
 
 
 def write(folder: Path, kind: str, target: str) -> tuple[str, list[str], list[dict[str, list[Any]]]]:
-    """One file with a client column, and one file a client: other column orders, and not all categories and labels."""
+    """A file with a client column, and one file per client: other column orders, not all categories and labels."""
     import pyarrow
     import pyarrow.csv
     import pyarrow.parquet

@@ -95,7 +95,7 @@ def test_chains_that_have_not_mixed_are_said_not_to_have(folder: Path, tmp_path:
         ({"rhat_max": 1.2}, "worst R-hat 1.20, expected at most 1.1: raise rounds and warmup"),
         ({"rhat_max": float("nan"), "ess_bulk_min": 5.0}, "did not move as far as float32 tells"),
         ({"rhat_max": None, "ess_bulk_min": None}, "did not move"),
-        ({"draws": 3, "rhat_max": None, "ess_bulk_min": None}, "3 draws a chain tell nothing of their mixing"),
+        ({"draws": 3, "rhat_max": None, "ess_bulk_min": None}, "3 draws per chain tell nothing of their mixing"),
         ({"chains": 1, "rhat_max": None}, None),
         ({"chains": 1, "rhat_max": None, "ess_bulk_min": 9.0}, "of the one chain is 9, expected at least 50"),
         ({"step_size": 0.6, "predicted_variance_bias": None}, "no stationary variance is predicted (the largest"),

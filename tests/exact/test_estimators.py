@@ -204,7 +204,7 @@ class Hasty(Diana):
 def drift(uplink: Diana, loss: float, rounds: int = 50, epochs: tuple[int, ...] = ()) -> list[float]:
     """The largest difference, round by round, between the server's sum of memories and the sum of the clients'.
 
-    In units of what roundings may come to: each end adds a scaled packet a round, the server after a sum over clients.
+    In units of what roundings may come to: each end adds a scaled packet per round, the server after summing clients.
     """
     memory, state = fresh(uplink), uplink.start(C, D, CPU)
     applied, epoch, differences, size = never(), 0, [], torch.zeros(C, D, dtype=FLOAT64)
@@ -316,7 +316,7 @@ def test_diana_with_the_identity_is_exact_in_every_round_and_learns_at_once() ->
         upload, memory = uplink.encode(Springs(), memory, turn(round, applied=torch.full((N,), round - 1)))
         estimate, state = uplink.decode(state, uplink.decompress(upload, None, None, D).sum(0), None, 1.0)
         each = Springs().gradient(points(round))
-        size = size + 2 * each.abs().sum(0)  # the gradient, and the memory that was one a round ago
+        size = size + 2 * each.abs().sum(0)  # the gradient, and the memory that was one per round ago
         agree(estimate, each.sum(0), round * (N + 3), size)
         agree(state["shift"], each.sum(0), round * (N + 3), size)
 

@@ -484,7 +484,7 @@ def test_a_diana_fleet_and_its_server_agree_on_the_sum_of_memories() -> None:
     rate = rig.uplink.rate(rig.fleet.d)  # type: ignore[attr-defined]
     for _ in range(5):
         state = rig.run(10)
-        # each end adds one scaled packet a round, the server after a sum over clients: no partial sum exceeds the sizes
+        # each end adds one scaled packet per round, the server after summing clients: no partial sum exceeds the sizes
         sent = [
             rig.uplink.decompress(upload, rig.requests[at].sync, None, rig.fleet.d).abs() * rate
             for at in range(len(rig.requests))

@@ -428,7 +428,7 @@ def test_uniform_integers_and_signs() -> None:
 def test_bernoulli_has_its_probability(p: float) -> None:
     for family in ("round", "client", "chain"):
         assert z_of_mean(FAMILIES[family].bernoulli(p, 250).numpy(), p, math.sqrt(p * (1 - p))) < 5
-    single = key(0, torch.arange(20_000), SERVER, 0, "sync").bernoulli(p)  # one coin a round, as marina tosses it
+    single = key(0, torch.arange(20_000), SERVER, 0, "sync").bernoulli(p)  # one coin per round, as marina tosses it
     assert single.shape == (20_000,)
     assert z_of_mean(single.numpy(), p, math.sqrt(p * (1 - p))) < 5
 

@@ -1,8 +1,9 @@
 r"""Gradients from minibatches, and what a reference takes away of their noise.
 
 Exactly, by enumeration: one chain for every combination of the clients' minibatches, through `ClientStack`. By
-simulation, where the law is known: on y = theta x + noise with one coefficient a client's minibatch gradient is affine in theta, so
-that second moments close. With s(f) = sum_i (N_i^2 / b) (N_i - b) / (N_i - 1) var_j(f_ij) and u = theta - mode,
+simulation, where the law is known: on y = theta x + noise with one coefficient a client's minibatch gradient is affine
+in theta, so that second moments close. With s(f) = sum_i (N_i^2 / b) (N_i - b) / (N_i - 1) var_j(f_ij) and u = theta -
+mode,
 
     no reference        noise s(grad U_ij at the mode) + s(x^2) u^2
     mode                noise s(x^2) u^2

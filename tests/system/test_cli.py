@@ -57,7 +57,7 @@ class Engine(types.ModuleType):
 
     def plan(self, source: Any, overrides: Any) -> dict[str, str]:
         self.asked.append((source, {"overrides": overrides}))
-        return {"clients": "10 [of] 10", "uplink": "132 bytes a round"}
+        return {"clients": "10 [of] 10", "uplink": "132 bytes per round"}
 
     def check(self, experiment: Experiment) -> None:
         self.asked.append((experiment, {}))
@@ -228,7 +228,7 @@ def test_list_presets(tmp_path: Path) -> None:
     assert all(name in done.stdout for name in PRESETS)
     rows = json.loads(call(tmp_path, "list", "presets", "--json").stdout)
     assert [row["name"] for row in rows] == list(PRESETS)
-    wire = {"uplink", "downlink", "bits a chain and round"}
+    wire = {"uplink", "downlink", "bits per chain and round"}
     assert set(rows[0]) == {"name", "summary", "guarantee", "reference", *wire}
 
 
@@ -294,7 +294,7 @@ def test_dry_run_samples_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch
     assert engine.asked[0][0].rounds == 2000
     said = capsys.readouterr().out
     assert "10 [of] 10" in said
-    assert "132 bytes a round" in said
+    assert "132 bytes per round" in said
     assert "round 1\n" not in said
     assert here(monkeypatch, "simulate", "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["clients"] == "10 [of] 10"

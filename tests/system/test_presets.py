@@ -68,7 +68,7 @@ def test_the_table_says_what_is_asked_of_it() -> None:
     for row in table():
         assert all(row.values()), row["name"]
         assert "order" in row["guarantee"] or row["name"] == "federated-gd"
-        assert row["bits a chain and round"].endswith("down")
+        assert row["bits per chain and round"].endswith("down")
 
 
 def test_a_run_bills_what_the_formulas_say(tmp_path: Path) -> None:

@@ -372,7 +372,13 @@ def test_a_dry_run_writes_nothing(words: list[str], gaussians: Gaussians, tmp_pa
     done = call(tmp_path, "simulate", "--dry-run", *words, *settings_of(gaussians, uplink__k=2), environment=wide)
     assert (done.code, done.err) == (0, "")
     assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-    for text in ("4 parameters", "diana", "randblock", "120 (20 of warm-up), 20 draws a chain", "32 bytes (dense: 64)"):
+    for text in (
+        "4 parameters",
+        "diana",
+        "randblock",
+        "120 (20 of warm-up), 20 draws per chain",
+        "32 bytes (dense: 64)",
+    ):
         assert text in done.out
     if words == ["--json"]:
         assert json.loads(done.out)["sampler"] == "baoab, 4 chains, temperature 1"

@@ -34,7 +34,7 @@ NOT_TYPED = {
     ("docs/devices/raspberry-pi.md", "sudo useradd"): "makes a system user",
     ("docs/devices/raspberry-pi.md", "sudo mkdir -p /etc/fedsample"): "writes to /etc as root",
     ("docs/devices/raspberry-pi.md", "systemctl"): "needs systemd and a Raspberry Pi's unit",
-    ("docs/flower.md", "flower-superlink"): "Flower takes six seconds a message: tests/soak/test_flower_runtimes.py "
+    ("docs/flower.md", "flower-superlink"): "Flower takes six seconds per message: tests/soak/test_flower_runtimes.py "
     "runs every preset so, in 25 minutes",
     ("docs/flower.md", "class Carrier"): "no command: an interface",
     ("simulations/digits_reference/README.md", "make_reference.py"): "a long HMC run, whose result is tests/data",

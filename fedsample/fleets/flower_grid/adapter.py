@@ -44,7 +44,7 @@ except ImportError as error:
 __all__ = ["NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "SERVER", "Run", "RunNotRunningException"]
 
 Value = bool | float | int | str  # what Flower's configurations hold
-_TASK = 1  # every ServerApp's; there is one a run
+_TASK = 1  # every ServerApp's; there is one per run
 
 
 # --- who is running ---------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def _node_configs(given: NodeConfig | Sequence[NodeConfig] | None, n: int) -> li
     """
     each: Sequence[NodeConfig] = [given or {}] * n if given is None or isinstance(given, Mapping) else given
     if len(each) != n:
-        raise ConfigError(f"node_config holds {len(each)} configurations, expected {n}: one a client, or one for all")
+        raise ConfigError(f"node_config holds {len(each)} configurations, expected {n}: one per client, or one for all")
     configs = []
     for place, config in enumerate(each):
         own: dict[str, Value] = {adapter.PARTITION_ID_KEY: place, adapter.NUM_PARTITIONS_KEY: n}

@@ -1,4 +1,4 @@
-"""Live tables of a fleet: the server's, a row a device, and a device's own; on a terminal only, lines elsewhere."""
+"""Live tables of a fleet: the server's, a row per device, and a device's own; on a terminal only, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class FleetProgress(Progress):
 
 
 def fleet_table(records: Sequence[ClientRecord]) -> RenderableType:
-    """A row a device: state, round, latency, bytes, connections; below, a line for each device's last error."""
+    """A row per device: state, round, latency, bytes, connections; below, a line for each device's last error."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
