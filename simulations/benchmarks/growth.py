@@ -2,7 +2,7 @@
 
     python simulations/benchmarks/growth.py [--clients 10 100 1000 10000] [--rows 20] [--long 10000] [--json]
 
-A fresh process for each number of clients runs the experiment of workload A (by default with 20 rows per client): `ms` is
+A fresh process for each number of clients runs the experiment of workload A (20 rows per client by default): `ms` is
 the fastest of several rounds, `peak_mb` the largest resident size less that of the process before it reads any data,
 and `times_data` that over the bytes of the rows (float32). `state_kb` is the server's state between two rounds, which
 must not grow with the clients but for one integer each. `--full` adds numbers of clients with 300 rows each, whose peak

@@ -18,7 +18,7 @@ import torch
 import fedsample
 from fedsample.monitor import load_draws
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from commands import Command
 from federation import CONFIG, Federation

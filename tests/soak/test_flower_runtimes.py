@@ -36,7 +36,7 @@ from fedsample.config.loading import of_run_config
 from fedsample.config.presets import PRESETS
 from fedsample.monitor import load_draws
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from flower_commands import end_superlink, ended, environment, free_port
 
