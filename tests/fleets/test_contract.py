@@ -2,8 +2,9 @@
 
 The clients one by one are the reference of everything: Flower's grid gives their bits for every preset
 (`tests/fleets/flower/test_flower.py`), real devices do (`tests/fleets/grpc/test_devices.py`), and so do Flower's own
-runtimes (`tests/soak/test_flower_runtimes.py`). Here all clients are computed together, which adds in other orders. What is
-drawn or decided (masks, coins, cohorts, bytes) must be equal all the same, and the draws as far as arithmetic goes.
+runtimes (`tests/soak/test_flower_runtimes.py`). Here all clients are computed together, which adds in other orders.
+What is drawn or decided (masks, coins, cohorts, bytes) must be equal all the same, and the draws as far as arithmetic
+goes.
 """
 
 from __future__ import annotations
