@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from commands import TRACEBACK, Done, call, last_checkpoint, sets
 
 import fedsample
+from fedsample.cli import main
 from fedsample.errors import (
     ConfigError,
     DataError,
@@ -274,10 +276,31 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- configurations and data ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*CONFIGURATIONS.values(), *DATA.values()], ids=[*CONFIGURATIONS, *DATA])
-def test_what_cannot_be_meant_is_refused(case: Case, data: Path, tmp_path: Path) -> None:
+PROCESSES = ("unknown key", "dense with a compressor", "NaN")  # of each kind of error one, by a process of its own
+
+
+def called_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str
+) -> Done:
+    """The same command in this process, for the dozens that end before a chain begins."""
+    monkeypatch.setattr(sys, "argv", ["fedsample", *arguments])
+    for name, value in (("COLUMNS", "120"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return Done(int(ended.value.code or 0), *capfd.readouterr())
+
+
+@pytest.mark.parametrize("name", [*CONFIGURATIONS, *DATA])
+def test_what_cannot_be_meant_is_refused(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = (CONFIGURATIONS | DATA)[name]
     settings = named(data, case.settings)
-    done = call(tmp_path, "simulate", "--out", "run", *sets(**settings))
+    words = ["simulate", "--out", "run", *sets(**settings)]
+    done = call(tmp_path, *words) if name in PROCESSES else called_here(tmp_path, monkeypatch, capfd, *words)
     assert done.code == case.code, done.err
     assert done.out == ""
     for text in case.says:
@@ -667,8 +690,16 @@ def test_a_read_only_disk(data: Path, disk: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stood in the way of."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert call(folder, "simulate", "--quiet", "--out", "run", *arguments_of(data, rounds=400, thin=1)).code == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize("limit", [100, 3000, 8000])
-def test_a_file_that_may_not_grow(limit: int, data: Path, tmp_path: Path) -> None:
+def test_a_file_that_may_not_grow(limit: int, data: Path, whole: Path, tmp_path: Path) -> None:
     """Where no disk can be mounted: the configuration, the curves and the draws hit a limit in turn."""
     arguments = arguments_of(data, rounds=400, thin=1)
     done = call(tmp_path, "simulate", "--quiet", "--out", "run", *arguments, file_limit=limit, constants=OFTEN)
@@ -681,8 +712,7 @@ def test_a_file_that_may_not_grow(limit: int, data: Path, tmp_path: Path) -> Non
     else:
         assert last_checkpoint(tmp_path / "run") > 0
         assert call(tmp_path, "simulate", "--quiet", "--resume", "--out", "run").code == 0
-    assert call(tmp_path, "simulate", "--quiet", "--out", "whole", *arguments).code == 0
-    assert torch.equal(load_draws(tmp_path / "run"), load_draws(tmp_path / "whole"))
+    assert torch.equal(load_draws(tmp_path / "run"), load_draws(whole))
 
 
 def test_the_checks_above_name_every_kind_of_error() -> None:
