@@ -136,6 +136,7 @@ def test_bytes_bring_back_the_packet_to_the_last_bit(case: tuple[Compressor, Ten
     assert compressor.decompress(packet, d).dtype == vector.dtype
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("d", [1, 5, 16, 37])
 @pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])

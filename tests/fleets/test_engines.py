@@ -140,6 +140,7 @@ def test_threads_change_no_bit_of_compiled_gradients(monkeypatch: pytest.MonkeyP
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("batch_size", [None, 20])
 def test_a_network_computed_alone_or_among_others(batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain reverse mode and `vmap` give the same gradients to float32's rounding, for all clients and for some."""

@@ -77,6 +77,7 @@ def test_sizes_shapes_and_layout(name: str, shape: tuple[int, ...], classes: int
     assert functional_call(module, pour(module, flat(module)), (x,)).shape == (6, outputs)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize(("name", "shape", "classes", "size"), CASES)
 def test_rows_do_not_see_each_other(name: str, shape: tuple[int, ...], classes: int | None, size: int) -> None:
     data = toy(shape, classes, rows=3)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from moment_maps import Chain, independent_pairs
+from rounding import near
 from torch import Tensor
 
 from fedsample.compression import build as compressor_of
@@ -46,12 +47,17 @@ def test_ends_of_the_spectrum(known: bool) -> None:
     each, seen = terrain(known)
     geometry = survey_geometry(seen)
     values, vectors = torch.linalg.eigh(each.sum(0) + PRECISION * torch.eye(D, dtype=torch.float64))
-    assert geometry.curvature == pytest.approx(float(values[-1]), rel=1e-8)
-    assert geometry.flattest == pytest.approx(float(values[0]), rel=1e-8)
-    assert abs(float(geometry.stiffest @ vectors[:, -1])) == pytest.approx(1.0, rel=1e-8)
+    largest = float(
+        values[-1]
+    )  # eigenvalues move by no more than their matrix; Lanczos ends after D steps of D products
+    assert geometry.curvature == near(largest, 20 * D**2, largest)
+    assert geometry.flattest == near(float(values[0]), 20 * D**2, largest)
+    assert abs(float(geometry.stiffest @ vectors[:, -1])) == near(1.0, 20 * D**2)
     trace = float(each.sum(0).diagonal().mean())
-    assert geometry.mean_curvature == pytest.approx(trace + PRECISION, rel=1e-8 if known else 0.3)
-    assert N * geometry.share == pytest.approx(trace, rel=1e-8 if known else 0.3)
+    assert geometry.mean_curvature == (
+        near(trace + PRECISION, 20) if known else pytest.approx(trace + PRECISION, rel=0.3)
+    )
+    assert N * geometry.share == (near(trace, 20) if known else pytest.approx(trace, rel=0.3))
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -95,7 +101,7 @@ def test_concentration_is_what_the_clients_with_the_noise_hold() -> None:
         clients = Quadratic(hessian.double().contiguous(), torch.zeros(N, D, dtype=torch.float64))
         seen.survey.fleet = LocalFleet(clients, build("dense", compressor_of("identity")), 0, 1)
         found = seen.concentration()
-        assert found[:N].tolist() == pytest.approx([whole] * N, rel=1e-12)
+        assert found[:N].tolist() == near([whole] * N, 100)
         assert found[N:].tolist() == [1.0] * (D - N)  # nobody holds it, or all do
 
 
@@ -139,4 +145,6 @@ def test_forecast_is_the_exact_chains(sampler: str, uplink: str) -> None:
     assert 0 < forecast.mean_heating < forecast.worst_heating
     assert step < forecast.limit < exact.limit() * 1.1
     slowest = 1 - step * values[0] if sampler == "langevin" else math.nan
-    assert sampler == "baoab" or forecast.relaxation == pytest.approx(-1 / math.log(slowest), rel=1e-6)
+    if sampler == "langevin":  # the logarithm of 1 - h lambda knows h lambda to u, and lambda is known to the largest's
+        far = 1 / (step * values[0]) + values[-1] / values[0]
+        assert forecast.relaxation == near(-1 / math.log(slowest), 20 * D**2 * far)

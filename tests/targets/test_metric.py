@@ -108,6 +108,7 @@ def row_major(tensor: Tensor) -> Tensor:
 # --- S itself --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("name", NAMES)
 def test_s_is_the_symmetric_root_of_the_inverse_precision(name: str) -> None:
     metric, precision = metric_of(name)
@@ -320,6 +321,7 @@ def batch_keys(n: int) -> Key:
     return key(7, client=torch.arange(n).unsqueeze(-1), chain=torch.arange(CHAINS), purpose="batch")
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("name", NAMES)
 def test_clients_in_z_follow_the_chain_rule(name: str) -> None:
     base, metric = softmax(), metric_of(name)[0]

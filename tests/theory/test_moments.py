@@ -123,6 +123,7 @@ def test_client_sampling_reference(uplink: str, arrive: float, want: float) -> N
     assert exact.spread()[0] == pytest.approx(want, abs=3e-4)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("step", [0.05, 0.1, 0.2])
 @pytest.mark.parametrize("curvature", [1.0, 1.3])
 def test_dense_closed_forms(step: float, curvature: float) -> None:
@@ -221,6 +222,7 @@ def test_elf_reference(name: str, step: float) -> None:
     assert 1 + described.bias(step) == pytest.approx(TABLE[name, step], abs=5.1e-7)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("alpha", [0.25, 0.6])
 @pytest.mark.parametrize("step", [0.025, 0.1])
 def test_elf_equations(step: float, alpha: float) -> None:
