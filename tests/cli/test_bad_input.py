@@ -19,7 +19,7 @@ import torch
 from commands import TRACEBACK, Done, call, last_checkpoint, sets
 
 import fedsample
-from fedsample.cli import main
+from fedsample.cli.main import main
 from fedsample.errors import (
     ConfigError,
     DataError,
