@@ -552,7 +552,7 @@ def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch:
         nonlocal most
         found = []
         for client, _ in server.dispatcher.ask("train", dict.fromkeys(range(5), HELD), 1, size):
-            most = max(most, server.hub.streams.room.taken)
+            most = max(most, server.hub.streams.backpressure.taken)
             found.append(client)
         return found
 
@@ -570,7 +570,7 @@ def test_large_answers_wait_for_room(chain: Callable[[int], Chain], monkeypatch:
     first.answer(first.request(), octets(size))
     assert get(asked) == list(range(5))
     assert size <= most <= 3 * size
-    until(lambda: server.hub.streams.room.taken == 0)
+    until(lambda: server.hub.streams.backpressure.taken == 0)
 
 
 def test_half_an_answer_gives_its_room_back(chain: Callable[[int], Chain], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -582,12 +582,12 @@ def test_half_an_answer_gives_its_room_back(chain: Callable[[int], Chain], monke
     for _ in range(3):
         question = one.request()
         one.send(piece=next(pieces(Message(question.name, "train", octets(size)))))
-        until(lambda: server.hub.streams.room.taken == size)
+        until(lambda: server.hub.streams.backpressure.taken == size)
         one.close()
         one = server.stub(0).ready(term=server.hub.term, live=True)
     one.answer(one.request(), octets(size))
     get(asked)
-    until(lambda: server.hub.streams.room.taken == 0)
+    until(lambda: server.hub.streams.backpressure.taken == 0)
 
 
 def test_what_a_newcomer_answers_has_room_whatever_waits(
@@ -600,10 +600,10 @@ def test_what_a_newcomer_answers_has_room_whatever_waits(
     asked = server.do(lambda: list(server.dispatcher.ask("train", dict.fromkeys(range(4), HELD), 1, size)))
     for stub in stubs[1:3]:
         stub.answer(stub.request(), octets(size))
-    until(lambda: server.hub.streams.room.taken == 2 * size)  # all that there is
+    until(lambda: server.hub.streams.backpressure.taken == 2 * size)  # all that there is
     new = server.stub(3, instance=b"new").ready()
     new.answer(new.request(), octets(size))
     for stub in (stubs[0], new):
         stub.answer(stub.request(), octets(size))
     assert [client for client, _ in get(asked)] == [0, 1, 2, 3]
-    until(lambda: server.hub.streams.room.taken == 0)
+    until(lambda: server.hub.streams.backpressure.taken == 0)
