@@ -20,13 +20,12 @@ from fedsample.errors import (
     RunDirectoryError,
     UnsoundError,
 )
+from fedsample.version import __version__
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.experiment import Run, build_target, run
     from fedsample.fleets.flower_grid import FlowerRun, run_flower
-
-__version__ = "0.1.0"
+    from fedsample.runs.api import Run, build_target, run
 
 __all__ = [
     "ClientError",
@@ -51,9 +50,9 @@ __all__ = [
 _LAZY = {
     "Experiment": "fedsample.config",
     "FlowerRun": "fedsample.fleets.flower_grid",
-    "Run": "fedsample.experiment",
-    "build_target": "fedsample.experiment",
-    "run": "fedsample.experiment",
+    "Run": "fedsample.runs.api",
+    "build_target": "fedsample.runs.api",
+    "run": "fedsample.runs.api",
     "run_flower": "fedsample.fleets.flower_grid",
 }
 

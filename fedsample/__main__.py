@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsample.cli import main
+from fedsample.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: one thread a process, and Flower kept quiet."""
+"""Settings of the whole suite: one thread per process, and Flower kept quiet."""
 
 from __future__ import annotations
 

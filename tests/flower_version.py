@@ -19,7 +19,7 @@ from pathlib import Path
 from fedsample.fleets.flower_grid.versions import UNCHECKED
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = ["tests/exact/test_flower_grid.py", "tests/exact/test_flower_folder.py"]
+CONTRACT = ["tests/fleets/flower_grid/test_flower_grid.py", "tests/fleets/flower_grid/test_app_folder.py"]
 
 
 def main() -> int:

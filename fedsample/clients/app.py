@@ -18,14 +18,14 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsample import messages
-from fedsample.clients.device import Device, Trace
+from fedsample import protocol
+from fedsample.clients.message_handler import MessageHandler, Trace
 from fedsample.config import Experiment, dump_toml
+from fedsample.config.loading import of_run_config, reread
 from fedsample.errors import ConfigError
-from fedsample.experiment import of_run_config, reread
-from fedsample.fleets.records import HEADER, parcel_of, records_of
 from fedsample.problem import Problem, build_problem
-from fedsample.wire import Parcel, header, pack_tensors, unpack_tensors
+from fedsample.protocol.flower_records import HEADER, parcel_of, records_of
+from fedsample.protocol.wire import Parcel, header, pack_tensors, unpack_tensors
 
 if TYPE_CHECKING:
     from flwr.clientapp.typing import Mod
@@ -38,15 +38,15 @@ def client_app(experiment: Experiment | None = None, *, mods: Sequence[Mod] = ()
     """The client side of an experiment.
 
     Args:
-        experiment: the experiment; None: what each run's configuration says, see `experiment.of_run_config`.
+        experiment: the experiment; None: what each run's configuration says, see `config.loading.of_run_config`.
         mods: Flower's, around every message, the outermost first. Messages are fedsample's own: what changes them must
             know them.
     """
     app = ClientApp(mods=list(mods))
     text = None if experiment is None else dump_toml(experiment)
-    app.train()(_handler(messages.TRAIN, text))
-    app.evaluate()(_handler(messages.EVALUATE, text))
-    for kind in (messages.EXACT_QUERY, messages.HELLO, messages.METRIC, messages.SAVE, messages.RESTORE):
+    app.train()(_handler(protocol.TRAIN, text))
+    app.evaluate()(_handler(protocol.EVALUATE, text))
+    for kind in (protocol.EXACT_QUERY, protocol.HELLO, protocol.METRIC, protocol.SAVE, protocol.RESTORE):
         app.query(kind.removeprefix("query."))(_handler(kind, text))
     return app
 
@@ -60,7 +60,7 @@ def _problem(text: str) -> Problem:
 
 
 @lru_cache(maxsize=256)
-def _device(text: str, index: int, partitions: int) -> Device:
+def _device(text: str, index: int, partitions: int) -> MessageHandler:
     """The client of a partition, from the configuration as TOML.
 
     Raises:
@@ -73,7 +73,7 @@ def _device(text: str, index: int, partitions: int) -> Device:
             f"partition {index} of {partitions}, but the configuration has {n} clients: run {n} nodes (in a simulation "
             f"--federation-config 'num-supernodes={n}'), or set data.clients = {partitions}"
         )
-    return Device(experiment, problem, problem.clients.client(index), index, n)
+    return MessageHandler(experiment, problem, problem.clients.client(index), index, n)
 
 
 @lru_cache(maxsize=16)
@@ -98,13 +98,13 @@ def _handler(kind: str, text: str | None) -> Callable[[Message, Context], Messag
                 _keep(context.state, device)
                 return Message(records_of(reply), reply_to=message)
         except Exception:
-            failure = messages.Failure(trace.client, trace.round, trace.stage, traceback.format_exc())
+            failure = protocol.Failure(trace.client, trace.round, trace.stage, traceback.format_exc())
             return Message(Error(_RAISED, failure.reason()), reply_to=message)
 
     return handle
 
 
-def _recall(device: Device, state: RecordDict) -> None:
+def _recall(device: MessageHandler, state: RecordDict) -> None:
     """Give the client back what the last message left in `context.state`."""
     what = "what this client remembers"
     device.hold(parcel_of(state, what, _METRIC) if f"{_METRIC}{HEADER}" in state else None)
@@ -115,7 +115,7 @@ def _recall(device: Device, state: RecordDict) -> None:
     device.restore(unpack_tensors(arrays, {name: forms[name] for name in arrays if name in forms}, what))
 
 
-def _keep(state: RecordDict, device: Device) -> None:
+def _keep(state: RecordDict, device: MessageHandler) -> None:
     """Remember it until the next message."""
     parts = {_STATE: Parcel(header(), pack_tensors(device.state()))}
     if device.metric is not None:
@@ -125,7 +125,7 @@ def _keep(state: RecordDict, device: Device) -> None:
             state[name] = record
 
 
-def _find(context: Context, text: str | None, trace: Trace) -> Device:
+def _find(context: Context, text: str | None, trace: Trace) -> MessageHandler:
     node = context.node_config
     index, partitions = node.get("partition-id"), node.get("num-partitions")
     if not isinstance(index, int) or not isinstance(partitions, int):

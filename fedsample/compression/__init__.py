@@ -89,10 +89,13 @@ def build(
     """The compressor of a configuration.
 
     Args:
-        name: of the table; `outer+inner` composes a selection and a quantiser (randk+natural, topk+bf16);
-            `scaled-` before an unbiased one makes it contractive (scaled-randk, scaled-randk+qsgd, topk+scaled-qsgd).
-        k: of randk, randblock, topk: coordinates (int) or a fraction of them (float). levels: s of qsgd. rank: of
-            lowrank. clients: n, for permk. blocks: the parameter matrices as flat positions, for lowrank.
+        name: of the table; `outer+inner` composes a selection and a quantiser (randk+natural, topk+bf16); `scaled-`
+            before an unbiased one makes it contractive (scaled-randk, scaled-randk+qsgd, topk+scaled-qsgd).
+        k: of randk, randblock, topk: coordinates (int) or a fraction of them (float).
+        levels: s of qsgd.
+        rank: of lowrank.
+        clients: n, for permk.
+        blocks: the parameter matrices as flat positions, for lowrank.
 
     Raises:
         ConfigError: if the name is not known, what it needs is missing or out of range, or a composition has no known

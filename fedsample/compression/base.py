@@ -64,8 +64,10 @@ class LinkKeys:
     """Makes the `PacketKeys` of a link, round after round.
 
     Args:
-        seed: the experiment's seed. clients: one index (a device), or (n,) indices (a fleet, for all at once). chains:
-            how many chains. purpose: the link, so that uplink and downlink never share a draw.
+        seed: the experiment's seed.
+        clients: one index (a device), or (n,) indices (a fleet, for all at once).
+        chains: how many chains.
+        purpose: the link, so that uplink and downlink never share a draw.
     """
 
     def __init__(
@@ -104,11 +106,14 @@ class Compressor(ABC):
     Contractive with constant alpha: E|C(v) - v|^2 <= (1 - alpha) |v|^2.
 
     Attributes:
-        name: as in a configuration. kind: which of the two holds. summary: what travels. constant, formula: omega or
-            alpha, and the idealised bits of a float32 vector, as printed. independence: what binds the packets of
-            different clients: "deterministic" draws nothing; "independent" draws for each client, chain and round;
-            "shared-permutation" is independent given a permutation that all share; "partition" splits the coordinates
-            among the clients, so that every one of them must be heard. everyone: whether all clients must be present.
+        name: as in a configuration.
+        kind: which of the two holds.
+        summary: what travels.
+        constant, formula: omega or alpha, and the idealised bits of a float32 vector, as printed.
+        independence: what binds the packets of different clients: "deterministic" draws nothing; "independent" draws
+            for each client, chain and round; "shared-permutation" is independent given a permutation that all share;
+            "partition" splits the coordinates among the clients, so that every one of them must be heard.
+        everyone: whether all clients must be present.
     """
 
     name: ClassVar[str]

@@ -29,7 +29,8 @@ class Composed(Compressor):
     """A quantiser on the kept values of a selection; see the module's table of constants.
 
     Args:
-        outer: RandK, RandBlock, PermK or TopK. inner: Identity, QSGD, Natural, Bfloat16, ScaledSign or a Scaled one.
+        outer: RandK, RandBlock, PermK or TopK.
+        inner: Identity, QSGD, Natural, Bfloat16, ScaledSign or a Scaled one.
 
     Raises:
         ConfigError: if the pair is of another form, or its constant is not known.

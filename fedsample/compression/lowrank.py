@@ -39,8 +39,8 @@ class LowRank(Compressor):
     """Rank-r factors of each parameter matrix.
 
     Args:
-        rank: r >= 1, at most min(m, n) of the largest matrix. blocks: the matrices as flat positions, int64 (m, n)
-            each, together all d; as `Clients.blocks()` gives them.
+        rank: r >= 1, at most min(m, n) of the largest matrix.
+        blocks: the matrices as flat positions, int64 (m, n) each, together all d; as `Clients.blocks()` gives them.
 
     Raises:
         ConfigError: if the rank fits no matrix, or the blocks do not cover 0, ..., d - 1 once each.

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsample.compression import bits
+from fedsample.compression import bit_packing
 from fedsample.compression.base import (
     Compressor,
     Independence,
@@ -33,8 +33,8 @@ from fedsample.compression.base import (
     values_from_bytes,
     values_to_bytes,
 )
-from fedsample.compression.coins import Coins
-from fedsample.compression.pieces import PIECE, empty, pieces, times, two_norm
+from fedsample.compression.cache_blocks import PIECE, empty, pieces, times, two_norm
+from fedsample.compression.random_bits import Coins
 from fedsample.errors import ConfigError, DataError
 
 _MOST = (1 << 15) - 1
@@ -68,7 +68,7 @@ class QSGD(Compressor):
     @property
     def width(self) -> int:
         """Bits of a level with its sign."""
-        return 1 + bits.width_of(self.levels + 1)
+        return 1 + bit_packing.width_of(self.levels + 1)
 
     def count(self, d: int) -> int:
         """All d levels travel."""
@@ -123,7 +123,7 @@ class QSGD(Compressor):
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
         """The norm, and the packed levels padded to bytes."""
-        return float_bits(dtype) + 8 * bits.size_of(d, self.width)
+        return float_bits(dtype) + 8 * bit_packing.size_of(d, self.width)
 
     def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
         """The paper's count without padding."""
@@ -136,7 +136,7 @@ class QSGD(Compressor):
             DataError: if the norm is not finite: an entry was NaN or infinite, or the norm overflows.
         """
         levels = packet.values.detach().cpu().contiguous().numpy()
-        return bits.pack(levels, self.width, values_to_bytes(_required(packet)), self.levels)
+        return bit_packing.pack(levels, self.width, values_to_bytes(_required(packet)), self.levels)
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
         """Levels and norm.
@@ -152,11 +152,11 @@ class QSGD(Compressor):
         if float(norm) < 0:
             raise wrong
 
-        def check(codes: bits.Codes) -> None:
+        def check(codes: bit_packing.Codes) -> None:
             if int(codes.max()) > 2 * self.levels:
                 raise wrong
 
-        levels = bits.unpack(memoryview(data)[size:], d, self.width, np.dtype(f"u{form}"), check, self.levels)
+        levels = bit_packing.unpack(memoryview(data)[size:], d, self.width, np.dtype(f"u{form}"), check, self.levels)
         return Packet(torch.from_numpy(levels.view(f"i{form}")), None, norm)
 
     def _dtype(self) -> torch.dtype:

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsample.compression import bits
+from fedsample.compression import bit_packing
 from fedsample.compression.base import Compressor, Independence, Packet, PacketKeys, require_length
-from fedsample.compression.bits import Codes
-from fedsample.compression.coins import Coins
-from fedsample.compression.pieces import empty, pieces
+from fedsample.compression.bit_packing import Codes
+from fedsample.compression.cache_blocks import empty, pieces
+from fedsample.compression.random_bits import Coins
 from fedsample.errors import DataError
 from fedsample.random import Key
 
@@ -90,7 +90,7 @@ class _Rounding(Compressor):
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
         """Codes packed, padded to bytes."""
-        return 8 * bits.size_of(d, self._width(dtype))
+        return 8 * bit_packing.size_of(d, self._width(dtype))
 
     def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
         """Without padding."""
@@ -104,7 +104,7 @@ class _Rounding(Compressor):
         """
         dtype = _FLOATS[packet.values.dtype]
         check = self._refuse(dtype, "the gradient that made it is not finite, or is too large for its format")
-        return bits.pack(
+        return bit_packing.pack(
             packet.values.detach().cpu().contiguous().numpy(),
             self._width(dtype),
             check=check,
@@ -120,7 +120,9 @@ class _Rounding(Compressor):
         require_length(data, self.bits(d, dtype) // 8, f"{d} codes of {self._width(dtype)} bits")
         check = self._refuse(dtype, "it is refused")
         form = _CODES[dtype].itemsize
-        codes = bits.unpack(data, d, self._width(dtype), np.dtype(f"u{form}"), check, low=self._exponent(dtype) == _LOW)
+        codes = bit_packing.unpack(
+            data, d, self._width(dtype), np.dtype(f"u{form}"), check, low=self._exponent(dtype) == _LOW
+        )
         return Packet(torch.from_numpy(codes.view(f"i{form}")), None)
 
     def _refuse(self, dtype: torch.dtype, why: str) -> Callable[[Codes], None]:
@@ -171,7 +173,7 @@ class Natural(_Rounding):
 
 @dataclass(frozen=True)
 class Bfloat16(_Rounding):
-    """Random rounding to bfloat16: 16 bits an entry, of float64 too, whose range then shrinks to that of float32."""
+    """Random rounding to bfloat16: 16 bits per entry, of float64 too, whose range then shrinks to that of float32."""
 
     name: ClassVar[str] = "bf16"
     summary: ClassVar[str] = "each entry rounded at random to bfloat16"

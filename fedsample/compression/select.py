@@ -16,7 +16,7 @@ from fedsample.compression.base import (
     values_from_bytes,
     values_to_bytes,
 )
-from fedsample.compression.pieces import zeros
+from fedsample.compression.cache_blocks import zeros
 
 
 class Selector(Compressor):

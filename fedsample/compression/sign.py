@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsample.compression import bits
+from fedsample.compression import bit_packing
 from fedsample.compression.base import (
     Compressor,
     Independence,
@@ -28,7 +28,7 @@ from fedsample.compression.base import (
     values_from_bytes,
     values_to_bytes,
 )
-from fedsample.compression.pieces import empty, one_norm, pieces, times
+from fedsample.compression.cache_blocks import empty, one_norm, pieces, times
 from fedsample.errors import DataError
 
 _WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -57,12 +57,6 @@ class ScaledSign(Compressor):
         """The worst case over vectors, 1 / d."""
         return 1.0 / d
 
-    def alpha_of(self, vector: Tensor) -> Tensor:
-        """The contraction |v|_1^2 / (d |v|_2^2) of vectors (..., d) -> (...) float64; 1 for zero vectors."""
-        square = vector.double().square().sum(-1)
-        ratio = one_norm(vector).square() / (vector.shape[-1] * square)
-        return torch.where(square > 0, ratio, 1.0)
-
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
         """+1 or -1 for each entry by its sign bit, and |v|_1 / d."""
         d = vector.shape[-1]
@@ -84,7 +78,7 @@ class ScaledSign(Compressor):
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
         """The scale, and the signs padded to bytes."""
-        return float_bits(dtype) + 8 * bits.size_of(d, 1)
+        return float_bits(dtype) + 8 * bit_packing.size_of(d, 1)
 
     def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
         """Without padding."""

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsample.compression import bits
+from fedsample.compression import bit_packing
 from fedsample.compression.base import Independence, Packet, PacketKeys, contractive_only, float_bits, resolve_count
 from fedsample.compression.select import Selector, required_indices
 from fedsample.errors import DataError
@@ -105,7 +105,7 @@ class TopK(Selector):
 
     def index_bytes(self, d: int) -> int:
         """Bytes of the packed coordinates or of the bitmap."""
-        return bits.size_of(min(self._width(d) * self.count(d), d), 1)
+        return bit_packing.size_of(min(self._width(d) * self.count(d), d), 1)
 
     def pack_indices(self, packet: Packet) -> bytes:
         """Packed coordinates, or a bitmap."""
@@ -115,9 +115,9 @@ class TopK(Selector):
         if self._bitmap(d):
             present = np.zeros(d, dtype=np.uint8)
             present[indices] = 1
-            return bits.pack(present, 1)
+            return bit_packing.pack(present, 1)
         narrow = np.uint32 if d <= 1 << 32 else np.int64
-        return bits.pack(indices.astype(narrow), self._width(d))
+        return bit_packing.pack(indices.astype(narrow), self._width(d))
 
     def parse_indices(self, data: bytes, d: int) -> Tensor:
         """(K,) ascending.
@@ -127,12 +127,12 @@ class TopK(Selector):
         """
         k = self.count(d)
         if self._bitmap(d):
-            flags = bits.unpack(data, d, 1, np.uint8)
+            flags = bit_packing.unpack(data, d, 1, np.uint8)
             places = np.flatnonzero(flags)
             if len(places) != k:
                 raise DataError(f"a topk bitmap of {len(places)} coordinates, expected K = {k}; the bytes are damaged")
             return torch.from_numpy(places)
-        places = bits.unpack(data, k, self._width(d), np.uint32 if d <= 1 << 32 else np.int64).astype(np.int64)
+        places = bit_packing.unpack(data, k, self._width(d), np.uint32 if d <= 1 << 32 else np.int64).astype(np.int64)
         if int(places[-1]) >= d or bool((places[1:] <= places[:-1]).any()):
             raise DataError(f"topk coordinates must ascend within 0..{d - 1} without repeating; the bytes are damaged")
         return torch.from_numpy(places)
@@ -146,7 +146,7 @@ class TopK(Selector):
         return float(float_bits(dtype) * self.count(d) + min(self._width(d) * self.count(d), d))
 
     def _width(self, d: int) -> int:
-        return bits.width_of(d)
+        return bit_packing.width_of(d)
 
     def _bitmap(self, d: int) -> bool:
         return d < self._width(d) * self.count(d)

@@ -3,9 +3,9 @@
 Precedence: defaults < preset < file or dict < `FEDSAMPLE_*` environment < `--set section.key=value`.
 """
 
+from fedsample.config.error_messages import SettingsError
 from fedsample.config.experiment import Experiment
 from fedsample.config.fields import PREFIX, nearest, variable
-from fedsample.config.problems import SettingsError
 from fedsample.config.rendering import Key, dump_toml, keys, template
 from fedsample.config.sections import (
     DataConfig,

@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from fedsample.config.problems import Problem, SettingsError, problems_of
+from fedsample.config.error_messages import Problem, SettingsError, problems_of
+from fedsample.config.presets import DEFAULT, preset
 from fedsample.config.sections import Settings
 from fedsample.config.values import flatten, merge, plain
-from fedsample.presets import DEFAULT, preset
 
 _LARGEST = 2**63 - 1  # of a tensor's whole numbers
 _SCALES = (1e-18, 1e18)  # standard deviations whose precision a float32 holds

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from fedsample.config.sections import Section, Settings, Word
 
 PREFIX = "FEDSAMPLE_"
+OF_THE_MACHINE = frozenset({"FEDSAMPLE_CXXFLAGS"})  # variables that are no settings: see `targets.fused`
 
 
 def variable(path: str) -> str:

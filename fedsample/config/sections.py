@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from fedsample.presets import DEFAULT
+from fedsample.config.presets import DEFAULT
 
 
 class Word:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsample.config.error_messages import Problem, SettingsError
 from fedsample.config.experiment import IMPLIED, Experiment
-from fedsample.config.fields import PREFIX, fields, nearest, variable
-from fedsample.config.problems import Problem, SettingsError
+from fedsample.config.fields import OF_THE_MACHINE, PREFIX, fields, nearest, variable
+from fedsample.config.presets import PRESETS, preset
 from fedsample.config.values import flatten, merge, nest, plain, same
 from fedsample.errors import ConfigError
-from fedsample.presets import PRESETS, preset
 
 Source = Mapping[str, Any] | str | Path | Experiment | None
 
@@ -108,7 +108,7 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
     """One layer a variable of ours."""
     known = {variable(path): path for path in fields()}
-    ours = sorted(name for name in environment if name.startswith(PREFIX))
+    ours = sorted(name for name in environment if name.startswith(PREFIX) and name not in OF_THE_MACHINE)
     unknown = [name for name in ours if name not in known]
     if unknown:
         close = [variable(nearest(name.removeprefix(PREFIX).lower().replace("__", "."))) for name in unknown]

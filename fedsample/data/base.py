@@ -33,7 +33,7 @@ class FederatedData:
         y_test: (M,) as `y`.
         classes: number of classes, >= 2; None for regression.
         feature_names: one a feature, row-major over the feature axes; empty: x0, x1, ...
-        client_names: one a client; empty: "0", "1", ...
+        client_names: one per client; empty: "0", "1", ...
         class_names: the label that each class had in the source; empty: "0", "1", ...
         target_mean: subtracted from a regression target before it was stored here.
         target_scale: what it was then divided by: an error in the units of the source is `target_scale` times ours.
@@ -114,38 +114,6 @@ class FederatedData:
             target_scale=self.target_scale,
         )
 
-    @classmethod
-    def from_shares(
-        cls,
-        name: str,
-        shares: Sequence[tuple[Array, Array]],
-        classes: int | None,
-        test: tuple[Array, Array] | None = None,
-    ) -> FederatedData:
-        """Join the (x, y) of each client, in order; the inverse of `client`.
-
-        Args:
-            name: what to call the data.
-            shares: one pair a client: x (n_i, ...features), y (n_i,); n_i may be 0.
-            classes: number of classes, None for regression.
-            test: x_test and y_test; None: no test rows.
-        """
-        if not shares:
-            raise DataError("got no shares: a dataset needs at least one client")
-        dtype = np.float64 if classes is None else np.int64
-        x = np.concatenate([np.asarray(x, dtype=np.float64) for x, _ in shares])
-        y = np.concatenate([np.asarray(y, dtype=dtype) for _, y in shares])
-        x_test, y_test = (x[:0], y[:0]) if test is None else test
-        return cls(
-            name=name,
-            x=x,
-            y=y,
-            offsets=np.cumsum([0, *(len(x) for x, _ in shares)], dtype=np.int64),
-            x_test=np.asarray(x_test, dtype=np.float64),
-            y_test=np.asarray(y_test, dtype=dtype),
-            classes=classes,
-        )
-
 
 def default_feature_names(shape: tuple[int, ...]) -> tuple[str, ...]:
     """x0, x1, ... for a row of one axis; x[0,0], x[0,1], ... for an image."""
@@ -183,7 +151,7 @@ def _check_rows(x_name: str, x: Array, y_name: str, y: Array, classes: int | Non
     want = np.float64 if classes is None else np.int64
     if y.shape != (len(x),) or y.dtype != want:
         raise DataError(
-            f"{y_name} has shape {y.shape} and dtype {y.dtype}, expected ({len(x)},) in {np.dtype(want)}, one a row"
+            f"{y_name} has shape {y.shape} and dtype {y.dtype}, expected ({len(x)},) in {np.dtype(want)}, one per row"
         )
     if classes is None:
         return

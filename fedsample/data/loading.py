@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedsample.data.agree import merge, table_schema
 from fedsample.data.base import FederatedData, Task
 from fedsample.data.builtin import read_builtin
 from fedsample.data.columns import read_columns
-from fedsample.data.fit import fit
 from fedsample.data.labels import encode
 from fedsample.data.npz import read_npz
 from fedsample.data.schema import Schema, Target
+from fedsample.data.schema_apply import fit
+from fedsample.data.schema_merge import merge, table_schema
 from fedsample.data.split import Split, split
 from fedsample.data.standardize import standardize
 from fedsample.data.table import Table, source_path

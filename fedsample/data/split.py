@@ -35,7 +35,7 @@ class Split:
     Attributes:
         train: for each client the rows that it trains on, ascending.
         test: held-out rows of the table, or of its own test rows if it brings some.
-        names: one a client.
+        names: one per client.
         bounds: client i holds out test[bounds[i]:bounds[i + 1]]; None: test[i::n].
     """
 

@@ -32,7 +32,7 @@ def first_sums(data: FederatedData) -> Tensor:
     """What one client sends first: its rows and their sum -> (1 + p,) or, for a numeric target, (1 + p + 1,).
 
     Args:
-        data: one client's data, not yet standardised; p numbers a row.
+        data: one client's data, not yet standardised; p numbers per row.
 
     Raises:
         DataError: a sum that float64 cannot hold.
@@ -116,7 +116,7 @@ def standardize(data: FederatedData) -> FederatedData:
     Raises:
         DataError: no training rows, or values too large.
     """
-    from fedsample.sums import TreeSum
+    from fedsample.numerics.tree_sum import TreeSum
 
     shares = [data.client(client) for client in range(data.clients)]
     first, second = TreeSum(), TreeSum()
@@ -137,7 +137,7 @@ def _sum(rows: Array) -> Tensor:
     """(n_i, p) -> (p,) by the fixed tree."""
     import torch
 
-    from fedsample.sums import tree_sum
+    from fedsample.numerics.tree_sum import tree_sum
 
     return tree_sum(torch.from_numpy(np.ascontiguousarray(rows))) if len(rows) else torch.zeros(rows.shape[1]).double()
 

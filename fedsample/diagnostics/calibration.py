@@ -1,21 +1,22 @@
 """Are the predictions good, and is their confidence right? Scores of a predictive distribution on held-out points.
 
 The predictive distribution of a classifier is the *average over draws of its probabilities*, never of its logits:
-`p(y | x) = 1/S sum_s softmax(f(x; theta_s))_y` (`mean_probabilities`); that of a regression is the mixture of the
-draws' Gaussians (`gaussian_nll`). Everything is computed in float64.
+`p(y | x) = 1/S sum_s softmax(f(x; theta_s))_y`; that of a regression is the mixture of the draws' Gaussians
+(`gaussian_nll`). Everything is computed in float64.
 
     accuracy = mean I[argmax p = y]            NLL = -mean log p_y            Brier = mean sum_c (p_c - I[c = y])^2
-    ECE = sum_bins |B| / N |accuracy(B) - confidence(B)|,   confidence = max_c p_c
-    agreement = mean I[argmax p = argmax q]    TV = mean 1/2 sum_c |p_c - q_c|
+    ECE = sum_bins |B| / N |accuracy(B) - confidence(B)|,   confidence = max_c p_c,   bins of equal width
+    adaptive ECE: the same over bins of equal mass
 
 ECE is biased upwards on few points: with N points a perfectly calibrated model scores about `sqrt(bins / N)` times a
 constant below one, so compare models on the same points and bins.
 
 Reference:
     Guo, Pleiss, Sun & Weinberger (2017), "On calibration of modern neural networks", arXiv 1706.04599, equation 3
-    (ECE, 15 bins). Nguyen & O'Connor (2015), arXiv 1508.05154 (equal-mass bins). Brier (1950), Monthly Weather Review
-    78. Izmailov, Vikram, Hoffman & Wilson (2021), "What are Bayesian neural network posteriors really like?", arXiv
-    2104.14421, section 4 (agreement and total variation).
+    (ECE, 15 bins). Nguyen & O'Connor (2015), arXiv 1508.05154 (equal-mass bins). Mukhoti, Kulharia, Sanyal, Golodetz,
+    Torr & Dokania (2020), arXiv 2002.09437 (adaptive ECE: of the confidence alone, whereas the adaptive calibration
+    error of Nixon, Dusenberry, Jerfel, Nguyen, Liu, Zhang & Tran (2019), arXiv 1904.01685, is a mean over all classes).
+    Brier (1950), Monthly Weather Review 78 (the sum over classes: for two, twice the squared error of one).
 """
 
 from __future__ import annotations
@@ -28,23 +29,6 @@ from torch import Tensor
 from fedsample.errors import DataError
 
 BINS = 15
-
-
-def mean_probabilities(logits: Tensor) -> Tensor:
-    """Average the class probabilities over draws.
-
-    Args:
-        logits: (..., N, K), any leading dimensions of draws and chains.
-
-    Returns:
-        (N, K) float64; rows sum to 1.
-    """
-    points, classes = logits.shape[-2:]
-    draws = logits.reshape(-1, points, classes)
-    total = torch.zeros(points, classes, dtype=torch.float64, device=logits.device)
-    for draw in draws:  # one draw at a time: a float64 copy of all of them may not fit
-        total += torch.softmax(draw.double(), dim=-1)
-    return total / draws.shape[0]
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
@@ -65,7 +49,7 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
     """Negative log-likelihood a point, in nats: `-mean log p_y`. Infinite where a true class has probability 0.
 
     Args:
-        probabilities: (N, K), averaged over draws (`mean_probabilities`).
+        probabilities: (N, K), averaged over draws.
         labels: (N,) integers in [0, K).
     """
     _check(probabilities, labels)
@@ -118,28 +102,6 @@ def adaptive_ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> flo
     return float(sum(abs(float(part.sum())) for part in gaps) / len(confidence))
 
 
-def agreement(first: Tensor, second: Tensor) -> float:
-    """Share of points at which two predictive distributions choose the same class, in [0, 1].
-
-    Args:
-        first: (N, K) probabilities.
-        second: (N, K) probabilities of the same points.
-    """
-    _check_pair(first, second)
-    return float((first.argmax(dim=1) == second.argmax(dim=1)).double().mean())
-
-
-def total_variation(first: Tensor, second: Tensor) -> float:
-    """Mean total variation distance between two predictive distributions, in [0, 1].
-
-    Args:
-        first: (N, K) probabilities.
-        second: (N, K) probabilities of the same points.
-    """
-    _check_pair(first, second)
-    return float((first.double() - second.double()).abs().sum(dim=1).mean() / 2)
-
-
 def rmse(prediction: Tensor, target: Tensor) -> float:
     """Root mean squared error, in the units of the target.
 
@@ -184,19 +146,11 @@ def _check(probabilities: Tensor, labels: Tensor) -> None:
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or labels.numel() == 0:
         raise DataError(
             f"expected probabilities (N, K) and labels (N,), N >= 1; got {tuple(probabilities.shape)} and "
-            f"{tuple(labels.shape)}; average over draws with mean_probabilities first"
+            f"{tuple(labels.shape)}; average over draws first"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= probabilities.shape[1]:
         raise DataError(
             f"labels lie in [{low}, {high}], but there are {probabilities.shape[1]} classes: expected 0 to "
             f"{probabilities.shape[1] - 1}; number the classes from 0"
-        )
-
-
-def _check_pair(first: Tensor, second: Tensor) -> None:
-    if first.ndim != 2 or first.shape != second.shape or first.numel() == 0:
-        raise DataError(
-            f"expected two predictive distributions (N, K) of the same points; got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}"
         )

@@ -93,6 +93,23 @@ def ess_tail(x: torch.Tensor | NDArray[Any], low: float = 0.05, high: float = 0.
     return _over_functionals(x, lambda block: _tail(block, low, high), min_chains=1)
 
 
+def worst_rhat_and_ess(functionals: torch.Tensor) -> tuple[float, float]:
+    """Worst R-hat and smallest bulk ESS over functionals (C, n, F), constant ones left out; NaN where all are."""
+    ratios, sizes = rhat_and_ess(functionals)
+    ratios = ratios[np.isfinite(ratios)]
+    return float(ratios.max()) if ratios.size else math.nan, _smallest(sizes)
+
+
+def worst_ess_tail(functionals: torch.Tensor) -> float:
+    """Smallest tail ESS over functionals (C, n, F), constant ones left out; NaN where all are."""
+    return _smallest(ess_tail(functionals))
+
+
+def _smallest(sizes: Array) -> float:
+    sizes = sizes[np.isfinite(sizes)]
+    return float(sizes.min()) if sizes.size else math.nan
+
+
 def _over_functionals(
     x: torch.Tensor | NDArray[Any], statistic: Callable[[Array], Array], *, min_chains: int, results: int = 1
 ) -> Array:

@@ -3,10 +3,12 @@
 Of the draws that it has seen a device keeps the sum of its rows' class probabilities (M, K); for a Gaussian likelihood
 the sum of the means and the logarithm of the summed densities, (M,) each. What it sends does not name a row:
 
-    classes   [rows, correct, sum of -log p_y, then for each of 15 bins of the confidence: rows, confidence, correct]
+    classes   [rows, correct, sum of -log p_y, sum of sum_c (p_c - I[c = y])^2,
+               then for each of 15 bins of the confidence: rows, confidence, correct]
     numbers   [rows, squared error, sum of -log p(y)]
 
-`scores` of the sums over devices are those of `calibration` on all rows together, but for the order of summation.
+`scores` of the sums over devices are those of `calibration` on all rows together, but for the order of summation. The
+adaptive ECE is no such sum: where its bins end depends on the confidences of all rows.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from fedsample.errors import DataError
 if TYPE_CHECKING:
     from fedsample.problem import Problem
 
-_HEAD = 3  # rows, correct or squared error, negative log-likelihood
+_NUMBERS = 3  # rows, squared error, negative log-likelihood
+_HEAD = 4  # rows, correct, negative log-likelihood, squared distance from the label
 
 
 class Evaluator:
@@ -54,7 +57,7 @@ class Evaluator:
         self._total = predicted if self._total is None else self._total + predicted
 
     def counts(self) -> Tensor:
-        """What is sent: (3,) or (3 + 45,) float64 on the CPU, zeros where nothing is held out.
+        """What is sent: (3,) or (4 + 45,) float64 on the CPU, zeros where nothing is held out.
 
         Raises:
             DataError: no draw has been seen.
@@ -106,11 +109,11 @@ class Evaluator:
 
 def length(likelihood: str | None) -> int:
     """How many numbers a device sends; 0 for a target that predicts nothing."""
-    return {None: 0, "gaussian": _HEAD}.get(likelihood, _HEAD + 3 * BINS)
+    return {None: 0, "gaussian": _NUMBERS}.get(likelihood, _HEAD + 3 * BINS)
 
 
 def scores(counts: Tensor, likelihood: str | None) -> dict[str, float | None]:
-    """Scores of all devices' held-out rows: accuracy, nll and ece, or rmse and nll; None where no row is held out.
+    """Scores of all devices' held-out rows: accuracy, nll, brier, ece, or rmse, nll; None where no row is held out.
 
     Args:
         counts: the sum over devices of `Evaluator.counts`.
@@ -128,25 +131,31 @@ def scores(counts: Tensor, likelihood: str | None) -> dict[str, float | None]:
         raise DataError(
             f"got counts of shape {tuple(values.shape)}, expected ({length(likelihood)},): one version only"
         )
-    rows, second, nll = values[:_HEAD].tolist()
+    rows, second, nll = values[:_NUMBERS].tolist()
     whole = math.isfinite(rows) and rows >= 0 and rows == int(rows)
     if not whole or second < 0 or (not gaussian and second > rows):
         what = "of squared error" if gaussian else "correct"
         raise DataError(f"got counts of {rows} rows, {second} {what}: expected whole rows, and numbers that fit them")
     if not rows:
-        return dict.fromkeys(("rmse", "nll") if gaussian else ("accuracy", "nll", "ece"))
+        return dict.fromkeys(("rmse", "nll") if gaussian else ("accuracy", "nll", "brier", "ece"))
     if gaussian:
         return {"rmse": math.sqrt(second / rows), "nll": nll / rows}
     _, confidence, correct = values[_HEAD:].view(3, BINS)
-    return {"accuracy": second / rows, "nll": nll / rows, "ece": float((correct - confidence).abs().sum()) / rows}
+    return {
+        "accuracy": second / rows,
+        "nll": nll / rows,
+        "brier": float(values[_HEAD - 1]) / rows,
+        "ece": float((correct - confidence).abs().sum()) / rows,
+    }
 
 
 def _class_counts(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """(M, K) float64 and (M,) -> (3 + 45,), with the bins of `calibration.ece`."""
+    """(M, K) float64 and (M,) -> (4 + 45,), with the bins of `calibration.ece`."""
     confidence, choice = probabilities.max(dim=1)
     correct = (choice == labels).to(torch.float64)
     nll = -probabilities.gather(1, labels[:, None]).log()
+    distance = probabilities - torch.nn.functional.one_hot(labels, probabilities.shape[1])
     columns = torch.stack([torch.ones_like(confidence), confidence, correct], dim=1)  # (M, 3)
     bins = torch.zeros(BINS, 3, dtype=torch.float64, device=labels.device).index_add_(0, bin_of(confidence), columns)
-    head = torch.stack([correct.new_tensor(len(labels)), correct.sum(), nll.sum()])
+    head = torch.stack([correct.new_tensor(len(labels)), correct.sum(), nll.sum(), distance.square().sum()])
     return torch.cat([head, bins.T.flatten()])

@@ -6,6 +6,7 @@ from fedsample.estimators.diana import Diana
 from fedsample.estimators.direct import Direct
 from fedsample.estimators.downlink import DenseDownlink, Downlink, Ef21P
 from fedsample.estimators.ef21 import Ef21
+from fedsample.estimators.links import Links, build_links
 from fedsample.estimators.marina import Marina
 from fedsample.estimators.soundness import build, build_downlink, check, table
 
@@ -17,6 +18,7 @@ __all__ = [
     "Downlink",
     "Ef21",
     "Ef21P",
+    "Links",
     "Marina",
     "Memory",
     "Oracle",
@@ -26,6 +28,7 @@ __all__ = [
     "Upload",
     "build",
     "build_downlink",
+    "build_links",
     "check",
     "table",
 ]

@@ -52,7 +52,8 @@ class Turn:
 
     Attributes:
         round: 1, 2, ...
-        point: (C, d) where the gradient is wanted. previous: (C, d) the point of the round before, where needed.
+        point: (C, d) where the gradient is wanted.
+        previous: (C, d) the point of the round before, where needed.
         sync: (C,) chains for which a dense upload is wanted; None: none.
         active: (..., C) chains that ask this client; None: all. The rest send nothing and leave memories untouched.
         applied: (...) int64, or int: the last round in which the server applied an upload of this client (0: never).
@@ -118,8 +119,10 @@ class Uplink(ABC):
         """The server's half: the estimate (C, d) of the summed gradient.
 
         Args:
-            state: from `start` or the round before. total: (C, d) sum of the decoded uploads that arrived.
-            sync: (C,) chains whose uploads were dense. inclusion: probability that a client's upload arrives.
+            state: from `start` or the round before.
+            total: (C, d) sum of the decoded uploads that arrived.
+            sync: (C,) chains whose uploads were dense.
+            inclusion: probability that a client's upload arrives.
         """
 
     def forget(self, state: ServerState) -> ServerState:

@@ -21,7 +21,7 @@ class Dense(Uplink):
 
     name: ClassVar[str] = "dense"
     reference: ClassVar[str] = "Welling & Teh 2011"
-    summary: ClassVar[str] = "d values a chain and round"
+    summary: ClassVar[str] = "d values per chain and round"
 
     def __init__(self, compressor: Compressor | None = None) -> None:
         super().__init__(compressor or Identity())

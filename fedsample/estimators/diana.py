@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
-from fedsample.estimators.shift import empty_shift, pend, settle
+from fedsample.estimators.committed_memory import empty_shift, pend, settle
 
 
 class Diana(Uplink):
@@ -27,7 +27,7 @@ class Diana(Uplink):
 
     name: ClassVar[str] = "diana"
     reference: ClassVar[str] = "Mishchenko et al. 2019; Vono et al. 2022"
-    summary: ClassVar[str] = "one packet a chain and round"
+    summary: ClassVar[str] = "one packet per chain and round"
 
     def rate(self, d: int) -> float:
         """The memory's learning rate alpha = 1 / (1 + omega)."""

@@ -23,13 +23,14 @@ class Direct(Uplink):
     """Compressed gradients without memory; needs an unbiased compressor.
 
     Args:
-        compressor: unbiased. anchored: whether the clients subtract their gradients at the reference, which is the
-            origin of the metric's coordinates (the mode).
+        compressor: unbiased.
+        anchored: whether the clients subtract their gradients at the reference, which is the origin of the metric's
+            coordinates (the mode).
     """
 
     name: ClassVar[str] = "direct"
     reference: ClassVar[str] = "Vono et al. 2022"
-    summary: ClassVar[str] = "one packet a chain and round"
+    summary: ClassVar[str] = "one packet per chain and round"
 
     def __init__(self, compressor: Compressor, anchored: bool = False) -> None:
         super().__init__(compressor)

@@ -44,14 +44,14 @@ class DenseDownlink(Downlink):
 
     name: ClassVar[str] = "dense"
     reference: ClassVar[str] = "-"
-    summary: ClassVar[str] = "d values a chain and round"
+    summary: ClassVar[str] = "d values per chain and round"
 
     def see(self, seen: Tensor, params: Tensor, round: int) -> tuple[Tensor, Packet | None]:
         """The iterate."""
         return params, None
 
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
-        """D values a chain, whatever was missed."""
+        """D values per chain, whatever was missed."""
         return len(missed) * _dense(chains, d, dtype)
 
 
@@ -59,12 +59,15 @@ class Ef21P(Downlink):
     """Compressed increments; needs a contractive compressor.
 
     Args:
-        compressor: contractive. seed: the experiment's. chains: C. device: of the iterate.
+        compressor: contractive.
+        seed: the experiment's.
+        chains: C.
+        device: of the iterate.
     """
 
     name: ClassVar[str] = "ef21-p"
     reference: ClassVar[str] = "Gruntkowska, Tyurin & Richtarik 2023; Karagulyan & Richtarik 2023"
-    summary: ClassVar[str] = "one packet a chain and round; d values in round 1 and where that is less"
+    summary: ClassVar[str] = "one packet per chain and round; d values in round 1 and where that is less"
     compresses: ClassVar[bool] = True
 
     def __init__(self, compressor: Compressor, seed: int, chains: int, device: torch.device | str = "cpu") -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload, masked
-from fedsample.estimators.shift import empty_shift, pend, settle
+from fedsample.estimators.committed_memory import empty_shift, pend, settle
 
 
 class Ef21(Uplink):
@@ -27,7 +27,7 @@ class Ef21(Uplink):
     needs_everyone_to_sync: ClassVar[bool] = True
     resyncs: ClassVar[bool] = True
     reference: ClassVar[str] = "Richtarik, Sokolov & Fatkhullin 2021; Karagulyan & Richtarik 2023"
-    summary: ClassVar[str] = "one packet a chain and round; d values in round 1"
+    summary: ClassVar[str] = "one packet per chain and round; d values in round 1"
 
     def sync_probability(self, round: int, d: int) -> float:
         """Round 1 is dense for every chain."""

@@ -26,8 +26,9 @@ class Marina(Uplink):
     """Langevin-MARINA's estimator.
 
     Args:
-        compressor: unbiased. p: probability of a dense round, 0 < p <= 1; None: K / d, or in general compressed over
-            dense bits (of float32), for which dense and compressed rounds cost the same on average.
+        compressor: unbiased.
+        p: probability of a dense round, 0 < p <= 1; None: K / d, or in general compressed over dense bits (of float32),
+            for which dense and compressed rounds cost the same on average.
     """
 
     name: ClassVar[str] = "marina"
@@ -35,7 +36,7 @@ class Marina(Uplink):
     needs_everyone_to_sync: ClassVar[bool] = True
     resyncs: ClassVar[bool] = True
     reference: ClassVar[str] = "Gorbunov et al. 2021; Sun, Salim & Richtarik 2022"
-    summary: ClassVar[str] = "p d + (1 - p) K values a chain and round"
+    summary: ClassVar[str] = "p d + (1 - p) K values per chain and round"
 
     def __init__(self, compressor: Compressor, p: float | None) -> None:
         super().__init__(compressor)

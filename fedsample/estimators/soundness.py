@@ -29,9 +29,13 @@ class Rule:
     """One row: what a link is sound with.
 
     Attributes:
-        link: the class. needs: the kind of compressor. why: what happens otherwise. instead: the nearest sound choice.
+        link: the class.
+        needs: the kind of compressor.
+        why: what happens otherwise.
+        instead: the nearest sound choice.
         instead_of_contractive: the same where the compressor is contractive and the choice is another.
-        participation: what it asks of the clients. bias: order in the step of what compression adds to the variance.
+        participation: what it asks of the clients.
+        bias: order in the step of what compression adds to the variance.
     """
 
     link: type[Uplink] | type[Downlink]
@@ -102,7 +106,9 @@ def check(name: str, compressor: Compressor, *, everyone: bool = True) -> None:
     """Refuse a link around a compressor, or under a participation, with which it is unsound.
 
     Args:
-        name: of `RULES`. compressor: what it wraps. everyone: whether all clients take part in every round.
+        name: of `RULES`.
+        compressor: what it wraps.
+        everyone: whether all clients take part in every round.
 
     Raises:
         UnsoundError: with the reason and the nearest sound choice.
@@ -134,8 +140,11 @@ def build(
     """The uplink of a configuration.
 
     Args:
-        name: of the table. compressor: what it wraps. p: marina's synchronisation probability. anchored: whether direct
-            subtracts the gradient at the mode. everyone: whether all clients take part in every round.
+        name: of the table.
+        compressor: what it wraps.
+        p: marina's synchronisation probability.
+        anchored: whether direct subtracts the gradient at the mode.
+        everyone: whether all clients take part in every round.
 
     Raises:
         ConfigError: if the name is not known, or `p` is given to an uplink that tosses no coin.

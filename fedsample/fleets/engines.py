@@ -1,6 +1,6 @@
 """How the clients of a simulation compute their gradients: a table over shapes, or a stopwatch where one is asked for.
 
-    batched     all clients in one worker; one product with all rows, then one a client
+    batched     all clients in one worker; one product with all rows, then one per client
     stacked     the same, in runs of clients that stay in the cache between the two products
     compiled    the same, by C++ compiled for this machine: each row is read once (linear and logistic models)
     cuda-graph  on a GPU, all kernels of a gradient in one launch: what stacked does for regressions, of all rows; for
@@ -42,8 +42,11 @@ def choose_engine(
     """The engine to use.
 
     Args:
-        clients: what is computed. wanted: a name, which is taken as it is, or "auto". chains: C. batch_size: rows of a
-            gradient; None: all. tune: let a stopwatch choose where "auto" is wanted; it does not choose the same twice.
+        clients: what is computed.
+        wanted: a name, which is taken as it is, or "auto".
+        chains: C.
+        batch_size: rows of a gradient; None: all.
+        tune: let a stopwatch choose where "auto" is wanted; it does not choose the same twice.
         strict: whether what is named is taken untried, because a run that goes on began with it: `LocalFleet` says why
             it is not possible. Otherwise the next engine of the table takes its place, with a warning.
     """

@@ -21,8 +21,11 @@ class Faults:
     """What goes wrong between a server and n clients.
 
     Attributes:
-        n: clients. seed: the experiment's. loss: probability in [0, 1) that a reply is lost. dropout: probability in
-            [0, 1) that a present client leaves. dropout_rounds: mean rounds away, >= 1.
+        n: clients.
+        seed: the experiment's.
+        loss: probability in [0, 1) that a reply is lost.
+        dropout: probability in [0, 1) that a present client leaves.
+        dropout_rounds: mean rounds away, >= 1.
     """
 
     n: int

@@ -14,25 +14,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedsample.clients.exact import exact_bits, point_bits
-from fedsample.clients.worker import Worker
+from fedsample.clients.client_stack import ClientStack
 from fedsample.errors import RunDirectoryError
 from fedsample.estimators import DenseDownlink, Downlink, Uplink, Upload
-from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
-from fedsample.sums import TreeSum, tree_sum
+from fedsample.numerics.tree_sum import TreeSum, tree_sum
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.protocol.quantities import exact_bits, point_bits
 from fedsample.targets import Clients, Metric
-from fedsample.targets.portions import on_device
+from fedsample.targets.memory_limits import on_device
 
 
 class LocalFleet:
     """A simulated federation.
 
     Args:
-        clients: their potentials. uplink: the estimator. seed: the experiment's seed. chains: C.
-        batch_size: rows of a gradient, or None for all. engine: how clients are computed; see `fleets.engines`. faults:
-            what goes wrong. downlink: what the points cost; None: they are sent as they are.
+        clients: their potentials.
+        uplink: the estimator.
+        seed: the experiment's seed.
+        chains: C.
+        batch_size: rows of a gradient, or None for all.
+        engine: how clients are computed; see `fleets.engines`.
+        faults: what goes wrong.
+        downlink: what the points cost; None: they are sent as they are.
 
     Raises:
         CompileError: if the engine cannot be had for these clients or on this machine.
@@ -62,7 +67,7 @@ class LocalFleet:
                 if engine == "by-client"
                 else [(clients.on(engine), indices)]
             )
-        self.workers = [Worker(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
+        self.workers = [ClientStack(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
         self._present: Tensor | None = None
         self._informed = torch.zeros(self.n, dtype=torch.int64)  # the last round whose points each client holds
         self._reference = torch.zeros(self.n, dtype=torch.int64)  # the round whose points each client reduces about
@@ -84,7 +89,7 @@ class LocalFleet:
         if ESTIMATE not in request.outputs:
             sums, traffic = self._exact(request, 0)
             return Aggregate(None, sums, self._everyone, 1.0, traffic)
-        asked, arrived, arrival, attempts = self._weather(request)
+        asked, arrived, arrival, attempts = self._participation(request)
         everyone = asked is self._everyone or bool(asked.all())
         uploads = self._ask(request, None if everyone else asked.nonzero().squeeze(-1).to(self.device))
         sums, exact_traffic = self._exact(request, self.n if everyone else int(asked.sum()))
@@ -142,7 +147,7 @@ class LocalFleet:
 
     # --- who is there ---------------------------------------------------------------------------------------------
 
-    def _weather(self, request: Request) -> tuple[Tensor, Tensor, float, Tensor]:
+    def _participation(self, request: Request) -> tuple[Tensor, Tensor, float, Tensor]:
         """Who computes (n,), whose reply arrives (n,), with what probability, and sends per reply (n,) int64."""
         if request.active is None and not self.faults.any:
             return self._everyone, self._everyone, 1.0, self._once

@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedsample import messages
-from fedsample.clients.exact import exact_bits
+from fedsample import protocol
 from fedsample.compression import LinkKeys
 from fedsample.compression.base import finite
 from fedsample.errors import ConfigError, DivergenceError
-from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Turn, Uplink
-from fedsample.exchange import ESTIMATE, Aggregate, Request, Traffic
-from fedsample.links import links
-from fedsample.sums import TreeSum
-from fedsample.wire import Form, Parcel
+from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Links, Turn, Uplink
+from fedsample.numerics.tree_sum import TreeSum
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
+from fedsample.protocol.quantities import exact_bits
+from fedsample.protocol.wire import Form, Parcel
 
 if TYPE_CHECKING:
     from fedsample.config import Experiment
-    from fedsample.problem import Problem
+    from fedsample.targets import Clients
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,16 @@ class Federation:
     """What the server knows of its clients, whatever carries the messages.
 
     Attributes:
-        n: clients. uplink: the estimator. seed: the experiment's. chains: C. like: (d,), whose dtype and device points
-            and sums have. downlink: how points travel. blocks: makes the flat positions (out, in) of the model's
-            parameter matrices, for Kronecker factors; None: there are none. arrival: probability in (0, 1] with which
-            a reply comes in time, if it is known; None: every reply is waited for.
+        n: clients.
+        uplink: the estimator.
+        seed: the experiment's.
+        chains: C.
+        like: (d,), whose dtype and device points and sums have.
+        downlink: how points travel.
+        blocks: makes the flat positions (out, in) of the model's parameter matrices, for Kronecker factors; None: there
+            are none.
+        arrival: probability in (0, 1] with which a reply comes in time, if it is known; None: every reply is waited
+            for.
 
     Raises:
         ConfigError: if `arrival` is no such probability.
@@ -60,17 +65,12 @@ class Federation:
             raise ConfigError(f"arrival = {self.arrival}: the probability with which a reply comes must lie in (0, 1]")
 
     @classmethod
-    def of(cls, experiment: Experiment, problem: Problem, arrival: float | None = None) -> Federation:
-        """The clients of an experiment, once their number and the model's parameters are known.
-
-        Raises:
-            UnsoundError: if a link does not fit its compressor or the participation. ConfigError: if a setting is out
-                of range.
-        """
-        clients = problem.clients
+    def of(cls, experiment: Experiment, clients: Clients, links: Links, arrival: float | None = None) -> Federation:
+        """The clients of an experiment, once their number and the model's parameters are known."""
         like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
-        uplink, downlink = links(experiment, problem)
-        return cls(clients.n, uplink, experiment.seed, experiment.chains, like, downlink, clients.blocks, arrival)
+        return cls(
+            clients.n, links.uplink, experiment.seed, experiment.chains, like, links.downlink, clients.blocks, arrival
+        )
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ class Dispatch:
     """What has been asked, to be read together with the replies.
 
     Attributes:
-        request: for all clients. estimate: (n,) bool, who was asked for an estimate. anyone: (n,) bool, who was asked
-            for anything. down: bits sent.
+        request: for all clients.
+        estimate: (n,) bool, who was asked for an estimate.
+        anyone: (n,) bool, who was asked for anything.
+        down: bits sent.
     """
 
     request: Request
@@ -150,7 +152,7 @@ class RemoteFleet(ABC):
             )
         estimate, anyone = self._who(request)
         coins = ESTIMATE in request.outputs and self.uplink.sync_probability(request.round, len(self.like)) > 0
-        outgoing = messages.Outgoing(request, self.tag, coins=coins or request.sync is not None)
+        outgoing = protocol.Outgoing(request, self.tag, coins=coins or request.sync is not None)
         self._remember(request)
         asked, parcels, missed = estimate.tolist(), {}, {}
         for i in _indices(anyone):
@@ -185,7 +187,7 @@ class RemoteFleet(ABC):
         for round in [round for round in self._increments if round <= request.round - max(1, kept)]:
             del self._increments[round]
 
-    def _missed(self, since: int, request: Request) -> messages.Missed | None:
+    def _missed(self, since: int, request: Request) -> protocol.Missed | None:
         """What leads from the points of a round to those of the request, if that is less than the points."""
         if since == 0 or not isinstance(self.downlink, Ef21P):
             return None
@@ -195,7 +197,7 @@ class RemoteFleet(ABC):
         packets = [self._increments[round] for round in rounds]
         if sum(map(len, packets)) >= self.chains * len(self.like) * self.like.dtype.itemsize:
             return None
-        return messages.Missed.of(since, packets, self.downlink, self.like.dtype)
+        return protocol.Missed.of(since, packets, self.downlink, self.like.dtype)
 
     # --- the second half ---------------------------------------------------------------------------------------------
 
@@ -203,13 +205,14 @@ class RemoteFleet(ABC):
         """The sums over clients.
 
         Args:
-            dispatch: from `compose`. answers: (client, content), in the order of clients.
+            dispatch: from `compose`.
+            answers: (client, content), in the order of clients.
 
         Raises:
             QuorumError: if one did not answer and had to. DataError: if an answer has another form than was asked for.
         """
         request, round = dispatch.request, dispatch.request.round
-        forms = messages.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
+        forms = protocol.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
         total, exact = TreeSum(), {name: TreeSum() for name in forms}
         norms = torch.full((self.n,), float("nan"), dtype=torch.float64) if request.observe else None
         traffic, asked = Traffic(down=dispatch.down), dispatch.estimate.tolist()
@@ -224,7 +227,7 @@ class RemoteFleet(ABC):
                     norms[i] = part.to(torch.float64).square().sum(-1).mean().sqrt()
         missing = [i for i in _indices(dispatch.anyone) if not here[i]]
         if missing:
-            self._bear(missing, request)
+            self._allow_missing(missing, request)
             exact = {}
         if ESTIMATE in request.outputs:
             for i in range(self.n):
@@ -246,7 +249,7 @@ class RemoteFleet(ABC):
     ) -> tuple[Tensor | None, Traffic]:  # fmt: skip
         """One answer: its upload decoded (C, d), its exact outputs added."""
         turn = self._turn(request, client) if estimate else None
-        upload, outputs = messages.unpack_answer(content, client, turn, request.round, forms, self.uplink)
+        upload, outputs = protocol.unpack_answer(content, client, turn, request.round, forms, self.uplink)
         for name, sum_ in exact.items():
             sum_.add(outputs[name])
         full = sum(exact_bits(name, tensor) for name, tensor in outputs.items())
@@ -271,7 +274,7 @@ class RemoteFleet(ABC):
         )
 
     @abstractmethod
-    def _bear(self, missing: list[int], request: Request) -> None:
+    def _allow_missing(self, missing: list[int], request: Request) -> None:
         """Go on without some answers, where that is sound.
 
         Raises:

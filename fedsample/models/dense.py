@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -29,16 +29,15 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Module):
-    """Multilayer perceptron with tanh or SiLU between its layers.
+    """Multilayer perceptron with tanh between its layers.
 
-    Both are smooth, so that Langevin dynamics sees a gradient with a Lipschitz constant; at a kink it has none.
+    It is smooth, so that Langevin dynamics sees a gradient with a Lipschitz constant; at a kink it has none.
 
     Args:
         shape: shape of one row.
         hidden: width of each hidden layer; empty: a linear model.
         outputs: number of outputs K.
         intercept: whether the layers have biases.
-        activation: "tanh" or "silu".
     """
 
     def __init__(
@@ -47,18 +46,16 @@ class Mlp(nn.Module):
         hidden: Sequence[int],
         outputs: int,
         intercept: bool = True,
-        activation: str = "tanh",
     ) -> None:
         """Make `layers.0`, `layers.1`, ..., each with `weight` and, with intercepts, `bias`."""
         super().__init__()
         widths = [int(torch.Size(shape).numel()), *hidden, outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=intercept) for a, b in pairwise(widths))
-        self.activation: Callable[[Tensor], Tensor] = torch.tanh if activation == "tanh" else nn.functional.silu
         self.row_axes = len(shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., *shape) -> (..., K)."""
         state: Tensor = self.layers[0](input.flatten(-self.row_axes))  # (..., p) -> (..., first width)
         for layer in self.layers[1:]:
-            state = layer(self.activation(state))
+            state = layer(torch.tanh(state))
         return state

@@ -22,6 +22,7 @@ from torch.nn import functional
 from fedsample.models.images import layout_of, to_planes
 
 _WIDTHS = (16, 32, 64)
+_EPSILON = 1e-6  # keeps a map of zeros from dividing by zero
 _BLOCKS = 3  # residual blocks a stage: 6 * 3 + 2 = 20 layers
 
 
@@ -30,21 +31,19 @@ class FilterResponseNorm(nn.Module):
 
     Args:
         channels: number of channels C.
-        epsilon: keeps a map of zeros from dividing by zero.
     """
 
-    def __init__(self, channels: int, epsilon: float = 1e-6) -> None:
+    def __init__(self, channels: int) -> None:
         """Make `tau`, `beta` and `gamma`, each (C,)."""
         super().__init__()
         self.tau = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
         self.gamma = nn.Parameter(torch.ones(channels))
-        self.epsilon = epsilon
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         square = input.square().mean(dim=(-2, -1), keepdim=True)  # (B, C, 1, 1)
-        scaled = input * torch.rsqrt(square + self.epsilon)
+        scaled = input * torch.rsqrt(square + _EPSILON)
         return torch.maximum(self.gamma[:, None, None] * scaled + self.beta[:, None, None], self.tau[:, None, None])
 
 

@@ -8,7 +8,7 @@ from fedsample.monitor.directory import RunDirectory
 from fedsample.monitor.draws import DrawStore, load_draws, load_rounds
 from fedsample.monitor.jsonl import read_jsonl
 from fedsample.monitor.progress import Progress
-from fedsample.monitor.report import summary_table
+from fedsample.monitor.summary_table import summary_table
 from fedsample.monitor.tensorboard import Recorder, quantiles
 
 __all__ = [

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.atomic import TEMPORARY, disk_error, listed, sync_folder, write_durable
+from fedsample.monitor.atomic_files import TEMPORARY, disk_error, listed, sync_folder, write_durable
 
 if TYPE_CHECKING:
     from torch import Tensor

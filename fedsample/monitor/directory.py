@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.atomic import TEMPORARY, disk_error, write_atomic
+from fedsample.monitor.atomic_files import TEMPORARY, disk_error, write_atomic
 from fedsample.monitor.environment import differences, environment
 from fedsample.monitor.jsonl import JsonLines, to_json, truncate_jsonl
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.atomic import TEMPORARY, disk_error, listed, sync_folder, write_atomic
+from fedsample.monitor.atomic_files import TEMPORARY, disk_error, listed, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -70,7 +70,7 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         if package == "fedsample":
-            from fedsample import __version__
+            from fedsample.version import __version__
 
             return __version__
         return None

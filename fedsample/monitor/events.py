@@ -6,7 +6,8 @@ milliseconds, and a record is a length, the message, and a checksum of each. Wha
 - hyper-parameters lie in the run itself, not in a sub-run, and each metric named there also exists as a scalar;
 - the layout of the custom-scalars page and the texts are written once, not again on resume;
 - a resumed run opens a new file, whose name sorts after the others, and first says from which step on it replaces
-  what they hold (`purge_step`).
+  what they hold (`purge_step`). That voids every curve of the run, so curves over another kind of step need a run, and
+  a writer, of their own; a chart shows all runs that have its tag, so they need tags of their own too.
 
 Reference: TensorFlow's `record_writer.h` (record format); RFC 3720, appendix B.4 (CRC-32C).
 """
@@ -20,12 +21,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BUCKETS = 30
+BYTES = "uplink_bytes/"  # tags whose steps are the bytes that a client has sent
 LAYOUT: dict[str, dict[str, Sequence[str]]] = {
-    "Quality": {"held-out accuracy": ["round/accuracy"], "held-out NLL": ["round/nll"], "ECE": ["round/ece"]},
+    "Quality": {
+        "held-out accuracy": ["round/accuracy"],
+        "held-out NLL": ["round/nll"],
+        "Brier score": ["round/brier"],
+        "ECE": ["round/ece"],
+    },
     "Mixing": {"R-hat": ["mcmc/rhat/.*"], "effective sample size": ["mcmc/ess/.*"]},
     "Clients": {"upload norm": ("client/upload_norm/p50", "client/upload_norm/p05", "client/upload_norm/p95")},
     "Cost": {"bytes": ["comm/.*_bytes"], "seconds by phase": ["time/.*"]},
+    "Against the bytes that a client has sent": {
+        "held-out accuracy by bytes": [BYTES + "round/accuracy"],
+        "held-out NLL by bytes": [BYTES + "round/nll"],
+        "Brier score by bytes": [BYTES + "round/brier"],
+        "ECE by bytes": [BYTES + "round/ece"],
+        "R-hat by bytes": [BYTES + "mcmc/rhat/.*"],
+        "effective sample size by bytes": [BYTES + "mcmc/ess/.*"],
+    },
 }
 
 
@@ -60,29 +74,11 @@ class EventWriter:
         if finite:
             self._add(step, [self._summary.Value(tag=tag, simple_value=value) for tag, value in finite])
 
-    def histogram(self, step: int, tag: str, values: Any) -> None:
-        """Add a histogram of an array of any shape; values that are not finite are left out."""
-        import numpy as np
-        from tensorboard.compat.proto import histogram_pb2
-
-        flat = np.asarray(values, dtype=np.float64).ravel()
-        flat = flat[np.isfinite(flat)]
-        if flat.size == 0:
-            return
-        counts, edges = np.histogram(flat, bins=BUCKETS)
-        histogram = histogram_pb2.HistogramProto(
-            min=flat.min(), max=flat.max(), num=flat.size, sum=flat.sum(), sum_squares=(flat**2).sum()
-        )
-        # A bucket reaches from the limit before it: an empty one in front gives the first its lower end.
-        histogram.bucket_limit.extend(edges.tolist())
-        histogram.bucket.extend([0.0, *counts.tolist()])
-        self._add(step, [self._summary.Value(tag=tag, histo=histogram)])
-
     def text(self, tag: str, text: str) -> None:
         """Add a page of text (Markdown)."""
         self._add(0, [self._tensor(tag, text.encode(), "text", shape=[1])])
 
-    def layout(self, layout: Mapping[str, Mapping[str, Sequence[str]]] = LAYOUT) -> None:
+    def layout(self) -> None:
         """Arrange the custom-scalars page: category -> chart -> tags; a tuple is (middle, lower, upper) of a band."""
         from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -96,7 +92,7 @@ class EventWriter:
         page = layout_pb2.Layout(
             category=[
                 layout_pb2.Category(title=title, chart=[chart(*item) for item in charts.items()])
-                for title, charts in layout.items()
+                for title, charts in LAYOUT.items()
             ]
         )
         self._add(0, [self._tensor("custom_scalars__config__", page.SerializeToString(), "custom_scalars", shape=[])])

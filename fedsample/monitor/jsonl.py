@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, appended while a run goes on and cut back to a round when it is resumed."""
+"""Files of one JSON object per line, appended while a run goes on and cut back to a round when it is resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.atomic import disk_error, write_atomic
+from fedsample.monitor.atomic_files import disk_error, write_atomic
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -37,7 +37,7 @@ def _plain(value: Any) -> Any:
 
 
 class JsonLines:
-    """Appends one object a line; a failed write leaves no torn line behind.
+    """Appends one object per line; a failed write leaves no torn line behind.
 
     Args:
         path: the file.

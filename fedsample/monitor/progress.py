@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -43,7 +43,6 @@ class Progress:
         self._mode = mode
         self._console = console
         self._round, self._up, self._down = start, 0, 0
-        self._metrics: dict[str, float] = {}
         self._history: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._begun = False
         self._drawn: int | None = None
@@ -58,10 +57,6 @@ class Progress:
         self._round, self._up, self._down = round, up_bytes, down_bytes
         if time.monotonic() >= self._next:
             self._draw()
-
-    def show(self, metrics: Mapping[str, float]) -> None:
-        """Set the numbers that stand at the end of the line from the next drawing on."""
-        self._metrics = dict(metrics)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -121,7 +116,6 @@ class Progress:
             pace = f"{rate:,.0f} rounds/s" if rate >= 10 else f"{rate:.2g} rounds/s"
             words = [pace, f"ETA {_clock((self.total - self._round) / rate)}"]
         words.append(f"up {size_of(self._up)}, down {size_of(self._down)}")
-        words += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
         try:
             console = self._terminal()
             live = self._mode == "auto" and console.is_terminal and not console.is_dumb_terminal

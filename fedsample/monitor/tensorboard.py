@@ -7,7 +7,8 @@ delays curves and nothing else, and an error is logged once. Values that take lo
 submitted as a function (`lazy`) and computed in the events thread; a row waits for them at most `HOLD` seconds, and
 where they come later they follow as a second object of the same round.
 
-Curves against rounds lie in the run directory itself, the same against uplink bytes in its sub-run `bytes`.
+Curves against rounds lie in the run directory itself. Those against uplink bytes have tags of their own,
+`uplink_bytes/<tag>`, in its sub-run `bytes`: two axes in one chart would make the rounds a vertical line at 0.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsample.errors import RunDirectoryError
-from fedsample.monitor.events import EventWriter
+from fedsample.monitor.drop_queue import Description, DropQueue, Row, Scalars
+from fedsample.monitor.events import BYTES, EventWriter
 from fedsample.monitor.jsonl import JsonLines, read_jsonl, truncate_jsonl
-from fedsample.monitor.lossy import Description, LossyQueue, Row, Scalars
 
 QUEUE = 1024
 LAZY_QUEUE = 3
 HOLD = 0.8  # metrics.jsonl promises each row within a second
+_BY_ROUND_ONLY = ("comm/", "fleet/", "time/")  # costs and attendance: against bytes they say nothing
 _log = logging.getLogger(__name__)
 
 
@@ -78,7 +80,7 @@ class Recorder:
         self._warned: set[str] = set()
         self._submitted: list[Row] = []
         self._lines = JsonLines(metrics)
-        self._rows, self._events = LossyQueue(queue), LossyQueue(queue)
+        self._rows, self._events = DropQueue(queue), DropQueue(queue)
         self._threads = [
             threading.Thread(target=self._write_rows, name="fedsample-metrics", daemon=True),
             threading.Thread(target=self._write_events, name="fedsample-events", daemon=True),
@@ -119,22 +121,20 @@ class Recorder:
         round: int,
         bytes_sent: int,
         scalars: Scalars,
-        histograms: Mapping[str, Any] | None = None,
         lazy: Callable[[], Scalars] | None = None,
     ) -> None:
         """Log a round; returns at once.
 
         Args:
             round: the round, growing.
-            bytes_sent: uplink bytes so far, the abscissa of the sub-run `bytes`.
+            bytes_sent: uplink bytes of a client so far, the steps of the curves `uplink_bytes/...`.
             scalars: tag to number; 0-d tensors are read later, so do not change them in place.
-            histograms: tag to an array that nobody changes any more; for TensorBoard only.
             lazy: computes further scalars in a thread; it must only read what nobody changes any more.
         """
         if lazy is not None and self._lazy_sent - self._lazy_done - self._lazy_lost >= self._lazy_limit:
             lazy = None
             self._lazy_refused += 1
-        row = Row(round, int(bytes_sent), dict(scalars), histograms or {}, lazy)
+        row = Row(round, int(bytes_sent), dict(scalars), lazy)
         if lazy is not None:
             row.done = threading.Event()
             self._lazy_sent += 1
@@ -148,13 +148,6 @@ class Recorder:
                 self._lazy_refused += 1
         if len(self._submitted) > QUEUE:
             self.unwritten()
-
-    def submit_lazy(self, round: int, bytes_sent: int, fn: Callable[[], Scalars]) -> None:
-        """Log values of a round that are still to be computed, in a thread; dropped where that is behind.
-
-        They form an object of their own in `metrics.jsonl`; pass `lazy` to `submit` to have one object for the round.
-        """
-        self.submit(round, bytes_sent, {}, lazy=fn)
 
     def unwritten(self) -> list[tuple[int, int, dict[str, float]]]:
         """Round, bytes and scalars of the rows that the log or the curves still lack: a checkpoint must hold them."""
@@ -291,9 +284,8 @@ class Recorder:
         else:
             scalars = item.scalars | item.late
             by_round.scalars(item.round, scalars)
-            by_bytes.scalars(item.bytes_sent, scalars)
-            for tag, values in item.histograms.items():
-                by_round.histogram(item.round, tag, values)
+            bought = {BYTES + tag: value for tag, value in scalars.items() if not tag.startswith(_BY_ROUND_ONLY)}
+            by_bytes.scalars(item.bytes_sent, bought)
         for writer in writers:
             writer.flush()
 
@@ -316,7 +308,7 @@ class Recorder:
 
 
 def quantiles(tag: str, values: Any) -> dict[str, float]:
-    """Summarise one number a client: `<tag>/p05`, `/p50`, `/p95`; NaN (an absent client) is left out.
+    """Summarise one number per client: `<tag>/p05`, `/p50`, `/p95`; NaN (an absent client) is left out.
 
     Args:
         tag: such as `client/upload_norm`.

@@ -1,14 +1,17 @@
-"""The server side: samplers as strategies, client sampling, and the preparation of a run."""
+"""The server side: samplers, the driver that asks clients on their behalf, and client sampling."""
 
 if __name__ != "fedsample.strategies":
     raise ImportError(f"import this package as fedsample.strategies, not as {__name__}: it would exist twice")
 
 from fedsample.strategies.baoab import Baoab
-from fedsample.strategies.base import Sampler, Stability, State
+from fedsample.strategies.base import Sampler
 from fedsample.strategies.cohort import Cohort
+from fedsample.strategies.divergence import Stability
+from fedsample.strategies.driver import Driver
 from fedsample.strategies.langevin import Langevin
+from fedsample.strategies.state import State
 
-__all__ = ["Baoab", "Cohort", "Langevin", "Sampler", "Stability", "State", "table"]
+__all__ = ["SAMPLERS", "Baoab", "Cohort", "Driver", "Langevin", "Sampler", "Stability", "State", "table"]
 
 SAMPLERS: dict[str, type[Sampler]] = {"langevin": Langevin, "baoab": Baoab}
 

@@ -20,7 +20,9 @@ class Cohort:
     """Who is asked.
 
     Attributes:
-        n: clients. chains: C. seed: the experiment's.
+        n: clients.
+        chains: C.
+        seed: the experiment's.
         size: a float in (0, 1], the probability with which each client is asked, independently; or an integer 1..n, the
             size of a cohort drawn uniformly without replacement.
 
@@ -49,7 +51,9 @@ class Cohort:
         """(n, C) bool, who is asked for which chain; None: everyone for all.
 
         Args:
-            round: 1, 2, ... sync: (C,) chains that synchronise. everyone_syncs: whether those need every client.
+            round: 1, 2, ...
+            sync: (C,) chains that synchronise.
+            everyone_syncs: whether those need every client.
         """
         if self.probability == 1.0:
             return None

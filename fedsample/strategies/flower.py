@@ -11,9 +11,8 @@ go on where they stood, whatever number Flower gives the round.
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -21,17 +20,14 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsample.errors import ConfigError, DataError
-from fedsample.exchange import Aggregate, Request, Traffic
+from fedsample.fleets.flower.fleet import FlowerFleet
+from fedsample.fleets.remote import Dispatch, Federation
+from fedsample.protocol.exchange import Aggregate, Request, Traffic
+from fedsample.strategies.driver import Driver
+from fedsample.strategies.state import State
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
-
-    from fedsample.estimators import Downlink, Uplink
-    from fedsample.fleets.flower import FlowerFleet
-    from fedsample.fleets.remote import Dispatch
-    from fedsample.strategies.base import State
-    from fedsample.strategies.cohort import Cohort
-    from fedsample.targets import Metric, MetricPrior
 
 PARAMS = "params"
 EVALUATE = "evaluate"  # Flower's message type
@@ -47,54 +43,34 @@ class _Pending(NamedTuple):
 
 
 class FlowerStrategy(Strategy):
-    """What Flower asks of a strategy, in terms of what a sampler is.
+    """Any sampler as Flower asks of a strategy.
 
     In `start`, `train_config` may hold `observe-every`: in how many rounds metrics are returned, with the log posterior
     where the round began, asked for along with the estimates; 100 by default. `evaluate_config` may hold `every`: in
     how many rounds the log posterior is asked for where the round ended, in a message of its own; by default in none.
 
+    Args:
+        driver: the chains, seen from the server.
+
     Attributes:
         traffic: bits on the wire so far, arrays only, preparation not included.
     """
 
-    name: ClassVar[str]
-    uplink: Uplink
-    downlink: Downlink
-    metric: Metric
-    prior: MetricPrior
-    cohort: Cohort
-    seed: int
-    step_size: float
-    temperature: float
-
-    def __init__(self) -> None:
+    def __init__(self, driver: Driver) -> None:
         """Nothing is sent yet."""
+        self.driver = driver
         self.traffic = Traffic()
         self._fleet: FlowerFleet | None = None
         self._pending: _Pending | None = None
         self._asked: Dispatch | None = None
 
-    # --- what a sampler is -----------------------------------------------------------------------------------------
-
-    @abstractmethod
     def begin(self, params: Tensor) -> State:
         """The state before round 1, at positions (C, d) in the metric's coordinates."""
+        return self.driver.begin(params)
 
-    @abstractmethod
-    def request(self, state: State, *, observe: bool = False) -> Request:
-        """What to ask in the next round."""
-
-    @abstractmethod
-    def update(self, state: State, request: Request, aggregate: Aggregate) -> State:
-        """The state after a round."""
-
-    @abstractmethod
     def draw(self, state: State) -> Tensor:
         """The chains' positions as parameters theta (C, d)."""
-
-    @abstractmethod
-    def check(self, params: Tensor, round: int) -> None:
-        """Stop when a chain has diverged."""
+        return self.driver.draw(state)
 
     # --- states as arrays ------------------------------------------------------------------------------------------
 
@@ -113,16 +89,14 @@ class FlowerStrategy(Strategy):
         Raises:
             DataError: if the arrays are no chains of this target.
         """
-        from fedsample.strategies.base import State
-
-        mean = self.metric.mean
-        shape = (self.cohort.chains, len(mean))
+        mean = self.driver.metric.mean
+        shape = (self.driver.cohort.chains, len(mean))
         if PARAMS not in arrays or tuple(arrays[PARAMS].shape) != shape:
             got = {name: list(array.shape) for name, array in arrays.items()}
             raise DataError(f"got the arrays {got}, expected {PARAMS!r} of shape {list(shape)}: (chains, parameters)")
         tensors = {name.removeprefix(_STATE): torch.from_numpy(array.numpy()) for name, array in arrays.items()}
         if len(tensors) == 1:
-            return self.begin(self.metric.invert(tensors[PARAMS].to(mean.dtype).to(mean.device)))
+            return self.begin(self.driver.metric.invert(tensors[PARAMS].to(mean.dtype).to(mean.device)))
         try:
             return State.of_tensors(tensors, mean.device)
         except KeyError as error:
@@ -138,10 +112,10 @@ class FlowerStrategy(Strategy):
         """One message to each client that the next round asks."""
         state = self.state_of(arrays)
         fleet = self._fleet_on(grid)
-        if not fleet.fresh and (state.round == 0 or not fleet.holds(self.metric)):
-            self.traffic = self.traffic.plus(fleet.set_metric(self.metric))
+        if not fleet.fresh and (state.round == 0 or not fleet.holds(self.driver.metric)):
+            self.traffic = self.traffic.plus(fleet.set_metric(self.driver.metric))
             state = self._forgotten(state)
-        request = self.request(state, observe=_due(config, "observe-every", _OBSERVE, state.round + 1))
+        request = self.driver.request(state, observe=_due(config, "observe-every", _OBSERVE, state.round + 1))
         content, dispatch = fleet.dispatch(request)
         self._pending = _Pending(state, dispatch)
         return content
@@ -159,8 +133,8 @@ class FlowerStrategy(Strategy):
         (state, dispatch), self._pending = self._pending, None
         aggregate = self._fleet.gather(dispatch, replies)
         self.traffic = self.traffic.plus(aggregate.traffic)
-        after = self.update(state, dispatch.request, aggregate)
-        self.check(after.params, after.round)
+        after = self.driver.update(state, dispatch.request, aggregate)
+        self.driver.check(after.params, after.round)
         return self.arrays(after), self._metrics(dispatch.request, aggregate) if dispatch.request.observe else None
 
     def configure_evaluate(
@@ -190,20 +164,20 @@ class FlowerStrategy(Strategy):
     def summary(self) -> None:
         """Log what will be sampled, and how."""
         log = logging.getLogger("flwr")
-        log.info("\t├──> %s, step %.4g, temperature %g", self.name, self.step_size, self.temperature)
-        log.info("\t├──> uplink %s + %s", self.uplink.name, self.uplink.compressor.name)
-        log.info("\t├──> metric %s, %d parameters", self.metric.name, len(self.metric.mean))
-        log.info("\t└──> %d chains, %d clients, participation %g", self.cohort.chains, self.cohort.n, self.cohort.size)
+        sampler, uplink, cohort = self.driver.sampler, self.driver.uplink, self.driver.cohort
+        log.info("\t├──> %s, step %.4g, temperature %g", sampler.name, sampler.step_size, sampler.temperature)
+        log.info("\t├──> uplink %s + %s", uplink.name, uplink.compressor.name)
+        log.info("\t├──> metric %s, %d parameters", self.driver.metric.name, len(self.driver.metric.mean))
+        log.info("\t└──> %d chains, %d clients, participation %g", cohort.chains, cohort.n, cohort.size)
 
     # --- the clients -----------------------------------------------------------------------------------------------
 
     def _fleet_on(self, grid: Grid) -> FlowerFleet:
         if self._fleet is None or self._fleet.grid is not grid:
-            from fedsample.fleets.flower import FlowerFleet
-            from fedsample.fleets.remote import Federation
-
-            n, chains = self.cohort.n, self.cohort.chains
-            federation = Federation(n, self.uplink, self.seed, chains, self.metric.mean, self.downlink)
+            driver, cohort = self.driver, self.driver.cohort
+            federation = Federation(
+                cohort.n, driver.uplink, driver.sampler.seed, cohort.chains, driver.metric.mean, driver.downlink
+            )
             self._fleet = FlowerFleet(grid, federation)
         return self._fleet
 
@@ -211,7 +185,7 @@ class FlowerStrategy(Strategy):
         """The state once all clients have lost their memories."""
         if state.round == 0:
             return state
-        return state._replace(uplink=self.uplink.forget(state.uplink), epoch=state.epoch + 1)
+        return state._replace(uplink=self.driver.uplink.forget(state.uplink), epoch=state.epoch + 1)
 
     def _metrics(self, request: Request, aggregate: Aggregate) -> MetricRecord:
         metrics = MetricRecord(
@@ -227,7 +201,7 @@ class FlowerStrategy(Strategy):
         return metrics
 
     def _log_posterior(self, request: Request, aggregate: Aggregate) -> float:
-        return -float((aggregate.sums["value"].cpu() + self.prior.potential(request.points).cpu()).mean())
+        return -float((aggregate.sums["value"].cpu() + self.driver.prior.potential(request.points).cpu()).mean())
 
 
 def _due(config: ConfigRecord, name: str, default: int, round: int) -> bool:

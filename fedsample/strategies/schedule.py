@@ -11,6 +11,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedsample.config import ScheduleConfig
+
+
+def schedule_of(section: float | str | ScheduleConfig, initial: float) -> Schedule:
+    """The steps of a run whose setting is `step_size = section` and which begins with `initial`."""
+    from fedsample.config import ScheduleConfig  # needs pydantic, which a bare machine with torch lacks
+
+    if isinstance(section, ScheduleConfig) and section.schedule == "polynomial":
+        return Polynomial(initial, section.power, section.offset)
+    if isinstance(section, ScheduleConfig) and section.schedule == "cyclical":
+        return Cyclical(initial, section.period)
+    return Constant(initial)
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,8 @@ class Polynomial(Schedule):
     """Decay with a power of the round.
 
     Attributes:
-        power: > 0. offset: rounds in which the step falls to 2^-power of itself.
+        power: > 0.
+        offset: rounds in which the step falls to 2^-power of itself.
     """
 
     power: float = 0.55

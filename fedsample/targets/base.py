@@ -15,14 +15,16 @@ from torch import Tensor
 
 from fedsample.errors import CompileError
 from fedsample.random import Key
-from fedsample.sums import TreeSum
 
 
 class Clients(ABC):
     """Potentials U_i of n clients and their derivatives at C points.
 
     Attributes:
-        n: number of clients. d: number of parameters. rows: (n,) rows each client holds. dtype, device: of all arrays.
+        n: number of clients.
+        d: number of parameters.
+        rows: (n,) rows each client holds.
+        dtype, device: of all arrays.
     """
 
     n: int
@@ -88,13 +90,6 @@ class Clients(ABC):
     def client(self, i: int) -> Clients:
         """The stack that holds client i alone, as its device does."""
         return self.subset(torch.tensor([i], device=self.device))
-
-    def hessian_sum(self, theta: Tensor) -> Tensor:
-        """Sum over clients of `hessian` at (d,) -> (d, d), one client at a time."""
-        total = TreeSum()
-        for i in range(self.n):
-            total.add(self.client(i).hessian(theta.unsqueeze(0))[0, 0])
-        return total.total()
 
 
 @dataclass(frozen=True)

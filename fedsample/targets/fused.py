@@ -3,6 +3,10 @@
 PyTorch's products read the design twice, once for the outputs and once for the gradient; for a model with one output
 that is all the time there is. The source is compiled where it runs, for its CPU, in a fraction of a second, into a
 directory that is deleted once the code is loaded: nothing is left behind, and nothing found on disk is ever trusted.
+
+The compiler is the variable CXX, or the first found of g++, clang++ and c++. FEDSAMPLE_CXXFLAGS stands in place of
+`-O3 -march=native`, what the code is made for: `-O3 -march=x86-64-v3` gives machines of unlike CPUs one code, and so
+one rounding; empty, the compiler's own choice. What the code means (the standard, how it is called) stays.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ from torch import Tensor
 from fedsample.errors import CompileError
 
 _SOURCE = Path(__file__).with_name("fused.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+_MEANING = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+_MACHINE = "-O3 -march=native"
 _NAMES = {torch.float32: "gradients_float32", torch.float64: "gradients_float64"}
 _SHARE = 1 << 20  # entries read by a thread, from which it is worth starting one
 
@@ -32,16 +37,16 @@ def library() -> ctypes.CDLL:
     """The compiled code, made at the first call of a process.
 
     Raises:
-        CompileError: if there is no C++ compiler, or it fails; with its own words.
+        CompileError: if there is no C++ compiler, or it fails, as for a flag that it does not know; with its own words.
     """
     compiler = _compiler()
     with tempfile.TemporaryDirectory(prefix="fedsample-") as folder:
         made = Path(folder) / "fused.so"
-        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+        command = [*compiler, *_MEANING, *_machine(), str(_SOURCE), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             if done.returncode != 0:
-                raise CompileError(f"{compiler[0]} fails: {done.stderr.strip()[-500:] or f'exit {done.returncode}'}")
+                raise CompileError(f"{compiler[0]} fails: {done.stderr.strip()[:500] or f'exit {done.returncode}'}")
             loaded = ctypes.CDLL(str(made))
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CompileError(f"{compiler[0]} cannot be used: {error}") from error
@@ -63,12 +68,24 @@ def _compiler() -> list[str]:
     raise CompileError("no C++ compiler was found; install g++ or clang++, or name one in the variable CXX")
 
 
+def _machine() -> list[str]:
+    """Flags that say for which machine, and how far, the code is optimised."""
+    given = os.environ.get("FEDSAMPLE_CXXFLAGS", _MACHINE)
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise CompileError(f"FEDSAMPLE_CXXFLAGS = {given!r} cannot be read as a shell would: {error}") from error
+
+
 class FusedGradient:
     """Gradients of all or some clients of one design.
 
     Args:
-        design: (N, q) contiguous, on a CPU. targets: (N,) of its dtype. offsets: (n + 1,) int64. logistic: otherwise
-            linear. weight: 1 / sigma^2 of the linear likelihood.
+        design: (N, q) contiguous, on a CPU.
+        targets: (N,) of its dtype.
+        offsets: (n + 1,) int64.
+        logistic: otherwise linear.
+        weight: 1 / sigma^2 of the linear likelihood.
 
     Raises:
         CompileError: as `library` does.

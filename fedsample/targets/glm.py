@@ -29,8 +29,8 @@ from torch import Tensor
 from fedsample.errors import CompileError
 from fedsample.random import Key
 from fedsample.targets.base import Clients
+from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 from fedsample.targets.fused import FusedGradient
-from fedsample.targets.graphs import CudaRecorder, Replayed
 from fedsample.targets.minibatch import draw_rows
 
 Likelihood = Literal["gaussian", "bernoulli", "categorical"]
@@ -43,10 +43,13 @@ class GeneralizedLinear(Clients):
     """Regression clients over ragged data.
 
     Args:
-        x: (N, p) rows sorted by client. y: (N,) integer labels below `outputs` (categorical), 0 / 1 (bernoulli), or
-            targets (gaussian). offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
-        likelihood: which regression. outputs: k, the classes (1 unless categorical). intercept: whether the parameters
-            end with a bias. noise_scale: sigma of the Gaussian likelihood.
+        x: (N, p) rows sorted by client.
+        y: (N,) integer labels below `outputs` (categorical), 0 / 1 (bernoulli), or targets (gaussian).
+        offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
+        likelihood: which regression.
+        outputs: k, the classes (1 unless categorical).
+        intercept: whether the parameters end with a bias.
+        noise_scale: sigma of the Gaussian likelihood.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsample.errors import DivergenceError
 from fedsample.random import Key
 from fedsample.targets.base import Clients, GaussianPrior
-from fedsample.targets.portions import Portions
+from fedsample.targets.memory_limits import Portions
 
 
 class Metric(ABC):
@@ -135,8 +135,8 @@ class Dense(Metric):
 
     Attributes:
         unmeasured: how many directions of P were too flat, beside the others, for its precision: they got the floor's
-            scale in place of their own. narrowed: how many were measured, but so flat beside the others that they got
-            the floor's scale all the same.
+            scale in place of their own.
+        narrowed: how many were measured, but so flat beside the others that they got the floor's scale all the same.
     """
 
     name: ClassVar[str] = "hessian"

@@ -34,8 +34,8 @@ from torch.func import grad, jacrev, vmap
 from fedsample.errors import ConfigError
 from fedsample.random import Key
 from fedsample.targets.base import Clients
+from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 from fedsample.targets.glm import Likelihood
-from fedsample.targets.graphs import CudaRecorder, Replayed
 from fedsample.targets.minibatch import draw_rows
 
 _CHUNK = 1 << 25  # array entries that the rows of one call may take
@@ -105,10 +105,11 @@ class ModuleClients(Clients):
     Args:
         module: maps (B, ...) to (B, K), each row by itself, without buffers, as `fedsample.models.build` makes it. Its
             own parameter values do not matter: a copy of its structure is kept.
-        x: (N, ...) rows sorted by client. y: (N,) integer labels below K (categorical), 0 / 1 (bernoulli), or targets
-            (gaussian). offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
-        likelihood: the law of a target given the outputs; K = 1 unless categorical. noise_scale: sigma of the Gaussian
-            likelihood.
+        x: (N, ...) rows sorted by client.
+        y: (N,) integer labels below K (categorical), 0 / 1 (bernoulli), or targets (gaussian).
+        offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
+        likelihood: the law of a target given the outputs; K = 1 unless categorical.
+        noise_scale: sigma of the Gaussian likelihood.
 
     Raises:
         ConfigError: if the module has buffers, or the wrong number or shape of outputs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedsample.sums import tree_sum
+from fedsample.numerics.tree_sum import tree_sum
 from fedsample.targets.base import Clients, GaussianPrior
 
 
@@ -12,7 +12,8 @@ class Posterior:
     """U = U_0 + sum_i U_i over flat parameters theta (..., d), in the order of the module's `named_parameters`.
 
     Attributes:
-        clients: the likelihood, as n clients. prior: U_0.
+        clients: the likelihood, as n clients.
+        prior: U_0.
     """
 
     def __init__(self, clients: Clients, prior: GaussianPrior) -> None:

@@ -106,11 +106,11 @@ def tool(name: str) -> str:
 
 def ours(rounds: int) -> float:
     """Seconds of a round of a server and two devices, processes of the command line, with mutual TLS."""
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
-        certs.init(folder / "certs", ["localhost"], 2)
+        cert_folders.init(folder / "certs", ["localhost"], 2)
         lines = [f"{key} = {json.dumps(value)}" for key, value in (SETTINGS | {"rounds": rounds}).items()]
         lines += ['[data]\nname = "diabetes"\nclients = 2', '[model]\nname = "linear"']
         (folder / "experiment.toml").write_text("\n".join(lines))

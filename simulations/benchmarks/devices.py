@@ -37,7 +37,7 @@ async def bare_devices(target: str, certs: Path, count: int) -> None:
     """Answer every message with as many bytes as it says."""
     import grpc
 
-    from fedsample.fleets.grpc.credentials import client_credentials
+    from fedsample.fleets.grpc.security.credentials import client_credentials
 
     async def one(index: int) -> None:
         options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -75,22 +75,22 @@ def gradient(message: bytearray, d: int, up: int, index: int, kept: dict[tuple[i
 
 async def our_devices(target: str, certs: Path, count: int, file: Path, state: Path) -> None:
     """Take part in whatever runs there are."""
-    from fedsample.clients.holding import Held, Source
-    from fedsample.clients.resident import Resident
-    from fedsample.experiment import reread
-    from fedsample.fleets.grpc.attend import Attendant, prepare_threads
-    from fedsample.fleets.grpc.credentials import client_credentials
+    from fedsample.clients.device_data import DataSource, DeviceData
+    from fedsample.config.loading import reread
+    from fedsample.fleets.grpc.device.connection import Connection, prepare_threads
+    from fedsample.fleets.grpc.device.replica import Replica
+    from fedsample.fleets.grpc.security.credentials import client_credentials
 
-    def attendant(index: int) -> Attendant:
-        def found(welcome: Any) -> Resident:
+    def connection(index: int) -> Connection:
+        def found(welcome: Any) -> Replica:
             prepare_threads(1)
             experiment = reread(welcome.config)
-            held = Held(experiment, index, count, Source(str(file), None, index, count))
-            return Resident(state / str(index), welcome.run, experiment, index, count, held)
+            held = DeviceData(experiment, index, count, DataSource(str(file), None, index, count))
+            return Replica(state / str(index), welcome.run, experiment, index, count, held)
 
-        return Attendant(target, client_credentials(certs / f"client-{index}"), index, found)
+        return Connection(target, client_credentials(certs / f"client-{index}"), index, found)
 
-    await asyncio.gather(*(attendant(index).attend() for index in range(count)))
+    await asyncio.gather(*(connection(index).attend() for index in range(count)))
 
 
 # --- bare streams -----------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Bare:
         """Listen -> the port."""
         import grpc
 
-        from fedsample.fleets.grpc.credentials import server_credentials
+        from fedsample.fleets.grpc.security.credentials import server_credentials
 
         async def connect(request: Any, context: Any) -> None:
             await context.read()
@@ -175,16 +175,17 @@ class Ours:
 
     def __init__(self, certs: Path, count: int, d: int, file: Path) -> None:
         from fedsample.config import dump_toml, load
-        from fedsample.data.device import agreed_schema
+        from fedsample.data.device_files import agreed_schema
         from fedsample.data.schema import Schema
-        from fedsample.fleets.grpc.credentials import server_credentials
-        from fedsample.fleets.grpc.desk import Desk
-        from fedsample.fleets.grpc.fleet import fleet_on, gather
-        from fedsample.fleets.grpc.host import _agree, _certified
-        from fedsample.fleets.grpc.hub import Hub
-        from fedsample.fleets.grpc.streams import Invitation
-        from fedsample.fleets.grpc.version import run_id
-        from fedsample.remote_problem import remote_problem
+        from fedsample.estimators import build_links
+        from fedsample.fleets.grpc.framing.version import run_id
+        from fedsample.fleets.grpc.security.credentials import server_credentials
+        from fedsample.fleets.grpc.server.dispatcher import Dispatcher
+        from fedsample.fleets.grpc.server.fleet import fleet_on, gather
+        from fedsample.fleets.grpc.server.host import _agree, _certified
+        from fedsample.fleets.grpc.server.hub import Hub
+        from fedsample.fleets.grpc.server.streams import Invitation
+        from fedsample.problem.remote import remote_problem
 
         values = {
             "preset": "federated-gd",
@@ -199,11 +200,12 @@ class Ours:
         self.d, self.number = d, 0
 
         def begin() -> None:
-            desk = Desk(self.hub)
+            dispatcher = Dispatcher(self.hub)
             schemas = gather(self.hub)
             agreed = agreed_schema(self.experiment, [Schema.from_json(text) for text in schemas.values()])
-            _agree(desk, agreed)
-            self.fleet = fleet_on(desk, self.experiment, remote_problem(self.experiment, agreed, count))
+            _agree(dispatcher, agreed)
+            clients = remote_problem(self.experiment, agreed, count).clients
+            self.fleet = fleet_on(dispatcher, self.experiment, clients, build_links(self.experiment, clients))
 
         self.begin = begin
 
@@ -211,7 +213,7 @@ class Ours:
         """Seconds of one exchange with everyone."""
         import torch
 
-        from fedsample.exchange import ESTIMATE, Request
+        from fedsample.protocol.exchange import ESTIMATE, Request
 
         self.number += 1
         points = torch.full((1, self.d), float(self.number))
@@ -221,21 +223,21 @@ class Ours:
 
     def sizes(self) -> tuple[int, int]:
         """Bytes down and up of one round with one device."""
-        seat = self.hub.seats[0]
-        before = seat.sent[1], seat.received[1]
+        record = self.hub.records[0]
+        before = record.sent[1], record.received[1]
         self.round()
-        return seat.sent[1] - before[0], seat.received[1] - before[1]
+        return record.sent[1] - before[0], record.received[1] - before[1]
 
 
 def compare(count: int, d: int, rounds: int) -> dict[str, Any]:
     """One row: so many devices, points of d float32."""
     import numpy as np
 
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        certs.init(folder / "certs", ["localhost"], count)
+        cert_folders.init(folder / "certs", ["localhost"], count)
         file = folder / "potentials.npz"
         np.savez(file, lam=np.ones((count, d)), a=np.zeros((count, d)))
         bare, ours = Bare(folder / "certs", count), Ours(folder / "certs", count, d, file)

@@ -2,7 +2,7 @@
 
     python simulations/benchmarks/devices_memory.py [--devices 2 4 8 16] [--parameters 2500000] [--json]
 
-For each number a fresh server process: its largest resident size after some rounds, less that before the first one, in
+For each number a fresh server process: its largest replica size after some rounds, less that before the first one, in
 multiples of one answer. All devices share one other process.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from devices import Ours
 
 
-def resident(what: str) -> int:
+def replica(what: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(what)))
@@ -30,11 +30,11 @@ def one(count: int, d: int, rounds: int = 4) -> dict[str, Any]:
     """One row, measured in this process."""
     import numpy as np
 
-    from fedsample.fleets.grpc import certs
+    from fedsample.fleets.grpc.security import cert_folders
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        certs.init(folder / "certs", ["localhost"], count)
+        cert_folders.init(folder / "certs", ["localhost"], count)
         file = folder / "potentials.npz"
         np.savez(file, lam=np.ones(count), a=np.zeros((count, d)))
         ours = Ours(folder / "certs", count, d, file)
@@ -43,10 +43,10 @@ def one(count: int, d: int, rounds: int = 4) -> dict[str, Any]:
         try:
             ours.begin()
             Path("/proc/self/clear_refs").write_text("5")  # the largest size is counted from here
-            before = resident("VmRSS")
+            before = replica("VmRSS")
             for _ in range(rounds):
                 ours.round()
-            grown = resident("VmHWM") - before
+            grown = replica("VmHWM") - before
         finally:
             pool.kill()
             pool.wait()

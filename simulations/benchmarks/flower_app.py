@@ -51,7 +51,7 @@ RTOL = 1e-5
 
 
 def quickstart(rounds: int, idle: bool, found: dict[str, Any]) -> ServerApp:
-    """FedAvg with all clients in every round; leaves its parameters and its seconds a round in `found`."""
+    """FedAvg with all clients in every round; leaves its parameters and its seconds per round in `found`."""
     app = ServerApp()
 
     @app.main()
@@ -87,7 +87,7 @@ def in_flowers_runtime(app: ServerApp, clients: int) -> None:
 
 
 def overhead(clients: int, rounds: int, idle: bool) -> dict[str, Any]:
-    """One row: seconds a round in Flower's runtime and on our Grid, with the same parameters at the end.
+    """One row: seconds per round in Flower's runtime and on our Grid, with the same parameters at the end.
 
     Raises:
         AssertionError: if the parameters differ.

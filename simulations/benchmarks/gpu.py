@@ -4,7 +4,7 @@
 
 From a source tree, without installing anything of it. Under five minutes.
 
-    a   Langevin-MARINA on logistic regression: d = 123, 300 rows a client, 100 and 1,000 clients, all rows
+    a   Langevin-MARINA on logistic regression: d = 123, 300 rows per client, 100 and 1,000 clients, all rows
     b   a local epoch of a CNN of 1,663,370 parameters: 500 images, batches of 32
     c   QLSD++ on LeNet-5 and ResNet-20: 20 clients of 300 rows, 5 of them a round, batches of 64; the full gradients at
         the reference, needed now and then, are left out
@@ -36,14 +36,14 @@ from agreement import agreement, plainly
 from fedsample.compression import QSGD, RandBlock
 from fedsample.errors import CompileError, FedSampleError
 from fedsample.estimators import Diana, Marina, Uplink
-from fedsample.exchange import ESTIMATE, Request
 from fedsample.fleets.local import LocalFleet
-from fedsample.kernels import langevin_step
 from fedsample.models.lenet import LeNet5
 from fedsample.models.resnet import ResNet20
+from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.random import SERVER, key
+from fedsample.strategies.langevin import langevin_step
 from fedsample.targets import Clients, GeneralizedLinear, ModuleClients
-from fedsample.targets.graphs import CudaRecorder, Replayed
+from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 
 SEED, STEP, RATE, BATCH = 0, 1e-7, 0.05, 32
 BLOCK = 16  # rounds whose noise is made at once, as samplers do
@@ -139,7 +139,7 @@ class Clock:
         self.device, self.seconds = device, seconds
 
     def rows(self, part: str, clients: int | None, ways: Ways) -> Iterator[Row]:
-        """A row each: milliseconds and rounds a second, the fastest of repeats of at least one call."""
+        """A row each: milliseconds and rounds per second, the fastest of repeats of at least one call."""
         for what, work in ways.items():
             work()
             calls, best, end = 1, float("inf"), time.perf_counter() + self.seconds

@@ -1,8 +1,8 @@
-"""How time a round and memory grow with the number of clients and of rounds.
+"""How time per round and memory grow with the number of clients and of rounds.
 
     python simulations/benchmarks/growth.py [--clients 10 100 1000 10000] [--rows 20] [--long 10000] [--json]
 
-A fresh process for each number of clients runs the experiment of workload A (by default with 20 rows a client): `ms` is
+A fresh process for each number of clients runs the experiment of workload A (20 rows per client by default): `ms` is
 the fastest of several rounds, `peak_mb` the largest resident size less that of the process before it reads any data,
 and `times_data` that over the bytes of the rows (float32). `state_kb` is the server's state between two rounds, which
 must not grow with the clients but for one integer each. `--full` adds numbers of clients with 300 rows each, whose peak
@@ -38,8 +38,8 @@ def alone(file: Path, engine: str, rounds: int, long: int) -> dict[str, Any]:
     import torch
     from workload_a import settings
 
-    from fedsample.assembly import assemble
     from fedsample.config import load
+    from fedsample.runs.build import assemble
 
     torch.set_num_threads(1)
     experiment = load(settings(file, engine), environment={})

@@ -4,7 +4,7 @@
 
 Each run is a fresh process of `fedsample simulate`. Recording is measured by running the same chain with everything
 written down as by default (logs, curves, draws, checkpoints) and with as little as possible (one log line, no curves,
-one checkpoint, one draw), alternating; the ratio compares seconds a round, the fastest of the repeats of each.
+one checkpoint, one draw), alternating; the ratio compares seconds per round, the fastest of the repeats of each.
 """
 
 from __future__ import annotations

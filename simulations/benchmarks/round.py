@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from fedsample.assembly import assemble
 from fedsample.config import load
+from fedsample.runs.build import assemble
 
 
 def seconds(work: Callable[[], object], count: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print them: a line a row, or one JSON array."""
+    """Print them: a line per row, or one JSON array."""
     if as_json:
         print(json.dumps(rows, indent=1))
         return

@@ -2,7 +2,7 @@
 
     python simulations/benchmarks/workload_a.py [--clients 10 100 1000] [--torch-compile] [--device cuda] [--json]
 
-d = 123, 300 rows a client, full gradients, 10 % sparsification by random blocks, one chain. In one process and
+d = 123, 300 rows per client, full gradients, 10 % sparsification by random blocks, one chain. In one process and
 interleaved, the fastest of several repeats of each:
 
     floor       one pass over the data
@@ -33,10 +33,10 @@ import torch
 from agreement import agreement, plainly
 from torch import Tensor
 
-from fedsample.assembly import assemble
 from fedsample.config import load
 from fedsample.errors import CompileError
 from fedsample.problem import Problem, build_problem
+from fedsample.runs.build import assemble
 from fedsample.targets import GeneralizedLinear
 
 D, ROWS, SHARE = 123, 300, 0.1

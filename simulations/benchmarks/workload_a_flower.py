@@ -24,9 +24,9 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
     import torch
     from workload_a import settings, write_data
 
-    from fedsample.assembly import assemble
     from fedsample.config import load
-    from fedsample.fleets.simulation import simulated_fleet
+    from fedsample.fleets.flower.simulation import simulated_fleet
+    from fedsample.runs.build import assemble
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
             return float(np.median(spent[1:]))  # the first round is dense, and finds everything cold
 
         ours = spend(chain.fleet, 200)
-        with simulated_fleet(experiment, chain.problem) as fleet:
+        with simulated_fleet(experiment, chain.problem.clients, chain.links) as fleet:
             theirs = spend(fleet, rounds)
     return {
         "clients": clients, "engine": chain.fleet.engine, "flower_ms": round(1e3 * theirs, 1),

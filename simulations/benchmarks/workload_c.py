@@ -27,11 +27,12 @@ from agreement import agreement, plainly
 from rows import show
 from torch import Tensor, nn
 
-from fedsample.assembly import build_fleet
 from fedsample.config import load
+from fedsample.estimators import build_links
 from fedsample.problem import Problem, build_problem
 from fedsample.random import Key, key
-from fedsample.strategies import Cohort, Langevin, Stability
+from fedsample.runs.build import build_fleet
+from fedsample.strategies import Cohort, Driver, Langevin, Stability
 from fedsample.targets.metric import Identity
 from fedsample.targets.module import ModuleClients, skeleton
 
@@ -65,29 +66,28 @@ def ours(file: Path, model: str, engine: str = "auto", device: str = "cpu") -> t
     """The problem, and a function that does the next round, all references known."""
     experiment = load(settings(file, model, engine, device), environment={})
     problem = build_problem(experiment)
-    fleet = build_fleet(experiment, problem)
+    links = build_links(experiment, problem.clients)
+    fleet = build_fleet(experiment, problem, links)
     metric = Identity(torch.zeros(problem.d, device=device))
     fleet.set_metric(metric)
-    sampler = Langevin(
-        fleet.uplink,
+    driver = Driver(
+        Langevin(step_size=STEP, temperature=1.0, seed=0),
+        links,
         problem.prior,
         metric,
-        step_size=STEP,
-        temperature=1.0,
-        seed=0,
         cohort=Cohort(CLIENTS, 1, 0, COHORT),
         stability=Stability(1.0, 1.0, 1e6),
         refresh=1_000_000,
     )
-    state = sampler.begin(0.05 * torch.ones(1, problem.d, device=device))
+    state = driver.begin(0.05 * torch.ones(1, problem.d, device=device))
     worker = fleet.workers[0]
     worker.about.gradient = torch.zeros(CLIENTS, 1, problem.d, device=device)  # any values: only time counts
     worker.about.round = torch.ones(CLIENTS, dtype=torch.int64)
 
     def one_round() -> None:
         nonlocal state
-        request = sampler.request(state)
-        state = sampler.update(state, request, fleet.exchange(request))
+        request = driver.request(state)
+        state = driver.update(state, request, fleet.exchange(request))
 
     return problem, one_round
 

@@ -8,15 +8,18 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedsample.assembly import build_sampler
 from fedsample.config import dump_toml
-from fedsample.experiment import check, of_run_config
-from fedsample.fleets.flower import fleet_on
+from fedsample.config.loading import of_run_config
+from fedsample.estimators import build_links
+from fedsample.fleets.flower.fleet import fleet_on
 from fedsample.monitor.draws import DrawStore
 from fedsample.monitor.progress import Progress
-from fedsample.preparation import prepare
+from fedsample.preparation.prepare import prepare
 from fedsample.problem import build_problem
-from fedsample.session import SHARD_ROUNDS
+from fedsample.runs.build import build_driver
+from fedsample.runs.checks import check
+from fedsample.runs.session import SHARD_ROUNDS
+from fedsample.strategies.flower import FlowerStrategy
 
 app = ServerApp()
 
@@ -30,9 +33,10 @@ def main(grid: Grid, context: Context) -> None:
     draws = DrawStore(out / "draws", SHARD_ROUNDS, start=experiment.warmup)
 
     problem = build_problem(experiment)  # for its prior and its number of parameters: the rows stay with the clients
-    fleet = fleet_on(grid, experiment, problem)
-    prepared = prepare(experiment, problem, fleet, Progress(experiment.rounds, mode="plain"))
-    strategy = build_sampler(experiment, problem, prepared, fleet.n)
+    links = build_links(experiment, problem.clients)
+    fleet = fleet_on(grid, experiment, problem.clients, links)
+    prepared = prepare(experiment, problem, links, fleet, Progress(experiment.rounds, mode="plain"))
+    strategy = FlowerStrategy(build_driver(experiment, problem, links, prepared, fleet.n))
     strategy.use(fleet)
 
     def keep(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsample.assembly import build_fleet, build_sampler
 from fedsample.config import Experiment, load
+from fedsample.estimators import build_links
 from fedsample.monitor.progress import Progress
-from fedsample.preparation import Prepared, prepare
+from fedsample.preparation.prepare import prepare
+from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
+from fedsample.runs.build import build_driver, build_fleet
 
 HMC = Path(__file__).parents[2] / "tests" / "data" / "digits_hmc.npz"
 REFERENCE = ["preset=underdamped-diana", "uplink.name=dense", "uplink.compressor=identity", "step_size=0.25"]
@@ -38,13 +40,14 @@ def run_chain(
     experiment: Experiment, problem: Problem, prepared: Prepared, start: Tensor, warmup: int, thin: int, seconds: float
 ) -> Tensor:
     """(S, C, d) draws in the model's parameters, as many as are made within these seconds, warm-up included."""
-    fleet = build_fleet(experiment, problem)
+    links = build_links(experiment, problem.clients)
+    fleet = build_fleet(experiment, problem, links)
     fleet.set_metric(prepared.geometry.metric)
-    sampler = build_sampler(experiment, problem, prepared, fleet.n)
-    state, draws, began = sampler.begin(prepared.geometry.metric.invert(start)), [], time.perf_counter()
+    driver = build_driver(experiment, problem, links, prepared, fleet.n)
+    state, draws, began = driver.begin(prepared.geometry.metric.invert(start)), [], time.perf_counter()
     for k in itertools.count(1):
-        request = sampler.request(state, observe=False)
-        state = sampler.update(state, request, fleet.exchange(request))
+        request = driver.request(state, observe=False)
+        state = driver.update(state, request, fleet.exchange(request))
         if k > warmup and k % thin == 0:
             draws.append(prepared.geometry.metric.push(state.params))
         if len(draws) >= 8 and time.perf_counter() - began > seconds:
@@ -56,9 +59,10 @@ def build(overrides: list[str], chains: int) -> tuple[Experiment, Problem, Prepa
     """An experiment with many chains, and its preparation."""
     experiment = load({}, [*overrides, f"chains={chains}"])
     problem = build_problem(experiment)
-    fleet = build_fleet(experiment, problem)
+    links = build_links(experiment, problem.clients)
+    fleet = build_fleet(experiment, problem, links)
     one = load({}, overrides)  # what the preset would measure and choose by itself
-    return experiment, problem, prepare(one, problem, fleet, Progress(1, mode="quiet"))
+    return experiment, problem, prepare(one, problem, links, fleet, Progress(1, mode="quiet"))
 
 
 def excess(draws: Tensor, reference: Tensor, directions: Tensor) -> tuple[float, float]:
@@ -85,7 +89,7 @@ def main(options: argparse.Namespace) -> None:
     sd = torch.from_numpy(np.load(HMC)["sd"].astype(np.float64))
     against = float((reference.reshape(-1, problem.d).var(0) / sd**2).mean()) - 1
     print(json.dumps({"reference": len(reference) * 64, "variance over HMC's, less one": against}), flush=True)
-    hessian = problem.clients.hessian_sum(white.mean).to(torch.float64)
+    hessian = problem.clients.hessian(white.mean.unsqueeze(0))[:, 0].sum(0).to(torch.float64)
     stiffest = torch.linalg.eigh(hessian + problem.prior.precision * torch.eye(problem.d))[1][:, -1:]
     for name in options.presets:
         experiment, problem, prepared = build([f"preset={name}"], options.chains)

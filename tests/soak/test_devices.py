@@ -18,7 +18,7 @@ import torch
 import fedsample
 from fedsample.monitor import load_draws
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from commands import Command
 from federation import CONFIG, Federation
@@ -34,7 +34,7 @@ def simulated(folder: Path) -> torch.Tensor:
 
 
 def config(rounds: int) -> str:
-    return CONFIG.format(preset="underdamped-diana", devices=2).replace("rounds = 400", f"rounds = {rounds}", 1)
+    return CONFIG.format(preset="underdamped-diana", devices=2).replace("rounds = 240", f"rounds = {rounds}", 1)
 
 
 def test_a_hundred_kills(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
 
 
 def resident(process: Command) -> float:
-    """Resident size in MB."""
+    """Replica size in MB."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 

@@ -32,11 +32,11 @@ import pytest
 import torch
 
 import fedsample
-from fedsample.experiment import of_run_config
+from fedsample.config.loading import of_run_config
+from fedsample.config.presets import PRESETS
 from fedsample.monitor import load_draws
-from fedsample.presets import PRESETS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "system"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from flower_commands import end_superlink, ended, environment, free_port
 
@@ -77,13 +77,13 @@ app = client_app(mods=[measured])
 SERVER = """
 from dataclasses import replace
 import sampling
-from fedsample.assembly import build_fleet
-from fedsample.exchange import Traffic
+from fedsample.runs.build import build_fleet
+from fedsample.protocol.exchange import Traffic
 
 over_messages = sampling.prepare
 
-def prepare(experiment, problem, fleet, progress):
-    found = over_messages(experiment, problem, build_fleet(experiment, problem), progress)
+def prepare(experiment, problem, links, fleet, progress):
+    found = over_messages(experiment, problem, links, build_fleet(experiment, problem, links), progress)
     return replace(found, geometry=replace(found.geometry, traffic=Traffic()))
 
 @sampling.app.lifespan()

@@ -44,7 +44,7 @@ except ImportError as error:
 __all__ = ["NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "SERVER", "Run", "RunNotRunningException"]
 
 Value = bool | float | int | str  # what Flower's configurations hold
-_TASK = 1  # every ServerApp's; there is one a run
+_TASK = 1  # every ServerApp's; there is one per run
 
 
 # --- who is running ---------------------------------------------------------------------------------------------------
@@ -276,7 +276,9 @@ def unavailable(what: str, run_id: int, message_id: str, sent: Metadata | None =
 
     Args:
         what: "message": expired, or never sent. "reply": it came and has expired. "node": it is gone.
-        run_id: of the grid. message_id: of what was asked. sent: its metadata, where they are known.
+        run_id: of the grid.
+        message_id: of what was asked.
+        sent: its metadata, where they are known.
     """
     code, reason = _reasons()[what]
     metadata = Metadata(

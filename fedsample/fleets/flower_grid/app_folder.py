@@ -27,8 +27,11 @@ class AppFolder:
     """What pyproject.toml says of an app.
 
     Attributes:
-        path: the folder. server: `module:attribute` of the ServerApp. client: of the ClientApp. config: the run
-            configuration, with dotted keys. nodes: how many its own default federation simulates, where it says so.
+        path: the folder.
+        server: `module:attribute` of the ServerApp.
+        client: of the ClientApp.
+        config: the run configuration, with dotted keys.
+        nodes: how many its own default federation simulates, where it says so.
         name, version: of the project, where it has them.
     """
 

@@ -73,10 +73,12 @@ class CarrierGrid(Grid):
     """What a ServerApp sees of the nodes behind a carrier.
 
     Args:
-        carrier: takes messages. run_id: of the run; messages carry it.
+        carrier: takes messages.
+        run_id: of the run; messages carry it.
 
     Attributes:
-        answered: replies with content so far. failed: replies with an error so far.
+        answered: replies with content so far.
+        failed: replies with an error so far.
     """
 
     def __init__(self, carrier: Carrier, run_id: int) -> None:

@@ -19,10 +19,10 @@ from typing import NamedTuple
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsample.fleets.computing import Stopped
-from fedsample.fleets.flower_grid import generators
+from fedsample.fleets.compute_thread import Stopped
+from fedsample.fleets.flower_grid import global_rng
 from fedsample.fleets.flower_grid.adapter import Value
-from fedsample.fleets.flower_grid.answer import answer
+from fedsample.fleets.flower_grid.run_client_app import answer
 
 _GRACE = 0.5  # seconds that ClientApps have to end when their run does
 _log = logging.getLogger("flwr")
@@ -53,8 +53,11 @@ class InProcess:
     node; when half the time that it has is over, another thread takes its place for the other nodes.
 
     Args:
-        app: what every node runs. node_configs: what each node's context says of it, `partition-id` and
-            `num-partitions` among it; the order of clients. run_config: of every context. workers: threads, >= 1.
+        app: what every node runs.
+        node_configs: what each node's context says of it, `partition-id` and `num-partitions` among it; the order of
+            clients.
+        run_config: of every context.
+        workers: threads, >= 1.
     """
 
     fixed = True
@@ -92,7 +95,7 @@ class InProcess:
         """Put a message in its node's line."""
         place = message.metadata.dst_node_id
         node = self._nodes[place]
-        generators.enter(message.metadata.message_id)  # not where it begins: once a round is enough
+        global_rng.enter(message.metadata.message_id)  # not where it begins: once a round is enough
         with self._lock:
             node.jobs.append(_Job(message, deliver))
             if node.busy:
@@ -112,7 +115,7 @@ class InProcess:
 
     def give_up(self, message_id: str) -> None:
         """Another thread for the one that is busy with this message, if one is."""
-        generators.leave(message_id)
+        global_rng.leave(message_id)
         self._replace(message_id, "has not returned; going on without it")
 
     def _replace(self, message_id: str, why: str) -> None:
@@ -137,7 +140,7 @@ class InProcess:
                 self._line.put(None)
             busy = dict(self._busy)
         for message_id in [*dropped, *(each for _, each in busy.values())]:
-            generators.leave(message_id)
+            global_rng.leave(message_id)
         for thread in busy:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Stopped))
         deadline = time.monotonic() + _GRACE
@@ -173,10 +176,10 @@ class InProcess:
             message_id, run_id = job.message.metadata.message_id, job.message.metadata.run_id
             self._busy[thread], self._working[message_id] = (place, message_id), (place, time.monotonic())
         try:
-            generators.enter(message_id)  # again, where nobody waits for it any longer
+            global_rng.enter(message_id)  # again, where nobody waits for it any longer
             reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
         finally:
-            generators.leave(message_id)
+            global_rng.leave(message_id)
         job.deliver(reply)
         with self._lock:
             del self._busy[thread]

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedsample.errors import ConfigError
-from fedsample.fleets.flower_grid import adapter, generators
+from fedsample.fleets.flower_grid import adapter, global_rng
 from fedsample.fleets.flower_grid.adapter import Value
 from fedsample.fleets.flower_grid.grid import Carrier, CarrierGrid
 from fedsample.fleets.flower_grid.in_process import InProcess
@@ -25,9 +25,11 @@ class FlowerRun:
     """What is left when a ServerApp has returned.
 
     Attributes:
-        context: the ServerApp's; what it keeps of a run lies in `context.state`. clients: the nodes' contexts, by
-            partition, where the nodes are in this process. answered: replies with content. failed: replies with an
-            error. seconds: from start to end.
+        context: the ServerApp's; what it keeps of a run lies in `context.state`.
+        clients: the nodes' contexts, by partition, where the nodes are in this process.
+        answered: replies with content.
+        failed: replies with an error.
+        seconds: from start to end.
     """
 
     context: Context
@@ -52,9 +54,12 @@ def run_flower(
     the order of partitions, and replies are handed over in that order with any number. Several runs may go on at once.
 
     Args:
-        server_app: any. client_app: any. num_clients: nodes, each with `partition-id` and `num-partitions` in its
-            node configuration. run_config: of all contexts; nested tables become dotted keys. node_config: what else
-            the nodes' configurations hold, the same for all or one for each. workers: ClientApps at a time.
+        server_app: any.
+        client_app: any.
+        num_clients: nodes, each with `partition-id` and `num-partitions` in its node configuration.
+        run_config: of all contexts; nested tables become dotted keys.
+        node_config: what else the nodes' configurations hold, the same for all or one for each.
+        workers: ClientApps at a time.
 
     Returns:
         The contexts at the end, and what was sent.
@@ -71,7 +76,7 @@ def run_flower(
             raise ConfigError(f"{what} = {number!r}, expected a number from 1 up")
     config = adapter.flat(run_config or {}, "run_config")
     nodes = InProcess(client_app, _node_configs(node_config, num_clients), config, workers)
-    with generators.kept_apart():
+    with global_rng.kept_apart():
         run = drive(server_app, nodes, config)
     clients = [nodes.context(node, run.context.run_id) for node in nodes.nodes()]
     return replace(run, clients=clients)
@@ -103,7 +108,7 @@ def _node_configs(given: NodeConfig | Sequence[NodeConfig] | None, n: int) -> li
     """
     each: Sequence[NodeConfig] = [given or {}] * n if given is None or isinstance(given, Mapping) else given
     if len(each) != n:
-        raise ConfigError(f"node_config holds {len(each)} configurations, expected {n}: one a client, or one for all")
+        raise ConfigError(f"node_config holds {len(each)} configurations, expected {n}: one per client, or one for all")
     configs = []
     for place, config in enumerate(each):
         own: dict[str, Value] = {adapter.PARTITION_ID_KEY: place, adapter.NUM_PARTITIONS_KEY: n}

@@ -1,0 +1,44 @@
+"""What a node does with a message: run the ClientApp, and reply whatever happens."""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedsample.fleets.compute_thread import Stopped
+from fedsample.fleets.flower_grid import adapter
+
+_log = logging.getLogger("flwr")
+
+
+def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message, Context]:
+    """A node's reply, and what it remembers afterwards.
+
+    Args:
+        app: the node's.
+        message: its own, the app may change it.
+        context: stays as it is.
+
+    Returns:
+        The app's reply, or an error with Flower's code if it raises, returns nothing or replies to something else. And
+        a new context, or the old one after an error: what failed leaves nothing behind, as in Flower.
+
+    Raises:
+        Stopped: if that is raised in the app.
+    """
+    who = context.node_config.get(adapter.PARTITION_ID_KEY, context.node_id)
+    asked, fresh = adapter.envelope(message), adapter.copied_context(context)
+    try:
+        reply = app(message, fresh)
+        fault = adapter.mismatch(asked, reply)
+        if fault is None:
+            return adapter.incoming(reply, f"{asked.metadata.message_id}-reply"), fresh
+    except Stopped:
+        raise
+    except BaseException as error:  # the client's, whatever it is: the server is told and goes on
+        _log.error("ClientApp of partition %s raised", who, exc_info=error)
+        return adapter.raised(asked, error), context
+    _log.error("ClientApp of partition %s: %s", who, fault)
+    return adapter.no_reply(asked, fault), context

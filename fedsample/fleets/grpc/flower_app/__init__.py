@@ -1,0 +1,1 @@
+"""Flower apps on devices: a carrier over our streams, its host and its node."""

@@ -1,0 +1,1 @@
+"""Addresses, certificates and identities, and what diagnoses the way to a server."""

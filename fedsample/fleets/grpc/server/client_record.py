@@ -1,0 +1,116 @@
+"""One client as the server sees it: its stream, what it is asked, and how it has behaved."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fedsample.fleets.grpc import fedsample_pb2 as pb
+from fedsample.fleets.grpc.framing.frames import Message
+from fedsample.fleets.grpc.server.stream import Stream
+
+LATENCIES = 256  # answers whose times are kept
+
+
+@dataclass
+class Asked:
+    """A request to one client, until it is answered.
+
+    Attributes:
+        message: the request.
+        limit: bytes that the answer's arrays may have.
+        batch: where the answer goes.
+        since: when it was asked, seconds of `time.monotonic`.
+    """
+
+    message: Message
+    limit: int
+    batch: Batch
+    since: float = field(default_factory=time.monotonic)
+
+
+class Batch:
+    """Requests that are asked together. The loop's thread fills in answers, the chain's thread waits for them."""
+
+    def __init__(self, clients: list[int], *, private: bool = False, spare: int = 0) -> None:
+        """Nobody has answered; a private one is given up when its client leaves, `spare` need not answer."""
+        self.private, self.spare = private, spare
+        self.left = set(clients)
+        self.answers: dict[int, Message | pb.Failure] = {}
+        self.wake = threading.Event()
+
+    def put(self, client: int, answer: Message | pb.Failure, *, soon: bool) -> None:
+        """One answer; wakes the chain's thread when it is the last, or when it should make room `soon`."""
+        self.answers[client] = answer  # first: who is no longer left has an answer here
+        self.left.discard(client)
+        if soon or len(self.left) <= self.spare:
+            self.wake.set()
+
+
+@dataclass
+class ClientRecord:
+    """What the server knows of one client.
+
+    Attributes:
+        client: its index.
+        stream: the open one.
+        member: the process that was accepted last.
+        accepted: whether it is asked; a newcomer is not until the chain says so.
+        asked: what it has not answered.
+        ready: its last Ready.
+        sent, received: bytes on the wire, (payload, all).
+        answers, late, failed, connections: counts.
+        latencies: seconds from request to answer, the last few.
+        error: the last thing that went wrong.
+        since: when it came or went.
+    """
+
+    client: int
+    stream: Stream | None = None
+    member: bytes = b""
+    accepted: bool = False
+    asked: Asked | None = None
+    ready: pb.Ready | None = None
+    sent: list[int] = field(default_factory=lambda: [0, 0])
+    received: list[int] = field(default_factory=lambda: [0, 0])
+    answers: int = 0
+    late: int = 0
+    failed: int = 0
+    connections: int = 0
+    round: int = 0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES))
+    error: str = ""
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def counts(self) -> list[int]:
+        """What has been counted since the run began."""
+        return [*self.sent, *self.received, self.answers, self.late, self.failed, self.connections]
+
+    def add(self, counts: Sequence[int]) -> None:
+        """Go on from the `counts` of an earlier server."""
+        sent, every_sent, received, every_received, answers, late, failed, connections = counts
+        self.sent[0], self.sent[1] = self.sent[0] + sent, self.sent[1] + every_sent
+        self.received[0], self.received[1] = self.received[0] + received, self.received[1] + every_received
+        self.answers, self.late, self.failed = self.answers + answers, self.late + late, self.failed + failed
+        self.connections += connections
+
+    @property
+    def state(self) -> str:
+        """In a word or two."""
+        if self.stream is None:
+            return "away" if self.connections else "not here yet"
+        if not self.accepted:
+            return "ready" if self.stream.ready else "joining"
+        return "working" if self.asked is not None else "idle"
+
+    def account(self, now: float) -> str:
+        """What is waited for, in words."""
+        if self.stream is None:
+            last = f"; {self.error}" if self.error else ""
+            return f"client {self.client} ({self.state}, {now - self.since:.0f} s{last})"
+        asked = "joining" if self.asked is None else f"asked {now - self.asked.since:.0f} s ago"
+        return f"client {self.client} ({asked})"

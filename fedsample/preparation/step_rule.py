@@ -1,0 +1,287 @@
+"""The step: what bias it leaves, how large it may be, and what `auto` chooses.
+
+The stationary variance of a compressed chain is off for two reasons: discretisation, worst in the stiffest direction,
+and heating by the estimator's noise, felt everywhere. Where the Hessian at the mode is known, both follow from all
+d x d moments, and the predicted bias is the larger of two relative excesses of a variance over the target's: that along
+the stiffest eigenvector of the Hessian, and the mean over the metric's coordinates. Where it is not, the predicted bias
+is that of exact gradients at the largest curvature seen plus the heating of a coordinate of mean curvature and mixing.
+`auto` is the largest step at which it stays under the tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fedsample.compression import Compressor, Identity
+from fedsample.estimators import DenseDownlink, Direct, Downlink, Ef21, Ef21P, Marina, Uplink
+from fedsample.theory.covariance import UPLINKS, Array, Covariance, Spread, measured
+from fedsample.theory.moments import Coordinate
+
+if TYPE_CHECKING:
+    from fedsample.config import Experiment
+    from fedsample.preparation.curvature import Geometry, GeometryProbe
+
+MOST_MOMENTS = 1000  # parameters up to which all d x d moments are solved for
+_EVALUATIONS = 16
+_PERSISTENCE = 1.5  # lags of topk under baoab over those under langevin; measured 1.4 to 1.8 at K / d of 5 to 25 %
+_CLOSE = 1e-3  # an automatic step's predicted bias is so close to the tolerance, relatively
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a step will do; variances relative to the target's, at stationarity.
+
+    Attributes:
+        step_size: h.
+        bias: the larger of the next two; infinite where unstable.
+        stiff_bias: excess along the stiffest direction.
+        mean_bias: mean over the metric's coordinates.
+        mean_heating, worst_heating: mean and largest over coordinates of what the uplink adds (without d x d moments:
+            of a coordinate of mean mixing, and of the 0.9 quantile of mixing).
+        limit: largest stable step.
+        relaxation: rounds in which the slowest direction forgets all but 1 / e of where it was.
+    """
+
+    step_size: float
+    bias: float
+    stiff_bias: float
+    mean_bias: float
+    mean_heating: float
+    worst_heating: float
+    limit: float
+    relaxation: float
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """Predictions for one run.
+
+    Attributes:
+        typical: a coordinate of mean curvature and mean mixing.
+        stiff: the direction of largest curvature, without the estimator's noise.
+        worst: largest curvature and much mixing together.
+        slow: the direction of smallest curvature, without the estimator's noise.
+        covariance, spread: all second moments, where they are known.
+        sure: inclusions of both links that hold for every vector, for the limit; None: those of the coordinates.
+    """
+
+    typical: Coordinate
+    stiff: Coordinate
+    worst: Coordinate
+    slow: Coordinate
+    covariance: Covariance | None = None
+    spread: Spread | None = None
+    sure: tuple[float, float] | None = None
+
+    def forecast(self, step_size: float) -> Forecast:
+        """What this step will do."""
+        limit, relaxation = self._limit, self.slow.relaxation(step_size)
+        if self.covariance is None or self.spread is None:
+            stiff = self.stiff.bias(step_size) + _above(self.typical, _calm(self.typical), step_size)
+            mean = self.typical.bias(step_size)
+            heating = [_above(each, each.exact(), step_size) for each in (self.typical, self._hot)]
+        else:
+            stiff, mean, *heating = self._moments(step_size, self.covariance, self.spread)
+        return Forecast(step_size, max(stiff, mean), stiff, mean, heating[0], heating[1], limit, relaxation)
+
+    def _moments(self, step_size: float, chain: Covariance, spread: Spread) -> tuple[float, float, float, float]:
+        """Stiffest direction's bias, mean bias, mean heating, largest heating."""
+        if not chain.stable(step_size):
+            return (math.inf,) * 4
+        added, along = chain.heating(step_size, spread)
+        calm, heat = chain.calm(step_size), added / chain.target
+        mean = float((chain.coordinates(calm) / chain.target - 1 + heat).mean())
+        stiff = float((calm[-1] + along[-1]) * chain.curvatures[-1] - 1)
+        return stiff, mean, float(heat.mean()), float(heat.max())
+
+    def choose(self, tolerance: float, temperature: float) -> float:
+        """The automatic step; at temperature 0 nothing can be biased, and it is half the stability limit."""
+        cautious = self._limit / 2
+        if temperature == 0:
+            return cautious
+        return _largest(lambda h: self.forecast(h).bias, tolerance, cautious)
+
+    @cached_property
+    def _limit(self) -> float:
+        each: tuple[Coordinate, ...] = (self.worst, self.stiff, self.typical)
+        if self.sure is not None:
+            each = tuple(replace(one, inclusion=self.sure[0], downlink=self.sure[1]) for one in each)
+        return min(one.limit() for one in each)
+
+    @property
+    def _hot(self) -> Coordinate:
+        """The coordinate that the clients' curvature mixes most."""
+        return replace(self.typical, mixing=self.worst.mixing)
+
+
+def _above(hot: Coordinate, calm: Coordinate, step_size: float) -> float:
+    """By how much the bias of one exceeds the other's."""
+    bias = hot.bias(step_size)
+    return bias - calm.bias(step_size) if math.isfinite(bias) else math.inf
+
+
+def _largest(bias: Callable[[float], float], tolerance: float, high: float) -> float:
+    """The largest step up to `high` with a bias under the tolerance, which grows as a power of the step."""
+    found = bias(high)
+    if found <= tolerance:
+        return high
+    low, least = high * 1e-8, math.nan  # the bias there is of no interest yet
+    for _ in range(4 * _EVALUATIONS):
+        if least >= tolerance * (1 - _CLOSE) or high <= low * (1 + 1e-9):
+            break
+        share = 0.5
+        if math.isfinite(found) and least > 0:  # both ends known: along a straight line between their logarithms
+            share = math.log(tolerance / least) / math.log(found / least)
+        elif math.isfinite(found):  # not below order one
+            share = 1 - math.log(2 * found / tolerance) / math.log(high / low)
+        middle = low * (high / low) ** min(max(share - 1e-4, 0.02), 0.98)
+        value = bias(middle)
+        if value <= tolerance:
+            low, least = middle, value
+        else:
+            high, found = middle, value
+    return low
+
+
+def _calm(coordinate: Coordinate) -> Coordinate:
+    """The same without the estimator's noise; what lags behind the iterate still lags."""
+    if coordinate.uplink == "ef21":
+        return coordinate
+    return replace(coordinate, uplink="dense", participation=1.0)
+
+
+def step_rule(
+    experiment: Experiment,
+    uplink: Uplink,
+    downlink: Downlink,
+    geometry: Geometry,
+    participation: float,
+    clients: int,
+) -> StepRule:
+    """What the moments of single coordinates say; `participation` includes lost replies."""
+    d, mixing, name = len(geometry.mixing), geometry.mixing.numpy(), experiment.sampler.name
+    up, down = uplink.compressor, downlink.compressor if isinstance(downlink, Ef21P) else Identity()
+    lagging = isinstance(uplink, Ef21)  # where a gradient's lag matters as its curvature, the root of mixing
+    anchored = isinstance(uplink, Direct) and uplink.anchored
+    typical = Coordinate(
+        sampler=name,
+        uplink=experiment.uplink.name,
+        curvature=max(geometry.mean_curvature, 1e-12 * geometry.curvature),
+        mixing=float(geometry.mixing.mean()),
+        share=geometry.share,
+        clients=clients,
+        downlink=_followed(1 / down.typical(d) - 1, down.inclusion(d), name),
+        friction=experiment.sampler.friction,
+        inclusion=_weighted(up, name, mixing, np.sqrt(mixing)) if lagging else up.typical(d),
+        participation=participation,
+        sync=uplink.probability(d) if isinstance(uplink, Marina) else 0.0,
+        force=0.0 if anchored else float(geometry.force.mean()) / (experiment.temperature or 1.0),
+    )
+    prior = max(0.0, typical.curvature - clients * geometry.share)
+    steep = max(0.0, geometry.curvature - prior) / clients
+    stiff = _calm(replace(typical, curvature=geometry.curvature, share=steep))
+    if lagging:
+        alike = _followed(1 / up.typical(d) - 1, up.inclusion(d), name)  # errors along one direction move together
+        stiff = replace(stiff, inclusion=min(alike, _weighted(up, name, mixing, mixing)))
+    worst = replace(
+        typical, curvature=geometry.curvature, share=steep, mixing=float(torch.quantile(geometry.mixing, 0.9))
+    )
+    flattest = min(max(geometry.flattest, 1e-12 * geometry.curvature), geometry.curvature)
+    slow = replace(typical, uplink="dense", participation=1.0, downlink=1.0, curvature=flattest, share=0.0)
+    return StepRule(typical, stiff, worst, slow, sure=(up.inclusion(d), down.alpha(d)))
+
+
+def _weighted(compressor: Compressor, sampler: str, mixing: Array, weights: Array) -> float:
+    """What stands for K / d under ef21: that of the weighted mean lag over coordinates, whose steps differ.
+
+    One that hardly moves waits very long for a threshold that others set, and then has hardly moved: its lag counts as
+    chance's, or that of a constant column would count for all others.
+    """
+    inclusion = compressor.inclusion(len(mixing))
+    lags = np.minimum(compressor.lags(mixing), 1 / inclusion - 1)
+    lag = float(np.average(lags, weights=weights if weights.any() else None))
+    return _followed(lag, inclusion, sampler)
+
+
+def _followed(lag: float, inclusion: float, sampler: str) -> float:
+    """K / d of masks that leave a memory this far behind, which under baoab moves on in its direction."""
+    if sampler == "baoab":
+        lag = max(lag, min(_PERSISTENCE * lag, 1 / inclusion - 1))
+    return 1 / (1 + lag)
+
+
+def shared_masks(uplink: Uplink, d: int) -> float:
+    """`GeometryProbe.shared`: 1 / omega, or half of it for diana, where the clients share the coordinates out; else 0.
+
+    With masks m_i of which one at a time is 1 the noise sum_i (n m_i - 1) a_i has the variance n sum_i a_i^2 -
+    (sum_i a_i)^2. Under diana a_i is of an age of client i's own. No two are renewed at once, so that their difference
+    has the law of an age, and E a_i a_l is half of what it is where a_i and a_l are of one age.
+    """
+    compressor = uplink.compressor
+    if compressor.independence != "partition" or compressor.kind != "unbiased" or compressor.omega(d) == 0:
+        return 0.0
+    return (0.5 if uplink.name == "diana" else 1.0) / compressor.omega(d)
+
+
+def solvable(experiment: Experiment, downlink: Downlink, participation: float, d: int) -> bool:
+    """Whether all d x d moments can be solved for: few parameters, everyone takes part, nothing lags but memories."""
+    return (
+        d <= MOST_MOMENTS
+        and experiment.uplink.name in UPLINKS
+        and isinstance(downlink, DenseDownlink)
+        and participation == 1.0
+        and experiment.temperature > 0
+    )
+
+
+def concentrated(rule: StepRule, concentration: Array, mixing: Array) -> StepRule:
+    """The rule of diana whose memories lag with the curvature of the clients whose noise it is (`GeometryProbe`)."""
+    mean = float(np.average(concentration, weights=mixing if mixing.any() else None))
+    return replace(
+        rule, typical=replace(rule.typical, concentration=mean), worst=replace(rule.worst, concentration=mean)
+    )
+
+
+def with_moments(
+    rule: StepRule, uplink: Uplink, terrain: GeometryProbe, geometry: Geometry, step_size: float, temperature: float
+) -> StepRule:
+    """The rule with all d x d moments, whose probes have the covariance that matters at `step_size`."""
+    if terrain.hessian is None or terrain.clients_hessian is None:
+        raise ValueError("the moments of all coordinates need the Hessian at the mode")
+    typical, concentration = rule.typical, np.ones(1)
+    if typical.uplink == "diana":
+        concentration = terrain.concentration().cpu().numpy()
+        rule = concentrated(rule, concentration, geometry.mixing.numpy())
+    covariance = Covariance(
+        hessian=terrain.hessian.cpu().numpy(),
+        clients_hessian=terrain.clients_hessian.cpu().numpy(),
+        clients=typical.clients,
+        sampler=typical.sampler,
+        uplink=typical.uplink,
+        inclusion=typical.inclusion,
+        sync=typical.sync,
+        force=geometry.force.numpy() / temperature if typical.force > 0 else 0.0,
+        friction=typical.friction,
+        noise=None if typical.uplink == "dense" else uplink.compressor.noise,
+        concentration=concentration,
+    )
+    if typical.uplink == "dense" or covariance.isotropic:
+        probed, squares = covariance.identity, geometry.mixing
+    else:
+        root = covariance.root_of(covariance.lagging(step_size))
+        probed = root @ root.T
+        squares = terrain.spread(torch.from_numpy(root).to(terrain.points))[0].cpu()
+    full, saturation = None, 1.0
+    if typical.uplink in ("marina", "diana"):
+        root = covariance.root_of(1 / covariance.curvatures)
+        alone = geometry.mixing / covariance.curvatures[-1] if covariance.isotropic else None
+        full, saturation = 2 * root @ root.T, terrain.saturation(alone, torch.from_numpy(root).to(terrain.points))
+    spread = measured(squares.numpy(), probed, covariance.clients_hessian, full, saturation)
+    return replace(rule, covariance=covariance, spread=spread)

@@ -1,0 +1,102 @@
+"""Answers: what one client sends back, an upload for the estimator and exact outputs beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedsample.compression import Packet
+from fedsample.errors import DataError
+from fedsample.estimators import Turn, Uplink, Upload
+from fedsample.protocol.exchange import Request
+from fedsample.protocol.names import UPLOAD, packet_stype
+from fedsample.protocol.quantities import is_symmetric
+from fedsample.protocol.wire import (
+    Array,
+    Form,
+    Header,
+    Parcel,
+    check,
+    dense,
+    header,
+    read,
+    same_names,
+    triangle,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the clients of a worker send; leading axis n.
+
+    Attributes:
+        upload: the estimator's, if an estimate was asked for.
+        exact: exact outputs (n, ...) by name.
+    """
+
+    upload: Upload | None
+    exact: dict[str, Tensor]
+
+
+def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -> Parcel:
+    """What one client sends.
+
+    Args:
+        answer: of a worker with one client.
+        request: as `unpack_request` gave it.
+        client: its index.
+
+    Raises:
+        DataError: if the upload holds NaN or infinite values.
+    """
+    arrays = {
+        name: (triangle if is_symmetric(name) else dense)(tensor[0]) for name, tensor in sorted(answer.exact.items())
+    }
+    if answer.upload is not None:
+        active = None if request.active is None else request.active[client]
+        data = uplink.to_bytes(_first(answer.upload), request.sync, active)
+        dtype = request.points.dtype
+        shape = (len(data) // dtype.itemsize,)
+        arrays[UPLOAD] = Array(str(dtype).removeprefix("torch."), shape, packet_stype(uplink.compressor), data)
+    return Parcel(header(round=request.round, client=client), arrays)
+
+
+def unpack_answer(
+    parcel: Parcel, client: int, turn: Turn | None, round: int, exact: dict[str, Form], uplink: Uplink
+) -> tuple[Upload | None, dict[str, Tensor]]:
+    """A client's upload, if it was asked for one, and its exact outputs.
+
+    Args:
+        parcel: from `pack_answer`.
+        client: who should have sent it.
+        turn: what it was told; None: no estimate was asked of it.
+        round: in which it was asked.
+        exact: the exact outputs that it was asked for.
+
+    Raises:
+        DataError: if the answer belongs to another request, or anything in it has another form.
+    """
+    what = f"the answer of client {client} in round {round}"
+    head, arrays = Header(parcel, what), parcel.arrays
+    for name, value in (("round", round), ("client", client)):
+        if head.integer(name) != value:
+            raise DataError(f"{what} says {name} {head.integer(name)}: it belongs to another request")
+    same_names(arrays, [*exact, *([] if turn is None else [UPLOAD])], what)
+    outputs = {name: read(arrays[name], form, f"{what}: {name}") for name, form in exact.items()}
+    if turn is None:
+        return None, outputs
+    array, dtype = arrays[UPLOAD], turn.point.dtype
+    check(
+        array, Form(packet_stype(uplink.compressor), (len(array.data) // dtype.itemsize,), dtype), f"{what}: {UPLOAD}"
+    )
+    return uplink.from_bytes(array.data, turn, turn.point.shape[-1], dtype), outputs
+
+
+def _first(upload: Upload) -> Upload:
+    """The upload of the one client in a stack of one."""
+    packet = upload.packet
+    if packet is not None:
+        indices, side = (None if part is None else part[0] for part in (packet.indices, packet.side))
+        packet = Packet(packet.values[0], indices, side, packet.length)
+    return Upload(packet, None if upload.dense is None else upload.dense[0])

@@ -1,0 +1,1 @@
+"""A run from configuration to summary: session, loop, resume, checks, summary and verdict."""

@@ -1,0 +1,165 @@
+"""The server of a chain: which gradients it asks for, what it makes of the answers, and where the chain stands.
+
+    request(state) -> Request          the fleet answers with an Aggregate
+    update(state, request, aggregate) -> state
+    draw(state) -> (C, d) in the model's parameters
+
+A state is data: everything between two rounds, in tensors. The sampler supplies one step of its equation; the uplink
+estimator supplies the gradient; the prior is exact and the server's own; the noise is the server's, keyed by round and
+chain.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedsample.compression import Packet
+from fedsample.estimators import Direct, Links, ServerState
+from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request
+from fedsample.strategies.base import Sampler
+from fedsample.strategies.cohort import Cohort
+from fedsample.strategies.divergence import Stability
+from fedsample.strategies.noise import Noise, SyncCoins
+from fedsample.strategies.state import State
+from fedsample.targets import GaussianPrior, Metric, MetricPrior
+
+_CHECK_EVERY = 16  # rounds between two looks for divergence
+
+
+class Driver:
+    """C chains of any sampler over any links, seen from the server.
+
+    Args:
+        sampler: one step of the chains.
+        links: the gradient estimator, and what clients see of the iterate.
+        prior: U_0 in the model's parameters.
+        metric: the chains' coordinates.
+        cohort: who is asked.
+        stability: what is known about the step.
+        refresh: rounds after which the reference of variance reduction moves to the iterate; 0: it stays at the origin;
+            None: there is none.
+        anchor: (d,) summed gradient at the origin, for uplinks that are anchored there.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        links: Links,
+        prior: GaussianPrior,
+        metric: Metric,
+        *,
+        cohort: Cohort,
+        stability: Stability,
+        refresh: int | None = None,
+        anchor: Tensor | None = None,
+    ) -> None:
+        self.sampler, self.uplink, self.downlink = sampler, links.uplink, links.downlink
+        self.metric, self.prior = metric, MetricPrior(prior, metric)
+        self.cohort, self.stability = cohort, stability
+        self.refresh, self.anchor = refresh, anchor
+        self.noise, self.coins = Noise(sampler.seed), SyncCoins(sampler.seed)
+        self._increment: tuple[int, Packet | None] = (0, None)
+
+    def begin(self, params: Tensor) -> State:
+        """The state before round 1, at positions (C, d) in the metric's coordinates."""
+        chains, d = params.shape
+        uplink = self.uplink.start(chains, d, params.device)
+        applied = torch.zeros(self.cohort.n, dtype=torch.int64, device=params.device)
+        if isinstance(self.uplink, Direct) and self.anchor is not None:
+            uplink = self.uplink.anchor(uplink, self.anchor)
+        origin = torch.zeros_like(params)
+        return State(0, params, params, self.sampler.start(params), uplink, applied, 0, params, origin)
+
+    def request(self, state: State, *, observe: bool = False) -> Request:
+        """What to ask in the next round; with `observe`, also the potentials and the uploads' norms."""
+        round = state.round + 1
+        chains, d = state.params.shape
+        device = state.params.device
+        sync = self.coins.at(round, self.uplink.sync_probability(round, d), chains, device)
+        if state.resync:
+            sync = torch.ones(chains, dtype=torch.bool, device=device)
+        active = self.cohort.active(round, sync, self.uplink.needs_everyone_to_sync)
+        reference, since = self._reference(state, round)
+        return Request(
+            round=round,
+            points=state.seen,
+            outputs=frozenset((ESTIMATE, "value") if observe else (ESTIMATE,)),
+            previous=state.previous if self.uplink.needs_previous and round > 1 else None,
+            sync=sync,
+            active=None if active is None else active.to(device),
+            applied=state.applied,
+            epoch=state.epoch,
+            observe=observe,
+            reference=reference,
+            reference_round=since,
+            increment=partial(self._increment_of, state, round) if round > 1 and self.downlink.compresses else None,
+        )
+
+    def update(self, state: State, request: Request, aggregate: Aggregate) -> State:
+        """The state after a round.
+
+        Raises:
+            DivergenceError: if a chain has left every bounded region.
+        """
+        gradient, uplink = self.gradient(state, request, aggregate)
+        params, kernel = self.sampler.step(state, gradient, self.noise.at(request.round, state.params))
+        applied = torch.where(aggregate.arrived.to(state.applied.device), request.round, state.applied)
+        if request.round % _CHECK_EVERY == 0 or request.round == 1:
+            self.check(params, request.round)
+        seen, packet = self.downlink.see(state.seen, params, request.round + 1)
+        self._increment = (request.round + 1, packet)
+        reference = state.reference if request.reference is None else request.reference
+        return State(request.round, params, request.points, kernel, uplink, applied, state.epoch, seen, reference)
+
+    def gradient(self, state: State, request: Request, aggregate: Aggregate) -> tuple[Tensor, ServerState]:
+        """The estimated gradient of U at the state's positions (C, d), and the estimator's new server half."""
+        if aggregate.total is None:
+            raise ValueError("the aggregate holds no estimate")
+        inclusion = aggregate.arrival * self.cohort.probability
+        estimate, uplink = self.uplink.decode(state.uplink, aggregate.total, request.sync, inclusion)
+        return estimate.to(state.params.dtype) + self.prior.gradient(state.params), uplink
+
+    def draw(self, state: State) -> Tensor:
+        """The chains' positions as parameters theta (C, d)."""
+        return self.metric.push(state.params)
+
+    def drift(self, before: State, after: State) -> float:
+        """Root mean square over chains of how far the gradient alone moved the positions in a round."""
+        noise = self.noise.at(after.round, before.params)
+        still, _ = self.sampler.step(before, torch.zeros_like(before.params), noise)
+        return float((after.params - still).norm(dim=-1).square().mean().sqrt())
+
+    def check(self, params: Tensor, round: int) -> None:
+        """Stop when a chain has diverged.
+
+        Raises:
+            DivergenceError: with the step, the curvature and the largest stable step.
+        """
+        self.stability.check(params, round, self.sampler.step_at(round))
+
+    def forked(self, state: State) -> State:
+        """The state when a client has lost its memory for good: the chain goes on along another path of the same law.
+
+        Clients start new memories in a new epoch; an estimator whose server half cannot start anew by itself asks for a
+        dense round.
+        """
+        uplink = self.uplink.forget(state.uplink)
+        return state._replace(uplink=uplink, epoch=state.epoch + 1, resync=self.uplink.resyncs)
+
+    def _increment_of(self, state: State, round: int) -> Packet:
+        """What leads from the points of the round before to those of this one; made again after a resume."""
+        if self._increment[0] != round or self._increment[1] is None:
+            self._increment = (round, self.downlink.see(state.previous, state.params, round)[1])
+        return self._increment[1]  # type: ignore[return-value]
+
+    def _reference(self, state: State, round: int) -> tuple[Tensor | None, int]:
+        """Where clients reduce variance in a round, and since which round."""
+        if self.refresh is None:
+            return None, 0
+        if self.refresh == 0:
+            return state.reference, 0
+        since = (round - 1) // self.refresh * self.refresh + 1
+        return (state.seen if since == round else state.reference), since

@@ -1,0 +1,66 @@
+"""The server's randomness of a round: standard normals for every chain, and the coins of synchronising rounds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedsample.random import SERVER, key
+
+_NOISE_BLOCK = 16  # rounds of noise made at once; each round's is the same however many are
+_COIN_BLOCK = 64  # the same for the coins of synchronising rounds
+
+
+class Noise:
+    """Standard normals keyed by round and chain.
+
+    Args:
+        seed: the experiment's.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._block: tuple[int, Tensor] | None = None
+
+    def at(self, round: int, like: Tensor) -> Tensor:
+        """(C, d) standard normals of a round, in the shape and dtype of the positions."""
+        block = max(1, min(_NOISE_BLOCK, (1 << 20) // max(1, like.numel())))
+        index = (round - 1) // block
+        if self._block is None or self._block[0] != index:
+            chains, d = like.shape
+            keys = key(
+                self._seed,
+                client=SERVER,
+                chain=torch.arange(chains, device=like.device),
+                purpose="noise",
+                device=like.device,
+            )
+            rounds = torch.arange(index * block + 1, (index + 1) * block + 1, device=like.device).unsqueeze(-1)
+            self._block = (index, keys.fold("round").fold(rounds).normal(d, like.dtype))
+        return self._block[1][round - 1 - index * block]
+
+
+class SyncCoins:
+    """Which chains synchronise in a round: a coin per round and chain.
+
+    Args:
+        seed: the experiment's.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._block: tuple[tuple[int, float], Tensor, list[bool]] | None = None
+
+    def at(self, round: int, probability: float, chains: int, device: torch.device) -> Tensor | None:
+        """(C,) bool; None where no chain does."""
+        if probability == 0:
+            return None
+        if probability == 1:
+            return torch.ones(chains, dtype=torch.bool, device=device)
+        case = (round // _COIN_BLOCK, probability)
+        if self._block is None or self._block[0] != case:
+            rounds = torch.arange(case[0] * _COIN_BLOCK, (case[0] + 1) * _COIN_BLOCK).unsqueeze(-1)
+            coins = key(self._seed, rounds, SERVER, torch.arange(chains), "sync").bernoulli(probability)  # (rounds, C)
+            self._block = (case, coins.to(device), coins.any(-1).tolist())
+        at = round % _COIN_BLOCK
+        return self._block[1][at] if self._block[2][at] else None

@@ -1,0 +1,1 @@
+"""Predictions from theory, in plain numpy: stationary moments of samplers over compressed links."""
