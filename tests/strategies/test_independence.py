@@ -49,8 +49,8 @@ def correlations(setup: Setup) -> dict[str, float]:
     mode = torch.from_numpy(np.full(clients.d, setup.exact.mode[0]))
     state = sampler.begin(setup.start())
     places, errors = [], []
-    for round in range(1, 121):
-        if round > 40 and round % 10 == 0:
+    for round in range(1, 81):
+        if round > 40 and round % 5 == 0:
             request = sampler.request(state)
             aggregate = fleet.exchange(request)
             estimate, _ = sampler.gradient(state, request, aggregate)
