@@ -20,6 +20,7 @@ import commands
 import pytest
 
 import fedsample
+import fedsample.runs
 from fedsample.cli.main import main
 from fedsample.config import Experiment, keys, load
 from fedsample.config.presets import PRESETS
@@ -42,7 +43,7 @@ def call(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
 
 
 class Engine(types.ModuleType):
-    """Stands in for `fedsample.runs.api`: remembers what it was asked, and fails if told to."""
+    """Stands in for `fedsample.runs`: remembers what it was asked, and fails if told to."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         super().__init__("fedsample.runs.api")
@@ -71,7 +72,9 @@ class Engine(types.ModuleType):
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     stand_in = Engine()
     monkeypatch.setitem(sys.modules, "fedsample.runs.api", stand_in)
-    monkeypatch.setattr(fedsample, "experiment", stand_in, raising=False)
+    monkeypatch.setattr(fedsample.runs, "api", stand_in, raising=False)
+    monkeypatch.setattr("fedsample.runs.checks.check", stand_in.check)
+    monkeypatch.setattr("fedsample.runs.plan.plan", stand_in.plan)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("FEDSAMPLE_")]:
         monkeypatch.delenv(name)
