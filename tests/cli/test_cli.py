@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -99,16 +98,14 @@ def test_help_is_light_and_quick(tmp_path: Path) -> None:
     code = (
         "import sys, fedsample.cli.main\nsys.argv = ['fedsample', '--help']\ntry:\n    fedsample.cli.main.main()\n"
         "finally:\n    heavy = {'torch', 'flwr', 'ray', 'opacus', 'transformers', 'tensorboard', 'sklearn', "
-        "'datasets', 'pydantic', 'numpy'} & set(sys.modules)\n    print('HEAVY', heavy or None)"
+        "'datasets', 'pydantic', 'numpy'} & set(sys.modules)\n"
+        "    print('HEAVY', heavy or None, 'MODULES', len(sys.modules), '.')"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "HEAVY None" in done.stdout
     assert all(name in done.stdout for name in ("simulate", "config", "list", "monitor"))
-    # Processor time, which other work on the machine does not stretch: about 0.15 s where this was written.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
+    assert int(done.stdout.split("MODULES ")[1].split()[0]) < 600  # what takes the time; torch alone brings a thousand
 
 
 @pytest.mark.parametrize(
