@@ -91,7 +91,7 @@ class Keeper(Protocol):
 
     @property
     def advice(self) -> str:
-        """The command that continues the run."""
+        """How to continue the run: the command to type."""
         ...
 
     def forked(self, driver: Driver, state: State, clients: Sequence[int]) -> State:

@@ -145,7 +145,7 @@ class Session:
 
     @property
     def advice(self) -> str:
-        """The command that continues the run."""
+        """How to continue the run: the command to type."""
         return f"Go on with: {self.command} --resume --out {shlex.quote(str(self.path))}"
 
     def _sample(self) -> dict[str, Any]:
