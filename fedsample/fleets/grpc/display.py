@@ -183,7 +183,7 @@ def device_display(watching: Watching, console: Console, *, quiet: bool) -> Iter
 
 @contextlib.contextmanager
 def _lines(watching: Watching, console: Console) -> Iterator[None]:
-    """Print a line when the state or the error that keeps it changes, and one a minute."""
+    """Print a line when the state or the error that keeps it changes, and one per minute."""
     import threading
 
     over, said = threading.Event(), [""]

@@ -171,8 +171,8 @@ class Connection:
 
         Raises:
             Refused: if the server refuses this device.
-            ConfigError, DataError, RunDirectoryError: if the run's configuration, this device's data or its folder cannot
-                be used.
+            ConfigError, DataError, RunDirectoryError: if the run's configuration, this device's data or its folder
+                cannot be used.
             FedSampleError: after too many attempts.
         """
         failures = 0
