@@ -125,11 +125,11 @@ def _metric(
         metric, hessian = build_metric(survey, experiment.metric.name, mode)
         polished = metric if isinstance(metric, Identity) else polish(survey, metric)
     if isinstance(metric, Dense) and (metric.unmeasured or metric.narrowed) and experiment.temperature > 0:
-        _doubt(metric, experiment, progress)
+        _check_flat_directions(metric, experiment, progress)
     return polished, hessian
 
 
-def _doubt(metric: Dense, experiment: Experiment, progress: Progress) -> None:
+def _check_flat_directions(metric: Dense, experiment: Experiment, progress: Progress) -> None:
     """Warn that some directions are too flat, relative to others, for their curvature to be measured or kept.
 
     Raises:

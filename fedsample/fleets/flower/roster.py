@@ -42,7 +42,7 @@ class Roster:
 
         Raises:
             QuorumError: if too few nodes are there in time.
-            ConfigError: if they run another experiment.
+            ConfigError: if they run something else.
         """
         if not self._nodes:
             self._meet()

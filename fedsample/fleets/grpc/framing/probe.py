@@ -1,4 +1,4 @@
-"""The probe: one unary call that returns the server's clock, protocol version and the caller's identity.
+"""The probe: one unary call that returns who answers, when, in which protocol, and the caller's identity.
 
 `fedsample doctor net` asks; any server of the fleet answers with `probe_handler`.
 """

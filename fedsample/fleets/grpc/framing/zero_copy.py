@@ -149,7 +149,7 @@ def written(frame: bytes | pb.DeviceFrame | pb.ServerFrame) -> bytes:
 
 
 def _plain(frame: Frame, size: int) -> Piece | Frame:
-    """Convert a frame with a piece in an unusual field order to a `Piece`, unless it has fields of a later version."""
+    """Convert a piece read by generated code, such as one with fields of a later version; return other frames as is."""
     if frame.WhichOneof("frame") != "piece":
         return frame
     piece = frame.piece
