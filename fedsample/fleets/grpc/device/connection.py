@@ -197,7 +197,7 @@ class Connection:
             await asyncio.sleep(pause)
 
     def close(self) -> None:
-        """End the computing thread, even during a computation: a model or an app that hangs cannot keep it."""
+        """End the computing thread, even during a computation: the process ends even if a model or an app hangs."""
         self._pool.leave(_GRACE)
 
     async def _visit(self) -> str | None:

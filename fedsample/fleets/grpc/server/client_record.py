@@ -43,7 +43,7 @@ class Batch:
         self.wake = threading.Event()
 
     def put(self, client: int, answer: Message | pb.Failure, *, soon: bool) -> None:
-        """Store an answer; wake the chain's thread if it is the last, or `soon`, if it should make room."""
+        """Store an answer; wake the chain's thread if it is the last, or if the thread should make room `soon`."""
         self.answers[client] = answer  # before the client is removed from `left`: the reader relies on this order
         self.left.discard(client)
         if soon or len(self.left) <= self.spare:
