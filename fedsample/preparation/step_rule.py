@@ -70,7 +70,7 @@ class StepRule:
         worst: a coordinate of largest curvature and much mixing together.
         slow: the direction of smallest curvature, without the estimator's noise.
         covariance: second moments of the chain, where the Hessian is known.
-        spread: those of the estimator's noise, where the Hessian is known.
+        spread: D -> sum_i diag(H_i D H_i), from which the estimator's noise follows; where the Hessian is known.
         sure: inclusions of both links that hold for every vector, for the limit; None: those of the coordinates.
     """
 
