@@ -1,4 +1,4 @@
-"""`fedsample bench`: what a round costs, beside what it could cost."""
+"""`fedsample bench`: the cost of a round, beside lower bounds and alternatives."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def bench(
                 absent[name] = why
             else:
                 measured[name] = bench_runner.measure(name, quick=quick, device=device)
-        except FedSampleError as error:  # the other parts are not lost with it
+        except FedSampleError as error:  # the other parts are kept
             absent[name] = str(error)
             failed.append(name)
         machine["load_end"] = [round(each, 2) for each in os.getloadavg()]

@@ -1,4 +1,4 @@
-"""The benchmarks behind `fedsample bench`: scripts, each run in a fresh process, and their rows in one report."""
+"""The benchmarks behind `fedsample bench`: scripts, each run in a fresh process, with one report of their rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Part(NamedTuple):
     """One benchmark.
 
     Attributes:
-        script: its file.
+        script: file name.
         title: what it compares.
-        full: arguments of the whole of it.
-        quick: those that make it short.
+        full: arguments of a full measurement.
+        quick: arguments of a short one.
         ray: whether it starts Flower's simulation.
         cuda: whether it takes --device.
     """
@@ -85,10 +85,10 @@ PARTS = {
 
 
 def scripts() -> Path:
-    """Where the scripts lie: in the installed package, or in the source tree.
+    """Find the folder of the scripts: in the installed package, or in the source tree.
 
     Raises:
-        FedSampleError: if they are nowhere.
+        FedSampleError: if they are in neither.
     """
     package = Path(__file__).parents[1]
     for folder in (package / "bench", package.parent / "simulations" / "benchmarks"):
@@ -98,7 +98,7 @@ def scripts() -> Path:
 
 
 def chosen(parts: str) -> list[str]:
-    """The names in a list with commas.
+    """Split a comma-separated list of names.
 
     Raises:
         ConfigError: if one is unknown.
@@ -111,10 +111,10 @@ def chosen(parts: str) -> list[str]:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there.
+    """Refuse a device that is unknown or not available.
 
     Raises:
-        ConfigError: it is not, or is none that could be.
+        ConfigError: if it is.
     """
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device: got {device!r}, expected cpu or cuda")
@@ -126,7 +126,7 @@ def check_device(device: str) -> None:
 
 
 def why_not(name: str, device: str) -> str:
-    """Why a part cannot be measured here; empty: it can."""
+    """Why a part cannot be measured here; empty: it can be."""
     part = PARTS[name]
     if not (scripts() / part.script).is_file():
         return f"{part.script} is not in this installation"
@@ -159,7 +159,7 @@ def measure(name: str, *, quick: bool, device: str = "cpu") -> list[dict[str, An
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine of the measurement."""
     import torch
 
     from fedsample.version import __version__
@@ -187,7 +187,7 @@ def _processor() -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Date, machine and the one table."""
+    """Format the report: date, machine and the table."""
     about = report["machine"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "flwr", "ray") if about[name])
     where = about["gpu"] if report["device"] == "cuda" else f"{about['cores']} cores of {about['processor']}"

@@ -1,4 +1,4 @@
-"""The one table of `fedsample bench`: what each part measured, as times, ratios within that run, and targets."""
+"""The table of `fedsample bench`: what each part measured, as times, ratios within that run, and targets."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ Row = Mapping[str, Any]
 
 
 class Line(NamedTuple):
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
         workload: part of the benchmark.
-        clients: how many; None where it has no such number.
-        what: was measured.
-        ms: milliseconds a round; None: not measured.
-        ratio: ms over those of the line `over`, of the same run.
-        over: what `ratio` compares with.
-        target: the largest (times `ours`: the smallest) that was aimed for, as text.
-        reached: whether it was.
-        note: why a line has no time, or a remark.
+        clients: number of clients; None: it has none.
+        what: what was measured.
+        ms: milliseconds per round; None: not measured.
+        ratio: `ms` relative to that of the row `over`, of the same run.
+        over: the row that `ratio` compares with.
+        target: the limit that was aimed for, as text: the largest ratio, or with "times ours" the smallest.
+        reached: whether the target was met.
+        note: why there is no time, or a remark.
     """
 
     workload: str
@@ -62,15 +62,15 @@ QUOTED = (
     Quoted("b", 100, "plain torch loop", "3100"),
 )
 
-SMALL_ROUND = 0.6  # ms, of workload A's round with 10 clients, where the gradient is too short to be compared with
-GRADIENTS = 2.0  # times the fastest bare gradient, of workload A's round with 100 and 1,000 clients
+SMALL_ROUND = 0.6  # ms per round of workload A with 10 clients, where the gradient is too short for a ratio
+GRADIENTS = 2.0  # times the fastest bare gradient, per round of workload A with 100 and 1,000 clients
 FLOWER = 400.0  # times ours, of Flower's simulation with 100 clients
-ROWS, PEAK = 300, 2.0  # times the data, of the peak memory at 1,000 clients with so many rows each
-LOOP = 1.15  # times the plain loop, of a network's round
+ROWS, PEAK = 300, 2.0  # rows per client, and peak memory as a multiple of the data, at 1,000 clients
+LOOP = 1.15  # times the plain loop, per round of a network
 
 
 def workload_a(rows: Sequence[Row]) -> Iterator[Line]:
-    """Rounds and their parts, over the fastest bare gradient with as many clients."""
+    """Compare rounds and their parts with the fastest bare gradient for as many clients."""
     for row in rows:
         n, what = row["clients"], row["what"]
         if "why" in row:
@@ -87,7 +87,7 @@ def workload_a(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def side_by_side(rows: Sequence[Row]) -> Iterator[Line]:
-    """Workload A's round here and in Flower's simulation."""
+    """Compare workload A's round here and in Flower's simulation."""
     for row in rows:
         n, ours, theirs = row["clients"], row["ours_ms"], row["flower_ms"]
         yield Line("a-flower", n, f"round: ours, {row['engine']}", ours)
@@ -97,7 +97,7 @@ def side_by_side(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def flower_apps(workload: str, rows: Sequence[Row]) -> Iterator[Line]:
-    """Rounds of Flower apps here, and in Flower's simulation or as a plain loop."""
+    """Compare rounds of Flower apps here with Flower's simulation or a plain loop."""
     for row in rows:
         n, ours = row["clients"], 1e3 * row["seconds"]
         if "plain_seconds" in row:
@@ -111,7 +111,7 @@ def flower_apps(workload: str, rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def networks(rows: Sequence[Row]) -> Iterator[Line]:
-    """Rounds of networks, over a plain loop."""
+    """Compare rounds of networks with a plain loop."""
     seen: set[str] = set()
     for row in rows:
         ours, loop = row["ours_ms"], row["loop_ms"]
@@ -128,7 +128,7 @@ def networks(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def growth(rows: Sequence[Row]) -> Iterator[Line]:
-    """Rounds with more and more clients."""
+    """Compare rounds with more and more clients."""
     for row in rows:
         note = f"peak memory {row['peak_mb']} MB, {row['times_data']} x the data; server state {row['state_kb']} kB"
         line = Line(
@@ -140,7 +140,7 @@ def growth(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def devices(rows: Sequence[Row]) -> Iterator[Line]:
-    """Rounds over gRPC, over bare streams of as many bytes."""
+    """Compare rounds over gRPC with bare streams of as many bytes."""
     for row in rows:
         n, size = row["devices"], f"{row['parameters']:,} parameters"
         bare, ours = row["bare_ms"], row["ours_ms"]
@@ -149,7 +149,7 @@ def devices(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def agreements(workload: str, rows: Sequence[Row]) -> Iterator[Line]:
-    """How far a device is from the CPU."""
+    """Report how far results on a device are from the CPU's."""
     for row in rows:
         line = Line(workload, row["clients"], row["what"], None, note=f"they differ by {row['difference']:.1e}")
         yield line._replace(target=f"at most {row['rtol']:g}", reached=row["agree"])
@@ -167,11 +167,11 @@ READERS: dict[str, Callable[[Sequence[Row]], Iterator[Line]]] = {
 
 
 def lines(parts: Mapping[str, Sequence[Row]], absent: Mapping[str, str]) -> list[Line]:
-    """The table.
+    """Make the rows of the table.
 
     Args:
-        parts: rows of each part that was measured.
-        absent: of each other part, why not.
+        parts: measured rows by part.
+        absent: by part, why it was not measured.
     """
     found: list[Line] = []
     for name, rows in parts.items():
@@ -181,14 +181,14 @@ def lines(parts: Mapping[str, Sequence[Row]], absent: Mapping[str, str]) -> list
 
 
 def rounded(line: Line) -> dict[str, Any]:
-    """A line as JSON: four figures of the ratio, which is enough to find it again from the times."""
+    """Convert a row to JSON: four digits of the ratio, enough to recompute it from the times."""
     ratio = None if line.ratio is None else float(f"{line.ratio:.4g}")
     ms = None if line.ms is None else float(f"{line.ms:.6g}")
     return {**line._asdict(), "ms": ms, "ratio": ratio}
 
 
 def markdown(table: Sequence[Line]) -> str:
-    """The table, and below it what is quoted for the parts in it."""
+    """Format the table, and below it the times quoted for its parts."""
     rows = [("workload", "clients", "what", "ms per round", "ratio", "target", "reached", "note")]
     for line in table:
         ratio = "" if line.ratio is None else f"{line.ratio:.3g} x {line.over}"

@@ -1,4 +1,4 @@
-"""`fedsample certs`: keys and certificates of a fleet of real devices."""
+"""`fedsample certs`: keys and certificates for a fleet of real devices."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def show(
 
 
 def _show(folder: Path) -> bool:
-    """Print one folder; whether it can be used."""
+    """Print one folder; return whether it can be used."""
     from fedsample.fleets.grpc.security.cert_folders import CA_KEY, load_authority
     from fedsample.fleets.grpc.security.credentials import day, examine
 
@@ -173,7 +173,7 @@ def _identity(client: int | None, names: Sequence[str] | None) -> Identity:
 
 
 def _report(made: Sequence[Made]) -> None:
-    """One line a folder or file; of many clients the first and the last."""
+    """Print one line per folder or file; of many clients the first and the last."""
     from fedsample.fleets.grpc.security.credentials import day
 
     shown = list(made) if len(made) <= 12 else [*made[:4], None, made[-1]]

@@ -148,7 +148,7 @@ def _serve_app(
     folder: Path | None, clients: int | None, run_config: list[str], listen: str, certs: Path | None,
     patience: float | None, others: list[str], quiet: bool,
 ) -> None:  # fmt: skip
-    """What `server` does with --app."""
+    """Run `server` with --app."""
     if folder is None or clients is None:
         raise click.UsageError("--app FOLDER and --clients N go together; --run-config and --patience are for them")
     if others:

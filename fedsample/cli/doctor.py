@@ -1,4 +1,4 @@
-"""`fedsample doctor`: what is wrong between this machine and the fleet, and what to do."""
+"""`fedsample doctor`: why a device cannot reach its server, and what to do."""
 
 from __future__ import annotations
 

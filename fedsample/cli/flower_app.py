@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from fedsample.fleets.flower_grid import FlowerRun
     from fedsample.fleets.grpc.server.host import Host
 
-CLIENTS = 10  # unless said otherwise; Flower's own simulation has 2
+CLIENTS = 10  # the default; Flower's own simulation has 2
 
 
 def simulate_app(
     folder: Path | None, clients: int | None, run_config: Sequence[str], others: Sequence[str], *, quiet: bool = False
 ) -> None:
-    """Run an app; what it prints goes where it would go, and one line of ours to standard error.
+    """Run an app; its own output is left as it is, and one line of ours goes to standard error.
 
     Args:
-        folder: of the app.
-        clients: nodes; None: as many as the app's default federation, where it names one, else 10.
+        folder: the app's folder.
+        clients: number of nodes; None: that of the app's default federation, if it names one, else 10.
         run_config: 'key=value ...' or a TOML file.
-        others: options of `simulate` that were given and mean nothing here.
-        quiet: no log of Flower's and no line of ours.
+        others: options of `simulate` that were given but do not apply here.
+        quiet: show neither Flower's log nor our line.
 
     Raises:
-        ConfigError: if the folder holds no app that can be imported, or `run_config` does not fit it. FedSampleError:
-            if the ServerApp raises; its traceback is printed before.
+        ConfigError: if the folder holds no app that can be imported, or `run_config` does not fit it.
+        FedSampleError: if the ServerApp raises; its traceback is printed before.
     """
     if folder is None:
         raise click.UsageError("--clients and --run-config need --app FOLDER, the Flower app that they are for")
@@ -62,12 +62,12 @@ def serve_app(
     """Run an app's ServerApp with devices that run its ClientApp; see `simulate_app`.
 
     Args:
-        folder: of the app.
-        clients: devices.
+        folder: the app's folder.
+        clients: number of devices.
         run_config: as for `simulate_app`.
         host: where to listen.
-        patience: seconds after which a device that is away is gone.
-        quiet: no log of Flower's and no line of ours.
+        patience: seconds after which an absent device is considered gone.
+        quiet: show neither Flower's log nor our line.
 
     Raises:
         FedSampleError: as `simulate_app`, or if the address or the certificates cannot be used.
@@ -92,7 +92,7 @@ def serve_app(
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """What a ServerApp raises, with its traceback."""
+    """Print the traceback of whatever a ServerApp raises, and raise a `FedSampleError`."""
     try:
         yield
     except FedSampleError:

@@ -1,4 +1,4 @@
-"""The `fedsample` command: a thin shell over `fedsample.runs.api`.
+"""The `fedsample` command: its entry point, options, `init`, `config`, `list` and `monitor`.
 
 Nothing heavy is imported before a command needs it: `fedsample --help` loads no torch, no Flower and no pydantic.
 Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 quorum lost, 130 interrupted.
@@ -86,7 +86,7 @@ _TABLES = {
     Table.presets: ("fedsample.config.presets", "table"),
 }
 
-_WIDEST = 160  # characters that still read well as columns beside each other
+_WIDEST = 160  # widest table, in characters, that reads well side by side
 
 
 def _print_version(wanted: bool) -> None:
@@ -195,7 +195,7 @@ def monitor(
 
 
 def _foreground(command: Sequence[str]) -> int:
-    """Run a process in this one's place; it ends when this one is told to. Returns its exit code."""
+    """Run a child process in the foreground, and end it when this process is ended; return its exit code."""
     process = subprocess.Popen(command)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -208,7 +208,7 @@ def _foreground(command: Sequence[str]) -> int:
 
 
 def _explain(error: OSError) -> str:
-    """What the system refused, and what to do about it."""
+    """Explain what the operating system refused, and what to do about it."""
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
     advice = {
         errno.ENOSPC: "; free some space (a run goes on with --resume --out DIR)",
@@ -220,7 +220,7 @@ def _explain(error: OSError) -> str:
 
 
 def _account(error: BaseException) -> tuple[str, int]:
-    """One message and the exit code for whatever ended the command."""
+    """Return the message and exit code for the exception that ended the command."""
     if isinstance(error, FedSampleError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -233,7 +233,7 @@ def _account(error: BaseException) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """SIGTERM counts as Ctrl-C, from the first import on, and so does SIGINT where a shell's `&` had it ignored."""
+    """Treat SIGTERM as Ctrl-C from the first import on, and SIGINT too if a shell's `&` had it ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

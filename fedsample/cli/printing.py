@@ -1,4 +1,4 @@
-"""How commands show what they have found: tables for people, JSON for programs."""
+"""Printing results of commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def print_rich(renderable: RenderableType) -> None:
-    """Show something of rich on standard output."""
+    """Print a `rich` renderable to standard output."""
     from rich.console import Console
 
     Console().print(renderable)
 
 
 def print_json(value: Any) -> None:
-    """Print strict JSON: what is not a finite number becomes null."""
+    """Print strict JSON: non-finite numbers become null."""
 
     def finite(item: Any) -> Any:
         if isinstance(item, Mapping):
@@ -34,7 +34,7 @@ def print_json(value: Any) -> None:
 
 
 def grid(rows: Sequence[Mapping[str, Any]], header: bool = True) -> RenderableType:
-    """Rows of one shape as a table; the first column names the row."""
+    """Lay out rows with the same keys as a table; the first column names the row."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -48,7 +48,7 @@ def grid(rows: Sequence[Mapping[str, Any]], header: bool = True) -> RenderableTy
 
 
 def cards(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Rows of many columns, one below the other; the first column is the heading."""
+    """Lay out rows with many columns, one below the other; the first column is the heading."""
     from rich.table import Table
     from rich.text import Text
 

@@ -76,17 +76,17 @@ def simulate(
 
 
 def _overrides(settings: Sequence[str] | None, short: Mapping[str, object]) -> list[str]:
-    """What --set says, and after it the options that are short for it: KEY=VALUE each."""
+    """List --set's values, then the options that abbreviate others, as KEY=VALUE each."""
     return [*(settings or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 
 def _agree(
     file: Path | None, overrides: Sequence[str], out: Path | None, replay: Path | None, *, resume: bool, dry_run: bool
 ) -> None:
-    """Refuse options beside --resume and --replay that say again what the run they name says.
+    """Refuse options beside --resume and --replay that the run they name already determines.
 
     Raises:
-        click.UsageError: where one does, or where a run to go on with is not named.
+        click.UsageError: if there is one, or if --resume names no run.
     """
     if resume:
         if out is None:
@@ -101,7 +101,7 @@ def _agree(
 
 
 def _plan(configured: Experiment, *, as_json: bool) -> None:
-    """Say what would run and what it would send."""
+    """Print what would run and what it would send."""
     from fedsample.runs.plan import plan as planned
 
     plan = planned(configured, [])
@@ -119,7 +119,7 @@ def _sample(
 
     Args:
         configured: the experiment; None: that of the run in `out` or `replay`.
-        changes: to its settings, of a replay.
+        changes: overrides of the settings of a replay.
     """
     from fedsample.runs import api
 

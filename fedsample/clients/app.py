@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from flwr.clientapp.typing import Mod
 
 _RAISED = 2  # Flower's code for a ClientApp that raised
-_METRIC, _STATE = "fedsample.metric/", "fedsample.state/"  # prefixes of what lies in context.state
+_METRIC, _STATE = "fedsample.metric/", "fedsample.state/"  # prefixes of the records in context.state
 
 
 def client_app(experiment: Experiment | None = None, *, mods: Sequence[Mod] = ()) -> ClientApp:
-    """The client side of an experiment.
+    """Make the ClientApp of an experiment.
 
     Args:
-        experiment: the experiment; None: what each run's configuration says, see `config.loading.of_run_config`.
-        mods: Flower's, around every message, the outermost first. Messages are fedsample's own: what changes them must
-            know them.
+        experiment: the configuration; None: read from each run's configuration, see `config.loading.of_run_config`.
+        mods: Flower mods around every message, the outermost first. Messages have fedsample's own format: a mod that
+            changes them must know it.
     """
     app = ClientApp(mods=list(mods))
     text = None if experiment is None else dump_toml(experiment)
@@ -51,7 +51,7 @@ def client_app(experiment: Experiment | None = None, *, mods: Sequence[Mod] = ()
     return app
 
 
-# --- what is made again in each process ------------------------------------------------------------------------------
+# --- cached per process ----------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -61,7 +61,7 @@ def _problem(text: str) -> Problem:
 
 @lru_cache(maxsize=256)
 def _device(text: str, index: int, partitions: int) -> MessageHandler:
-    """The client of a partition, from the configuration as TOML.
+    """Make the client of a partition, from the configuration as TOML.
 
     Raises:
         ConfigError: if the federation has another number of clients than the configuration.
@@ -81,11 +81,11 @@ def _text_of(run_config: tuple[tuple[str, bool | float | int | str], ...]) -> st
     return dump_toml(of_run_config(dict(run_config)))
 
 
-# --- from message to message -----------------------------------------------------------------------------------------
+# --- handling messages -----------------------------------------------------------------------------------------------
 
 
 def _handler(kind: str, text: str | None) -> Callable[[Message, Context], Message]:
-    """Handles one type of message as Flower wants it: whatever is raised becomes an error reply."""
+    """Make a Flower handler for one type of message: any exception becomes an error reply."""
 
     def handle(message: Message, context: Context) -> Message:
         trace = Trace()
@@ -105,7 +105,7 @@ def _handler(kind: str, text: str | None) -> Callable[[Message, Context], Messag
 
 
 def _recall(device: MessageHandler, state: RecordDict) -> None:
-    """Give the client back what the last message left in `context.state`."""
+    """Restore the client's memory from `context.state`, where the last message left it."""
     what = "what this client remembers"
     device.hold(parcel_of(state, what, _METRIC) if f"{_METRIC}{HEADER}" in state else None)
     if f"{_STATE}{HEADER}" not in state:
@@ -116,7 +116,7 @@ def _recall(device: MessageHandler, state: RecordDict) -> None:
 
 
 def _keep(state: RecordDict, device: MessageHandler) -> None:
-    """Remember it until the next message."""
+    """Store the client's memory in `context.state` until the next message."""
     parts = {_STATE: Parcel(header(), pack_tensors(device.state()))}
     if device.metric is not None:
         parts[_METRIC] = device.metric
@@ -142,7 +142,7 @@ def _find(context: Context, text: str | None, trace: Trace) -> MessageHandler:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """The number of CPU threads changes bits, and in a simulation the process belongs to others too."""
+    """Set the number of CPU threads, which changes bits, and restore it: others may share the process."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

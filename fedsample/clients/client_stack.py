@@ -1,4 +1,4 @@
-"""A worker answers for a stack of clients: all of a simulation at once, or the one client of a device.
+"""A stack of clients computed together: all clients of a simulation, or the one client of a device.
 
 Each client owns its data, its estimator memory and its keyed draws. The same code serves n = 1 and n = 10,000: every
 array has the clients on its first axis.
@@ -22,22 +22,22 @@ from fedsample.targets import Clients, Metric, MetricClients
 from fedsample.targets.memory_limits import on_device
 from fedsample.targets.metric import Identity
 
-_ENTRIES = 1 << 20  # of matrices of clients that are held at a time
+_ENTRIES = 1 << 20  # entries of clients' matrices that are held at a time
 
 
 class ClientStack:
-    """Computes what `Request`s ask of a stack of clients, and keeps their memories.
+    """Computes the answers of a stack of clients to `Request`s, and keeps their memories.
 
     Args:
         clients: their potentials, in the model's own parameters.
         uplink: the estimator.
         seed: the experiment's seed.
         chains: C.
-        indices: (n,) int64, which clients of the federation these are.
-        batch_size: rows of a gradient, or None for all.
+        indices: (n,) int64, indices of these clients in the federation.
+        batch_size: rows per gradient; None: all.
 
     Raises:
-        DeviceMemoryError: if the device's memory does not hold the clients' memories.
+        DeviceMemoryError: if the clients' memories do not fit the device's memory.
     """
 
     def __init__(
@@ -58,28 +58,28 @@ class ClientStack:
         self._whole = torch.equal(indices, torch.arange(len(indices), device=device))
 
     def set_metric(self, metric: Metric) -> None:
-        """From now on points are in these coordinates."""
+        """Set the metric in whose coordinates points arrive from now on."""
         self.clients = MetricClients(self.base, metric)
         self.about = Reference(self.base.n)
 
     def forget_reference(self) -> None:
-        """Gradients kept at the reference of variance reduction are computed again."""
+        """Discard the gradients kept at the reference of variance reduction; they are computed again."""
         self.about = Reference(self.base.n)
 
     def answer(self, request: Request) -> Answer:
-        """Everything that the request asks for, of all clients.
+        """Answer everything that the request asks for, for all clients.
 
         Raises:
-            DeviceMemoryError: if the device's memory does not hold it.
+            DeviceMemoryError: if it does not fit the device's memory.
         """
         exact = self._evaluate(self.clients, request)
         return Answer(self.estimate(request) if ESTIMATE in request.outputs else None, exact)
 
     def exact(self, request: Request) -> Iterator[dict[str, Tensor]]:
-        """The exact outputs (m, ...) of all clients by name, in runs of m clients whose matrices fit a few MiB.
+        """Yield the exact outputs (m, ...) by name, for m clients at a time whose matrices fit a few MiB.
 
         Raises:
-            DeviceMemoryError: if the device's memory does not hold those of a run.
+            DeviceMemoryError: if m clients' outputs do not fit the device's memory.
         """
         most = max(1, _ENTRIES // widest(self.clients, request.outputs))
         if most >= self.base.n:
@@ -96,12 +96,12 @@ class ClientStack:
         return found
 
     def turn(self, request: Request, who: Tensor | None = None) -> Turn:
-        """The estimator's view of a request, for the clients at positions `who`."""
+        """Return the part of a request that the estimator uses, for the clients at positions `who`."""
         mine = self.indices if who is None else self.indices[who]
         if request.applied is None:
             applied = torch.zeros_like(mine)
         elif self._whole and who is None and len(request.applied) == len(mine):
-            applied = request.applied  # an index by all clients in order costs as much as some gradients
+            applied = request.applied  # indexing by all clients in order costs as much as some gradients
         else:
             applied = request.applied[mine]
         return Turn(
@@ -116,10 +116,10 @@ class ClientStack:
         )
 
     def estimate(self, request: Request, who: Tensor | None = None) -> Upload:
-        """What the clients at positions `who` (None: all) upload; what they remember changes.
+        """Compute the uploads of the clients at positions `who` (None: all), and update their memories.
 
         Raises:
-            DeviceMemoryError: if the device's memory does not hold it.
+            DeviceMemoryError: if it does not fit the device's memory.
         """
         oracle = _TurnOracle(self.clients, who, self._batches, self.batch_size, request, self.about)
         memory = self.memory if who is None else {name: tensor[who] for name, tensor in self.memory.items()}

@@ -1,4 +1,4 @@
-"""A device's own data in a run: read, agreed on, standardised, made into a client, and its rows aside scored."""
+"""A device's data in one run: read, fitted to the agreed schema, standardised, used as a client, and scored."""
 
 from __future__ import annotations
 
@@ -37,17 +37,16 @@ class DeviceData:
     """The data of one device in one run.
 
     Args:
-        experiment: the server's configuration, with the device on which this one computes.
-        index: which client.
-        n: how many there are.
+        experiment: the server's configuration, with this device as `fleet.device`.
+        index: the client's index.
+        n: number of clients.
         source: where the rows come from.
 
     Raises:
-        ConfigError, DataError: if they cannot be read.
+        ConfigError, DataError: if the rows cannot be read.
     """
 
     def __init__(self, experiment: Experiment, index: int, n: int, source: DataSource) -> None:
-        """Read what is there."""
         self.experiment, self.index, self.n = experiment, index, n
         self._own = read_device(experiment, index, task=task_of(experiment.model.name), **source._asdict())
         self._agreed: Schema | None = None
@@ -56,12 +55,12 @@ class DeviceData:
 
     @property
     def schema(self) -> str:
-        """What the data are, as JSON."""
+        """The schema of the data, as JSON."""
         return self._own.schema.to_json()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the data, and what their columns and labels are called; it never leaves the device."""
+        """A digest of the data and of their column names and labels; it never leaves the device."""
         own = self._own
         arrays = [own.lam, own.a] if isinstance(own, Potential) else list(own.arrays)
         found = hashlib.sha256(self.schema.encode())
@@ -71,20 +70,20 @@ class DeviceData:
         return found.hexdigest()[:32]
 
     def fit(self, schema: str) -> None:
-        """Take the columns, categories and labels that all devices agreed on."""
+        """Convert the rows to the columns, categories and labels that all devices agreed on."""
         self._agreed = Schema.from_json(schema)
         self._share = self._own.fit(self._agreed)
 
     def first_sums(self) -> Tensor:
-        """Counts and sums, for the means."""
+        """Return the counts and sums from which the means are made."""
         return first_sums(self._rows())
 
     def second_sums(self, first: Tensor) -> Tensor:
-        """Squares about the means."""
+        """Return the sums of squares about the means."""
         return second_sums(self._rows(), first)
 
     def finish(self, first: Tensor | None, second: Tensor | None) -> MessageHandler:
-        """Standardise, if sums are given; then the client."""
+        """Standardise the rows, if sums are given, and make the client."""
         if self._share is None or self._agreed is None:
             raise DataError("the scale before the schema: the server has lost track of this device")
         share = self._share
@@ -96,16 +95,16 @@ class DeviceData:
         return MessageHandler(self.experiment, everyone, mine.clients, self.index, self.n)
 
     def score(self, draws: Tensor) -> Tensor:
-        """Add draws (S, d) to the predictions of the rows kept aside -> counts that sum over devices."""
+        """Add draws (S, d) to the predictions of the held-out rows -> counts that sum over devices."""
         self._judge().see(draws)
         return self._judge().counts()
 
     def state(self) -> dict[str, Tensor]:
-        """The predictions so far."""
+        """The accumulated predictions, as tensors."""
         return self._judge().state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Back to a `state`; empty: no draws yet."""
+        """Restore a `state`; an empty one is that before any draw."""
         self._evaluator = Evaluator(self._judge().problem)
         if state:
             self._evaluator.restore(dict(state))

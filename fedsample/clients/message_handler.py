@@ -1,4 +1,4 @@
-"""One client of a federation behind messages: what it computes, and what it remembers from one to the next.
+"""One client behind messages: it answers requests and keeps a memory between them.
 
 The same `MessageHandler` answers in a Flower ClientApp, which gives it its memory back with each message, and in a
 process of its own at the end of a gRPC stream, which keeps it. A message that fails changes nothing that is remembered.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Trace:
-    """How far the handling of a message has come, for the report of a failure."""
+    """The stage that the handling of a message has reached, for the report of a failure."""
 
     client: int = -1
     round: int = -1
@@ -39,18 +39,17 @@ class Trace:
 
 
 class MessageHandler:
-    """A client, its estimator's memory, and the points that it was told.
+    """A client, its estimator's memory, and the points that it was sent.
 
     Args:
         experiment: the configuration.
-        problem: whose links and clients' number count.
-        clients: its own potential, a stack of one.
-        index: which client it is.
-        n: how many there are.
+        problem: gives the links and the number of parameters.
+        clients: the client's potential, as a stack of one.
+        index: the client's index.
+        n: number of clients.
     """
 
     def __init__(self, experiment: Experiment, problem: Problem, clients: Clients, index: int, n: int) -> None:
-        """Nothing is remembered yet."""
         self.experiment, self.index, self.n = experiment, index, n
         links = build_links(experiment, problem.clients)
         uplink, self.downlink = links.uplink, links.downlink
@@ -64,18 +63,18 @@ class MessageHandler:
 
     @property
     def tag(self) -> str:
-        """Of the metric that this client holds; empty: none."""
+        """The tag of the metric that this client holds; empty: none."""
         return self._held[0]
 
     # --- messages --------------------------------------------------------------------------------------------------
 
     def handle(self, kind: str, parcel: Parcel, trace: Trace) -> Parcel:
-        """The reply to a message.
+        """Return the reply to a message.
 
         Args:
-            kind: such as `protocol.EXACT_QUERY`.
-            parcel: its content.
-            trace: is kept up to date.
+            kind: the message's type, such as `protocol.EXACT_QUERY`.
+            parcel: the message's content.
+            trace: updated as the message is handled.
 
         Raises:
             DataError: if the message does not fit; other errors come from the model.
@@ -94,13 +93,13 @@ class MessageHandler:
         return self._answer(parcel, trace)
 
     def _hello(self) -> Parcel:
-        """Which client this is, what it computes, and which metric it holds."""
+        """Report the client's index, what it computes, and the tag of its metric."""
         worker, base = self.worker, self.worker.base
         agreed = protocol.terms(worker.uplink, self.experiment.seed, self.n, worker.chains, base.d, base.dtype)
         return Parcel(header(client=self.index, metric=self.tag, **agreed))
 
     def _set_metric(self, parcel: Parcel, trace: Trace) -> Parcel:
-        """New coordinates: what was remembered in the old ones is void."""
+        """Take a new metric; the memory in the old coordinates is discarded."""
         trace.stage = "metric"
         metric = protocol.unpack_metric(parcel, self.origin, self.worker.base.blocks())
         self._held = (protocol.metric_tag(parcel), parcel)
@@ -110,7 +109,7 @@ class MessageHandler:
         return Parcel(header(client=self.index))
 
     def _answer(self, parcel: Parcel, trace: Trace) -> Parcel:
-        """Estimates and exact outputs."""
+        """Compute an estimate and exact outputs."""
         trace.stage = "request"
         worker, head = self.worker, Header(parcel, "a request")
         trace.round = head.integer("round")
@@ -133,10 +132,10 @@ class MessageHandler:
         return reply
 
     def _use(self, tag: str) -> None:
-        """Compute in the coordinates of a request: the model's own, or those of the metric that this client holds.
+        """Switch to the coordinates of a request: the model's own, or those of the metric that this client holds.
 
         Raises:
-            DataError: if the request speaks of another metric.
+            DataError: if the request names another metric.
         """
         if tag == self._used:
             return
@@ -155,11 +154,11 @@ class MessageHandler:
 
     @property
     def metric(self) -> Parcel | None:
-        """The metric that this client holds, as it came."""
+        """The metric that this client holds, as it was received."""
         return self._held[1]
 
     def hold(self, metric: Parcel | None) -> None:
-        """Hold a metric that was given in an earlier message; it is read when a request speaks of it."""
+        """Hold a metric received in an earlier message; it is decoded when a request names it."""
         tag = "" if metric is None else protocol.metric_tag(metric)
         if tag != self.tag and self._used:
             self.worker.set_metric(Identity(self.origin))
@@ -167,12 +166,12 @@ class MessageHandler:
         self._held = (tag, metric)
 
     def fresh(self) -> Memory:
-        """The estimator's memory before round 1."""
+        """Return the estimator's memory before round 1."""
         worker = self.worker
         return worker.uplink.memory((1, worker.chains, worker.base.d), worker.base.dtype, worker.base.device)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything else that is remembered, as tensors by name; they are the client's own."""
+        """The rest of the memory, as tensors by name; they are the client's own."""
         recall = self.recall
         state = {f"memory.{name}": tensor for name, tensor in self.worker.memory.items()}
         state["rounds"] = torch.tensor([recall.round, recall.reference_round])
@@ -186,10 +185,10 @@ class MessageHandler:
         return {**memory, "rounds": torch.zeros(2, dtype=torch.int64), "points": points, "reference": points}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Back to a `state`; an empty one is that before the first message.
+        """Restore a `state`; an empty one is that before the first message.
 
         Raises:
-            DataError: if it is of another uplink, compressor or shape.
+            DataError: if the state belongs to another uplink or compressor, or has another shape.
         """
         before, self.recall = self.recall, Recall()
         self.worker.memory = self.fresh()
@@ -209,7 +208,7 @@ class MessageHandler:
             self.recall = Recall(rounds[0], points.get("points"), rounds[1], points.get("reference"))
             self.worker.memory = {name: state[f"memory.{name}"].to(device).clone() for name in self.worker.memory}
         if not self._anchored and not _same(before.reference, self.recall.reference):
-            self.worker.forget_reference()  # gradients kept at another reference are void
+            self.worker.forget_reference()  # gradients kept at another reference are not valid
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""Gradients of some clients in one round: of all rows or a minibatch, about a reference or not."""
+"""Gradients of some clients in one round: of all rows or a minibatch, with or without variance reduction."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedsample.targets import MetricClients
 
 
 class Reference:
-    """Full gradients of n clients at points that stay for many rounds, kept only to save computing them again.
+    """Full gradients of n clients at points that stay for many rounds, cached.
 
     Attributes:
-        round: (n,) int64, since which round each client's is kept (-1: none).
-        gradient: (n, C, d), or None.
-        anchor: (n, 1, d) at the origin of the metric's coordinates, or None.
+        round: (n,) int64, the round since which each client's gradient is cached; -1: none.
+        gradient: (n, C, d); None: none yet.
+        anchor: (n, 1, d) gradients at the origin of the metric's coordinates; None: none yet.
     """
 
     def __init__(self, n: int) -> None:
@@ -28,7 +28,7 @@ class Reference:
         self.anchor: Tensor | None = None
 
     def at(self, clients: MetricClients, who: Tensor | None, point: Tensor, since: int) -> Tensor:
-        """Gradients at `point` (C, d), which is the reference since that round -> (m, C, d)."""
+        """Gradients at `point` (C, d), which has been the reference since that round -> (m, C, d)."""
         mine = slice(None) if who is None else who
         told = slice(None) if who is None else who.cpu()  # the rounds are kept where clients are counted
         if self.gradient is None or bool((self.round[told] != since).any()):
@@ -48,7 +48,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class _TurnOracle:
-    """Gradients of some clients in one round, on one minibatch; about the reference of the request, if it has one."""
+    """Gradients of some clients in one round, on one minibatch; variance-reduced if the request has a reference."""
 
     clients: MetricClients
     who: Tensor | None

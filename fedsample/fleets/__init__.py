@@ -1,1 +1,1 @@
-"""Where clients run: vectorised in this process, or behind Flower's runtime."""
+"""Where clients run: vectorised in this process, behind Flower's runtime, or on devices over gRPC."""

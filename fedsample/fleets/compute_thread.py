@@ -1,6 +1,6 @@
-"""A thread that computes for one device, and that can be left: a process ends though something in it does not return.
+"""A thread that computes for one device and that can be abandoned: the process ends even if a call does not return.
 
-`concurrent.futures` joins its threads when the interpreter ends, so that Ctrl-C on a device would wait for a model, or
+`concurrent.futures` joins its threads when the interpreter ends, so Ctrl-C on a device would wait for a model, or
 for a ClientApp, that computes for hours.
 """
 
@@ -19,21 +19,20 @@ _Job = tuple[Future[Any], Callable[[], Any]]
 
 
 class Stopped(BaseException):
-    """Raised in a thread that computes when its answer is not wanted any longer: nothing of it may be kept."""
+    """Raised in the computing thread when its result is no longer wanted: nothing of it may be kept."""
 
 
 class ComputingThread(Executor):
-    """An executor of one thread, which ends with the process whatever it does; it starts with the first call."""
+    """An executor with one thread, which does not keep the process from ending; it starts with the first call."""
 
     def __init__(self, name: str) -> None:
-        """Nothing to do yet; `name` is the thread's."""
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._lock = threading.Lock()
         self._closed = self._busy = False
 
     def submit(self, function: Callable[..., _Result], /, *arguments: Any, **options: Any) -> Future[_Result]:
-        """Call a function in the thread, after what was asked before.
+        """Call a function in the thread, after the calls submitted before.
 
         Raises:
             RuntimeError: after `shutdown`.
@@ -48,7 +47,7 @@ class ComputingThread(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; with `cancel_futures` drop those that have not begun, with `wait` wait for the others."""
+        """Accept no more calls; with `cancel_futures` drop those not begun, with `wait` wait for the others."""
         with self._lock:
             self._closed = True
         while cancel_futures and not self._jobs.empty():
@@ -60,10 +59,10 @@ class ComputingThread(Executor):
             self._thread.join()
 
     def leave(self, seconds: float) -> None:
-        """Shut down, and stop what is being computed; wait for that for some time, then leave it to its fate."""
+        """Shut down and stop the running call; wait up to `seconds`, then abandon the thread."""
         self.shutdown(wait=False, cancel_futures=True)
         deadline = time.monotonic() + seconds
-        with self._lock:  # what has not begun by now never does
+        with self._lock:  # from here on no call begins
             if self._busy:
                 ident = ctypes.c_ulong(self._thread.ident or 0)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Stopped))
@@ -71,11 +70,11 @@ class ComputingThread(Executor):
             self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
-        """Call one function after the other."""
+        """Run the calls one after the other."""
         try:
             while (job := self._jobs.get()) is not None:
                 self._call(*job)
-        except Stopped:  # it came when the call had just ended
+        except Stopped:  # the call had just ended when it was raised
             return
 
     def _call(self, future: Future[Any], call: Callable[[], Any]) -> None:
@@ -85,7 +84,7 @@ class ComputingThread(Executor):
             self._busy = True
         try:
             result = call()
-        except BaseException as error:  # whoever waits for the result is told
+        except BaseException as error:  # raised again to the caller who waits for the result
             future.set_exception(error)
         else:
             future.set_result(result)

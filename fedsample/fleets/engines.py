@@ -1,14 +1,14 @@
-"""How the clients of a simulation compute their gradients: a table over shapes, or a stopwatch where one is asked for.
+"""How a simulation computes its clients' gradients: engines, chosen by a table over shapes or by timing them.
 
     batched     all clients in one worker; one product with all rows, then one per client
     stacked     the same, in runs of clients that stay in the cache between the two products
     compiled    the same, by C++ compiled for this machine: each row is read once (linear and logistic models)
     cuda-graph  on a GPU, all kernels of a gradient in one launch: what stacked does for regressions, of all rows; for
                 networks what batched does, minibatches too
-    by-client   one worker a client, as on devices: their bits
+    by-client   one worker per client, as on devices: the same bits as there
 
-They agree to the rounding of their sums, with the same draws, masks and coins. What is chosen stands in the run's
-config.toml, and a resumed run takes it from there.
+They agree to the rounding of their sums, with the same draws, masks and coins. The chosen engine is stored in the
+run's config.toml, and a resumed run reads it there.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fedsample.targets import Clients, GeneralizedLinear, ModuleClients
 
 Engine = Literal["batched", "stacked", "compiled", "cuda-graph", "by-client"]
 
-_UNSURE = ("compiled", "cuda-graph")  # what depends on the machine
-_CACHE = 1 << 20  # bytes of design above which two products no longer find it in a second-level cache
+_UNSURE = ("compiled", "cuda-graph")  # engines whose availability depends on the machine
+_CACHE = 1 << 20  # bytes of design matrix above which a second product no longer finds it in a second-level cache
 _REPEATS = 7
-_SECONDS = 0.2  # of a stopwatch, for each engine
+_SECONDS = 0.2  # seconds for timing each engine
 
 
 def choose_engine(
@@ -39,16 +39,16 @@ def choose_engine(
     tune: bool = False,
     strict: bool = False,
 ) -> Engine:
-    """The engine to use.
+    """Choose the engine.
 
     Args:
-        clients: what is computed.
-        wanted: a name, which is taken as it is, or "auto".
-        chains: C.
-        batch_size: rows of a gradient; None: all.
-        tune: let a stopwatch choose where "auto" is wanted; it does not choose the same twice.
-        strict: whether what is named is taken untried, because a run that goes on began with it: `LocalFleet` says why
-            it is not possible. Otherwise the next engine of the table takes its place, with a warning.
+        clients: the clients whose gradients are computed.
+        wanted: an engine's name, or "auto".
+        chains: C, the number of chains.
+        batch_size: rows per gradient; None: all.
+        tune: with "auto", choose by timing; the choice may differ from time to time.
+        strict: take a named engine untried, because a resumed run began with it; `LocalFleet` reports it if it is not
+            possible. Otherwise the next engine of the table takes its place, with a warning.
     """
     if wanted != "auto":
         chosen: Engine = wanted
@@ -66,25 +66,25 @@ def choose_engine(
 
 
 def by_shape(clients: Clients, batch_size: int | None, *, without: str = "") -> Engine:
-    """What the table says of clients of this kind and size, the same on every machine with such a device."""
+    """Look the engine up in the table, by kind and size of clients; the same on every machine with such a device."""
     regression = isinstance(clients, GeneralizedLinear) and batch_size is None
     if (regression or isinstance(clients, ModuleClients)) and clients.device.type == "cuda" and without != "cuda-graph":
         return "cuda-graph"
     if not isinstance(clients, GeneralizedLinear) or batch_size is not None:
         return "batched"
-    even = clients.n > 1 and len(set(clients.rows.tolist())) == 1  # then one product gathers many gradients
+    even = clients.n > 1 and len(set(clients.rows.tolist())) == 1  # then one product computes many gradients
     return "stacked" if even or clients.design.numel() * clients.dtype.itemsize > _CACHE else "batched"
 
 
 def by_stopwatch(clients: Clients, chains: int) -> Engine:
-    """The engine with the fastest gradient here and now."""
+    """Time the engines and choose the fastest."""
     points = torch.zeros(chains, clients.d, dtype=clients.dtype, device=clients.device)
     times: dict[Engine, float] = {}
     names: tuple[Engine, ...] = ("batched", "stacked", "compiled", "cuda-graph")
     for name in names:
         try:
             path = clients.on(name)
-            path.gradient(points)  # the first call makes what is kept
+            path.gradient(points)  # the first call fills caches
         except (CompileError, torch.OutOfMemoryError):
             continue
         began, best = time.perf_counter(), float("inf")

@@ -1,8 +1,8 @@
-"""Simulated faults: clients that leave for a while, replies that get lost, all by key.
+"""Simulated faults: clients that leave for a while and replies that are lost, drawn by key.
 
-A present client leaves with probability `dropout` a round and stays away a geometric number of rounds with mean
-`dropout_rounds`; a reply gets lost with probability `loss` after the client has computed it. The probabilities are
-known to the server, which scales by them. The first round is drawn from the stationary law.
+A present client leaves with probability `dropout` per round and stays away a geometric number of rounds with mean
+`dropout_rounds`; a reply is lost with probability `loss` after the client has computed it. The server knows these
+probabilities and scales by them. Presence in the first round is drawn from its stationary law.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fedsample.random import key
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong between a server and n clients.
+    """The faults between a server and n clients.
 
     Attributes:
-        n: clients.
-        seed: the experiment's.
+        n: number of clients.
+        seed: the experiment's seed.
         loss: probability in [0, 1) that a reply is lost.
         dropout: probability in [0, 1) that a present client leaves.
-        dropout_rounds: mean rounds away, >= 1.
+        dropout_rounds: mean number of rounds away, >= 1.
     """
 
     n: int
@@ -36,7 +36,7 @@ class Faults:
 
     @property
     def any(self) -> bool:
-        """Whether anything can go wrong."""
+        """Whether any fault can occur."""
         return self.loss > 0 or self.dropout > 0
 
     @property
@@ -46,7 +46,7 @@ class Faults:
         return back / (back + self.dropout)
 
     def present(self, round: int, before: Tensor | None) -> Tensor:
-        """(n,) bool, who is present in a round, given who was in the round before."""
+        """(n,) bool, clients present in a round, given those present in the round before."""
         if self.dropout == 0:
             return torch.ones(self.n, dtype=torch.bool)
         coin = self._uniform(round, "presence")
@@ -55,13 +55,13 @@ class Faults:
         return torch.where(before, coin >= self.dropout, coin < 1.0 / self.dropout_rounds)
 
     def delivered(self, round: int) -> Tensor:
-        """(n,) bool, whose reply gets through."""
+        """(n,) bool, clients whose reply arrives."""
         if self.loss == 0:
             return torch.ones(self.n, dtype=torch.bool)
         return self._uniform(round, "loss") >= self.loss
 
     def attempts(self, round: int) -> Tensor:
-        """(n,) int64, how often each reply is sent until it gets through, where the round must wait for it."""
+        """(n,) int64, how often each reply is sent until it arrives, if the round must wait for it."""
         if self.loss == 0:
             return torch.ones(self.n, dtype=torch.int64)
         coin = 1.0 - self._uniform(round, "attempts")  # in (0, 1]
@@ -73,27 +73,27 @@ class Faults:
 
 @dataclass(frozen=True)
 class Recorded(Faults):
-    """What went wrong in another run.
+    """The faults of another run, replayed.
 
-    Everyone is asked, and what comes from who did not take part then is lost: memories go the same way.
+    Every client is asked, and replies of clients that did not take part are lost: memories evolve as they did.
 
     Attributes:
-        arrivals: the clients whose uploads were applied, by round, where these were not all that were asked.
+        arrivals: by round, the clients whose uploads were applied, if these were not all that were asked.
     """
 
     arrivals: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def any(self) -> bool:
-        """Whether anything went wrong, or could have."""
+        """Whether any fault occurred, or could have."""
         return True
 
     def present(self, round: int, before: Tensor | None) -> Tensor:
-        """(n,) bool: everyone."""
+        """(n,) bool: all clients."""
         return torch.ones(self.n, dtype=torch.bool)
 
     def delivered(self, round: int) -> Tensor:
-        """(n,) bool, whose upload was applied."""
+        """(n,) bool, clients whose upload was applied."""
         mask = torch.ones(self.n, dtype=torch.bool)
         if round in self.arrivals:
             mask[:] = False

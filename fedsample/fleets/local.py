@@ -1,8 +1,8 @@
 """All clients in this process: vectorised over clients and chains, or one client after the other.
 
 The batched engine, and those that only take another path to its gradients, have the clients on the first axis of every
-array. The by-client engine asks one worker a client, exactly as a fleet of devices does: same code, same bits. They
-agree to the rounding of their matrix products, which see different shapes; every draw, mask, coin and order of
+array. The by-client engine asks one worker per client, exactly as a fleet of devices does: same code, same bits. They
+agree to the rounding of their matrix products, which have different shapes; every draw, mask, coin and order of
 summation over clients is the same.
 """
 
@@ -27,21 +27,21 @@ from fedsample.targets.memory_limits import on_device
 
 
 class LocalFleet:
-    """A simulated federation.
+    """A simulated federation in this process.
 
     Args:
         clients: their potentials.
         uplink: the estimator.
         seed: the experiment's seed.
         chains: C.
-        batch_size: rows of a gradient, or None for all.
-        engine: how clients are computed; see `fleets.engines`.
-        faults: what goes wrong.
-        downlink: what the points cost; None: they are sent as they are.
+        batch_size: rows per gradient; None: all.
+        engine: how gradients are computed; see `fleets.engines`.
+        faults: the simulated faults.
+        downlink: counts the bits of the points; None: they are sent in full.
 
     Raises:
-        CompileError: if the engine cannot be had for these clients or on this machine.
-        DeviceMemoryError: if the device's memory does not hold what it keeps.
+        CompileError: if the engine is not available for these clients or on this machine.
+        DeviceMemoryError: if its state does not fit the device's memory.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class LocalFleet:
         self.workers = [ClientStack(stack, uplink, seed, chains, index, batch_size) for stack, index in stacks]
         self._present: Tensor | None = None
         self._informed = torch.zeros(self.n, dtype=torch.int64)  # the last round whose points each client holds
-        self._reference = torch.zeros(self.n, dtype=torch.int64)  # the round whose points each client reduces about
+        self._reference = torch.zeros(self.n, dtype=torch.int64)  # the round of each client's reference
         self._everyone = torch.ones(self.n, dtype=torch.bool)
         self._once = torch.ones(self.n, dtype=torch.int64)
-        self._together: int | None = 0  # the round whose points all clients hold; None: not all the same
-        self._bills: dict[tuple[object, ...], Traffic] = {}  # what rounds in which all take part cost
+        self._together: int | None = 0  # the round whose points all clients hold; None: not all hold the same
+        self._bills: dict[tuple[object, ...], Traffic] = {}  # traffic of rounds with full participation, cached
 
     # --- the Fleet protocol --------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class LocalFleet:
         return Traffic(down=self.n * (metric.bits(self.dtype) + point_bits(metric.mean)))
 
     def exchange(self, request: Request) -> Aggregate:
-        """One round trip; exact outputs wait for everyone, estimates take what arrives."""
+        """Make one round trip; exact outputs come from all clients, estimates from those whose reply arrives."""
         if ESTIMATE not in request.outputs:
             sums, traffic = self._exact(request, 0)
             return Aggregate(None, sums, self._everyone, 1.0, traffic)
@@ -104,7 +104,7 @@ class LocalFleet:
         return self.workers[0].base.blocks()
 
     def state(self) -> dict[str, Tensor]:
-        """Client memories stacked over clients, and who is present."""
+        """Return the clients' memories, stacked over clients, and which clients are present."""
         stacked = {
             f"memory.{name}": torch.cat([worker.memory[name] for worker in self.workers])
             for name in self.workers[0].memory
@@ -117,10 +117,10 @@ class LocalFleet:
         return stacked if self._present is None else {**stacked, "present": self._present}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Back to a `state`, on this fleet's device.
+        """Restore a `state`, on this fleet's device.
 
         Raises:
-            RunDirectoryError: if the clients' memories are of another uplink, compressor or shape.
+            RunDirectoryError: if the clients' memories belong to another uplink or compressor, or have another shape.
         """
         for name, fresh in self.workers[0].memory.items():
             kept, want = state.get(f"memory.{name}"), (self.n, *fresh.shape[1:])
@@ -148,7 +148,7 @@ class LocalFleet:
     # --- who is there ---------------------------------------------------------------------------------------------
 
     def _participation(self, request: Request) -> tuple[Tensor, Tensor, float, Tensor]:
-        """Who computes (n,), whose reply arrives (n,), with what probability, and sends per reply (n,) int64."""
+        """Who computes (n,), whose reply arrives (n,), its probability, and how often each is sent (n,) int64."""
         if request.active is None and not self.faults.any:
             return self._everyone, self._everyone, 1.0, self._once
         wanted = self._everyone if request.active is None else request.active.any(-1).cpu()
@@ -173,7 +173,7 @@ class LocalFleet:
     def _decode(
         self, uploads: Sequence[Upload], request: Request, asked: Tensor, arrived: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The sum (C, d) over the uploads that arrived, in client order."""
+        """Sum the uploads that arrived, in client order -> (C, d), and their norms (n,) if asked for."""
         if asked is arrived is self._everyone and len(uploads) == 1 and not request.observe:
             return tree_sum(self.uplink.decompress(uploads[0], request.sync, None, self.d)), None
         parts = []
@@ -186,7 +186,7 @@ class LocalFleet:
             active = None if request.active is None else request.active[mine]
             parts.append(self.uplink.decompress(upload, request.sync, active, self.d))
             at += m
-        if not parts:  # nobody was asked
+        if not parts:  # no client was asked
             parts.append(torch.zeros(0, self.chains, self.d, dtype=self.dtype, device=self.device))
         contributions = torch.cat(parts) if len(parts) > 1 else parts[0]
         norms = None
@@ -200,7 +200,7 @@ class LocalFleet:
         return tree_sum(contributions), norms
 
     def _exact(self, request: Request, told: int) -> tuple[dict[str, Tensor], Traffic]:
-        """Exact sums over all clients, in client order; `told` clients have the points already, for their estimate."""
+        """Sum exact outputs over all clients, in client order; `told` clients have the points already."""
         if request.outputs == {ESTIMATE}:
             return {}, Traffic()
         totals: dict[str, TreeSum] = defaultdict(TreeSum)
@@ -215,7 +215,7 @@ class LocalFleet:
         return sums, Traffic(up, (self.n - told) * down, up)
 
     def _remember(self, request: Request, told: Tensor | None) -> None:
-        """Who holds this round's points; None: everyone."""
+        """Record which clients hold this round's points; None: all."""
         if told is None:
             self._informed.fill_(request.round)
             self._together = request.round
@@ -224,7 +224,7 @@ class LocalFleet:
             self._together = None
 
     def _bill(self, request: Request) -> Traffic:
-        """`_traffic` of a round in which all take part, computed once for all rounds that cost the same."""
+        """`_traffic` of a round with full participation, cached over rounds of equal cost."""
         if self._together is None or request.reference is not None:
             return self._traffic(request, self._everyone, self._once)
         missed = request.round - self._together if self._together > 0 else 0
@@ -245,8 +245,8 @@ class LocalFleet:
         last = self._informed[asked]
         missed_by = torch.where(last > 0, request.round - last, 0)
         down = self.downlink.bits(missed_by, self.chains, self.d, self.dtype) + reached * coins
-        more = 0  # further points, always dense
-        if request.previous is not None:  # always sent under sampling, else to who missed the round before
+        more = 0  # further points, always sent in full
+        if request.previous is not None:  # always sent under sampling, else to clients that missed the round before
             missed = asked if request.active is not None else asked & (self._informed != request.round - 1)
             more += int(missed.sum())
         if request.reference is not None and request.reference_round < request.round:

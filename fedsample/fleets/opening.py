@@ -1,4 +1,4 @@
-"""How a run gets clients that are not in its process: who opens a fleet, and what the run lends for it."""
+"""Interface between a run and whatever opens its fleet of clients in other processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedsample.protocol.exchange import Fleet
 
 
 class Opening(Protocol):
-    """What a run lends to whoever opens its fleet."""
+    """What a run offers to whoever opens its fleet."""
 
     @property
     def experiment(self) -> Experiment:
-        """What is to be sampled."""
+        """The configuration."""
         ...
 
     @property
@@ -35,16 +35,16 @@ class Opening(Protocol):
 
     @property
     def over(self) -> bool:
-        """Whether the run has once ended, and has no further rounds to do."""
+        """Whether the run has ended before and has no rounds left."""
         ...
 
     @property
     def stopped(self) -> str | None:
-        """The name of the signal that asked the run to end."""
+        """The name of the signal that asked the run to end; None: none did."""
         ...
 
     def accept(self, problem: Problem) -> Links:
-        """Take what is sampled -> the run's links.
+        """Take the problem -> the run's links.
 
         Raises:
             FedSampleError: if the settings do not fit the number of parameters or of clients.

@@ -1,8 +1,8 @@
-"""A round with clients that live elsewhere, in two halves between which something carries the messages.
+"""A round with clients elsewhere, in two halves between which a transport carries the messages.
 
 `compose` makes a message for each client that is asked; `collect` takes the answers in client order and sums them by
-the same tree as everywhere, so the draws are those of `LocalFleet` with its by-client engine, bit for bit. An answer
-is decoded, added and let go before the next one is looked at: the server's memory does not grow with the clients.
+the same tree as in every fleet, so the draws are those of `LocalFleet` with its by-client engine, bit for bit. An
+answer is decoded, added and freed before the next one is read: the server's memory does not grow with the clients.
 """
 
 from __future__ import annotations
@@ -32,22 +32,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Federation:
-    """What the server knows of its clients, whatever carries the messages.
+    """What the server knows of its clients, whatever the transport.
 
     Attributes:
-        n: clients.
+        n: number of clients.
         uplink: the estimator.
-        seed: the experiment's.
+        seed: the experiment's seed.
         chains: C.
-        like: (d,), whose dtype and device points and sums have.
-        downlink: how points travel.
+        like: (d,) gives dtype and device of points and sums.
+        downlink: how points are sent.
         blocks: makes the flat positions (out, in) of the model's parameter matrices, for Kronecker factors; None: there
             are none.
-        arrival: probability in (0, 1] with which a reply comes in time, if it is known; None: every reply is waited
-            for.
+        arrival: probability in (0, 1] with which a reply comes in time; None: unknown, so every reply is waited for.
 
     Raises:
-        ConfigError: if `arrival` is no such probability.
+        ConfigError: if `arrival` is not in (0, 1].
     """
 
     n: int
@@ -60,13 +59,13 @@ class Federation:
     arrival: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the range that no type has."""
+        """Check the range, which no type expresses."""
         if self.arrival is not None and not 0 < self.arrival <= 1:
             raise ConfigError(f"arrival = {self.arrival}: the probability with which a reply comes must lie in (0, 1]")
 
     @classmethod
     def of(cls, experiment: Experiment, clients: Clients, links: Links, arrival: float | None = None) -> Federation:
-        """The clients of an experiment, once their number and the model's parameters are known."""
+        """Make the federation of an experiment, once the number of clients and the model's parameters are known."""
         like = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
         return cls(
             clients.n, links.uplink, experiment.seed, experiment.chains, like, links.downlink, clients.blocks, arrival
@@ -75,12 +74,12 @@ class Federation:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """What has been asked, to be read together with the replies.
+    """The requests of one round, needed to read the replies.
 
     Attributes:
-        request: for all clients.
-        estimate: (n,) bool, who was asked for an estimate.
-        anyone: (n,) bool, who was asked for anything.
+        request: the request to all clients.
+        estimate: (n,) bool, clients that were asked for an estimate.
+        anyone: (n,) bool, clients that were asked for anything.
         down: bits sent.
     """
 
@@ -91,14 +90,13 @@ class Dispatch:
 
 
 class RemoteFleet(ABC):
-    """Composes requests and collects answers; what carries them is a subclass's.
+    """Composes requests and collects answers; subclasses transport them.
 
     Args:
-        federation: who the clients are, and how their messages are made and read.
+        federation: the clients, and how their messages are made and read.
     """
 
     def __init__(self, federation: Federation) -> None:
-        """Nothing is asked yet."""
         self.n, self.chains, self.like = federation.n, federation.chains, federation.like
         self.uplink, self.downlink, self.arrival = federation.uplink, federation.downlink, federation.arrival
         self.tag = ""  # of the metric that the clients hold
@@ -107,13 +105,13 @@ class RemoteFleet(ABC):
         self.forget()
 
     def forget(self) -> None:
-        """No client holds any points."""
+        """Record that no client holds any points."""
         self._informed = [0] * self.n  # the last round whose points each client holds
-        self._reference = [0] * self.n  # the round whose points each client reduces its variance about
-        self._increments: dict[int, bytes] = {}  # by round, as many as are shorter than the points themselves
+        self._reference = [0] * self.n  # the round of each client's point of variance reduction
+        self._increments: dict[int, bytes] = {}  # by round, as long as they are smaller than the points themselves
 
     def lost(self, client: int) -> None:
-        """One client holds no points any more."""
+        """Record that one client no longer holds points."""
         self._informed[client] = self._reference[client] = 0
 
     def blocks(self) -> list[Tensor]:
@@ -123,7 +121,7 @@ class RemoteFleet(ABC):
         return self._blocks()
 
     def links_state(self) -> dict[str, Tensor]:
-        """Who holds which points, and the increments that lead to them."""
+        """Return which clients hold which points, and the increments that lead to them."""
         state = {"informed": torch.tensor(self._informed), "reference": torch.tensor(self._reference)}
         if self._increments:
             state["increments.round"] = torch.tensor(list(self._increments))
@@ -132,7 +130,7 @@ class RemoteFleet(ABC):
         return state
 
     def restore_links(self, state: Mapping[str, Tensor]) -> None:
-        """Back to a `links_state`."""
+        """Restore a `links_state`."""
         self._informed, self._reference = state["informed"].tolist(), state["reference"].tolist()
         rounds = state["increments.round"].tolist() if "increments" in state else []
         self._increments = {round: state["increments"][i].numpy().tobytes() for i, round in enumerate(rounds)}
@@ -140,7 +138,7 @@ class RemoteFleet(ABC):
     # --- the first half ----------------------------------------------------------------------------------------------
 
     def compose(self, request: Request) -> tuple[dict[int, Parcel], Dispatch]:
-        """The messages of a round by client, and what `collect` needs to know of them.
+        """Make the messages of a round by client, and the record that `collect` needs.
 
         Raises:
             DivergenceError: if the points are not finite.
@@ -163,14 +161,14 @@ class RemoteFleet(ABC):
                 i,
                 estimate=asked[i],
                 missed=missed[since] if asked[i] else None,
-                # told under sampling, and to who missed the round before
+                # sent under sampling, and to clients that missed the round before
                 previous=request.active is not None or since != request.round - 1,
                 reference=self._reference[i] < request.reference_round,
             )
         return parcels, Dispatch(request, estimate, anyone, sum(parcel.bits for parcel in parcels.values()))
 
     def _who(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Who is asked for an estimate (n,), and who for anything (n,)."""
+        """Which clients are asked for an estimate (n,), and which for anything (n,)."""
         everyone, nobody = torch.ones(self.n, dtype=torch.bool), torch.zeros(self.n, dtype=torch.bool)
         if ESTIMATE not in request.outputs:
             return nobody, everyone
@@ -178,7 +176,7 @@ class RemoteFleet(ABC):
         return estimate, everyone if request.outputs - {ESTIMATE} else estimate
 
     def _remember(self, request: Request) -> None:
-        """Keep the increment of a round for who will have missed it, while that is less than the points."""
+        """Keep the round's increment for clients that miss it, as long as that is smaller than the points."""
         if request.increment is None or not isinstance(self.downlink, Ef21P):
             return
         self._increments[request.round] = self.downlink.pack(request.increment())
@@ -188,7 +186,7 @@ class RemoteFleet(ABC):
             del self._increments[round]
 
     def _missed(self, since: int, request: Request) -> protocol.Missed | None:
-        """What leads from the points of a round to those of the request, if that is less than the points."""
+        """The increments from the points of a round to those of the request, if they are smaller than the points."""
         if since == 0 or not isinstance(self.downlink, Ef21P):
             return None
         rounds = range(since + 1, request.round + 1)
@@ -202,14 +200,15 @@ class RemoteFleet(ABC):
     # --- the second half ---------------------------------------------------------------------------------------------
 
     def collect(self, dispatch: Dispatch, answers: Iterable[tuple[int, Parcel]]) -> Aggregate:
-        """The sums over clients.
+        """Sum the answers over clients.
 
         Args:
-            dispatch: from `compose`.
-            answers: (client, content), in the order of clients.
+            dispatch: as `compose` returned it.
+            answers: (client, content), in client order.
 
         Raises:
-            QuorumError: if one did not answer and had to. DataError: if an answer has another form than was asked for.
+            QuorumError: if a client did not answer and is needed.
+            DataError: if an answer has another form than was asked for.
         """
         request, round = dispatch.request, dispatch.request.round
         forms = protocol.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
@@ -247,7 +246,7 @@ class RemoteFleet(ABC):
         self, client: int, content: Parcel, request: Request, estimate: bool, forms: dict[str, Form],
         exact: dict[str, TreeSum],
     ) -> tuple[Tensor | None, Traffic]:  # fmt: skip
-        """One answer: its upload decoded (C, d), its exact outputs added."""
+        """Read one answer: decode its upload (C, d), add its exact outputs."""
         turn = self._turn(request, client) if estimate else None
         upload, outputs = protocol.unpack_answer(content, client, turn, request.round, forms, self.uplink)
         for name, sum_ in exact.items():
@@ -260,7 +259,7 @@ class RemoteFleet(ABC):
         return part, Traffic(up=content.bits, up_dense=full)
 
     def _turn(self, request: Request, client: int) -> Turn:
-        """What a client was told, as the server needs it to read the answer; on the CPU."""
+        """What a client was told, which the server needs to decode the answer; on the CPU."""
         sync, active = request.sync, request.active
         return Turn(
             round=request.round,
@@ -275,14 +274,14 @@ class RemoteFleet(ABC):
 
     @abstractmethod
     def _allow_missing(self, missing: list[int], request: Request) -> None:
-        """Go on without some answers, where that is sound.
+        """Go on without some answers, if the estimate stays correct.
 
         Raises:
-            QuorumError: where it is not.
+            QuorumError: if it would not.
         """
 
     def _whole(self, request: Request) -> bool:
-        """Whether the estimate of this round needs everyone."""
+        """Whether the estimate of this round needs all clients."""
         return self.uplink.needs_everyone_to_sync and request.sync is not None
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows meanwhile: its directory, draws, checkpoints, curves, progress and last table.
+"""Output of a run: its directory, draws, checkpoints, curves, progress and final table.
 
 Importing this package loads neither torch nor TensorBoard: both come in with the first call that needs them.
 """

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole: written beside, flushed to the disk, renamed.
+"""Files that are either the old one or the new one, whole: written to a temporary file, flushed to disk, renamed.
 
 A reader and a process killed at any moment see one of the two; a full disk leaves the old one as it was.
 """
@@ -19,10 +19,10 @@ _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, durably.
+    """Write `data` to `path` atomically and durably.
 
     Raises:
-        RunDirectoryError: the disk is full, read-only or failing; what stood at `path` before still stands there.
+        RunDirectoryError: the disk is full, read-only or failing; the old file is unchanged.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -44,7 +44,7 @@ def write_durable(path: Path, data: bytes) -> None:
 
 
 def listed(folder: Path) -> list[Path]:
-    """What lies in a folder, in any order; nothing if there is none. One call: an interrupt leaves nothing open."""
+    """List a folder, in any order; empty if there is none. One system call: an interrupt leaves nothing open."""
     try:
         return [folder / name for name in os.listdir(folder)]
     except (FileNotFoundError, NotADirectoryError):
@@ -62,7 +62,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def disk_error(path: Path, needed: int, error: OSError) -> RunDirectoryError:
-    """The error that a failed write deserves: what happened, how much was needed, and that nothing is lost."""
+    """Make the error for a failed write: what happened, how much space was needed, and that nothing is lost."""
     if error.errno in _FULL:
         try:
             free = f"{shutil.disk_usage(path.parent).free:,} are free"

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: `checkpoint/round-00000123/{tensors.safetensors, meta.json}`.
 
-A checkpoint is written into a folder beside, flushed to the disk and renamed; the last two are kept. Checksums in
+A checkpoint is written into a temporary folder, flushed to the disk and renamed; the last two are kept. Checksums in
 `meta.json` find a damaged one, whose predecessor is then used. No pickle: reading one runs no code.
 """
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """What was saved: the round it was taken after, the tensors by name, and everything that is no tensor."""
+    """A stored checkpoint: its round, the tensors by name, and JSON metadata."""
 
     round: int
     tensors: dict[str, Tensor]
@@ -41,13 +41,12 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: where they lie; made if need be.
-        digest: names the configuration, such as a hash of it; a checkpoint of another one is refused.
-        kept: how many there are at most; later ones push out the oldest.
+        folder: where they lie; created if missing.
+        digest: identifies the configuration, such as a hash of it; a checkpoint of another one is refused.
+        kept: how many to keep; the oldest are deleted.
     """
 
     def __init__(self, folder: Path, digest: str = "", kept: int = KEPT) -> None:
-        """Touch nothing yet."""
         self.folder = folder
         self.digest = digest
         self.kept = kept
@@ -95,11 +94,11 @@ class CheckpointStore:
         self._prune(round)
 
     def rounds(self) -> list[int]:
-        """The rounds of which there is a checkpoint, newest first; whether they are whole is not looked at."""
+        """List the rounds that have a checkpoint, newest first; whether they are whole is not checked."""
         return [_round(path) for path in self._stored()]
 
     def rewind(self, round: int) -> None:
-        """Delete the checkpoints after a round: the run will go on from there, and may go another way.
+        """Delete the checkpoints after a round: the run continues from there, and may take another path.
 
         Raises:
             RunDirectoryError: if one cannot be deleted.
@@ -115,7 +114,7 @@ class CheckpointStore:
         """Read the checkpoint of one round; None if there is none, or it is damaged.
 
         Raises:
-            RunDirectoryError: it belongs to another configuration.
+            RunDirectoryError: the checkpoint belongs to another configuration.
         """
         for path in self._stored():
             if _round(path) != round:
@@ -131,13 +130,13 @@ class CheckpointStore:
         return None
 
     def latest(self, expected_digest: str | None = None) -> Checkpoint | None:
-        """Read the newest checkpoint that is whole; None where there is none yet.
+        """Read the newest checkpoint that is whole; None: there is none yet.
 
         Args:
-            expected_digest: in place of the store's own.
+            expected_digest: used in place of the store's own.
 
         Raises:
-            RunDirectoryError: all are damaged, or it belongs to another configuration.
+            RunDirectoryError: all are damaged, or the newest belongs to another configuration.
         """
         digest = self.digest if expected_digest is None else expected_digest
         problems = []
@@ -166,7 +165,7 @@ class CheckpointStore:
         )
 
     def _stored(self) -> list[Path]:
-        """Checkpoints on the disk, newest first."""
+        """List the checkpoints on the disk, newest first."""
         found = [path for path in listed(self.folder) if _NAME.fullmatch(path.name)]
         return sorted(found, key=_round, reverse=True)
 
@@ -177,10 +176,10 @@ class CheckpointStore:
             return False
 
     def _prune(self, round: int) -> None:
-        """Keep the last ones up to `round`; a later one is damaged, or the run would have gone on from it."""
+        """Delete all but the last ones up to `round`; later ones are damaged, or the run would continue from them."""
         stored = self._stored()
         kept = [path for path in stored if _round(path) <= round][: self.kept]
-        with contextlib.suppress(OSError):  # what stays behind is tried again next time
+        with contextlib.suppress(OSError):  # what cannot be deleted is tried again next time
             for path in stored:
                 if path not in kept:
                     shutil.rmtree(path)
@@ -194,7 +193,7 @@ def _round(path: Path) -> int:
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    """A contiguous CPU tensor that shares memory with no other, as safetensors asks."""
+    """Copy to a contiguous CPU tensor that shares memory with no other, as safetensors requires."""
     import torch
 
     return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
@@ -205,7 +204,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> tuple[str, Checkpoint]:
-    """The digest and the checkpoint; OSError, ValueError, KeyError or TypeError where it is damaged."""
+    """Read digest and checkpoint; raises OSError, ValueError, KeyError or TypeError if it is damaged."""
     from safetensors.torch import load
 
     content = json.loads((path / "meta.json").read_bytes())

@@ -1,4 +1,4 @@
-"""The directory of one run: who may write in it, its small files, and how it is cut back to a checkpoint.
+"""The directory of one run: its lock, its small files, and cutting it back to a checkpoint.
 
     config.toml  env.json  metrics.jsonl  participation.jsonl  events.out.tfevents.*  bytes/  draws/  checkpoint/
     summary.json  lock
@@ -37,7 +37,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, lock: int | None, made: bool = False) -> None:
-        """Use `create` or `open`."""
+        """Called by `create` and `open`; use those."""
         self.path = path
         self.draws = path / "draws"
         self.checkpoint = path / "checkpoint"
@@ -49,7 +49,7 @@ class RunDirectory:
     def create(cls, path: str | os.PathLike[str]) -> Self:
         """Start a new run in `path`, which must not exist or be empty.
 
-        What a run that was killed before it wrote its configuration leaves behind counts as empty.
+        A directory in which a run was killed before it wrote its configuration counts as empty.
 
         Raises:
             RunDirectoryError: it is a file, holds something, cannot be written, or another process is using it.
@@ -76,7 +76,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Take up the run that lies in `path`.
+        """Open the run in `path`.
 
         Raises:
             RunDirectoryError: there is no run, it cannot be written, or another process is using it.
@@ -103,11 +103,11 @@ class RunDirectory:
         return cls(folder, lock)
 
     def write_config(self, toml_text: str) -> None:
-        """Store the resolved configuration; with it the directory counts as a run."""
+        """Write the resolved configuration; from then on the directory counts as a run."""
         write_atomic(self.path / "config.toml", toml_text.encode())
 
     def read_config(self) -> str:
-        """The configuration as TOML text."""
+        """Read the configuration as TOML text."""
         try:
             return (self.path / "config.toml").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -117,14 +117,16 @@ class RunDirectory:
             ) from error
 
     def write_env(self, **extra: Any) -> None:
-        """Store what the numbers depend on beside the configuration; see `environment`."""
+        """Write versions, machine and threads, on which the bits of a run depend too; see `environment`."""
         self.write_json("env.json", environment() | extra)
 
     def compare_env(self, round: int) -> list[str]:
-        """What differs here from where the run was last, in words; it is added to env.json, under `resumed`.
+        """List in words what differs from the environment of the last start; env.json gets it under `resumed`.
+
+        Nothing differs where env.json is missing or damaged.
 
         Args:
-            round: after which the run goes on. A missing or damaged env.json says nothing.
+            round: the round after which the run continues.
         """
         try:
             kept = json.loads((self.path / "env.json").read_bytes())
@@ -142,15 +144,15 @@ class RunDirectory:
         write_atomic(self.path / name, (to_json(value, indent=2) + "\n").encode())
 
     def append_participation(self, round: int, clients: Sequence[int]) -> None:
-        """Log who took part in a round; on the disk after `sync`."""
+        """Log the clients that took part in a round; on the disk after `sync`."""
         self._participation.append({"round": round, "clients": list(clients)})
 
     def append_fork(self, round: int, clients: Sequence[int]) -> None:
-        """Log whose lost memory made the chain take another path from a round on; on the disk after `sync`."""
+        """Log the clients whose lost memory forked the chain at a round; on the disk after `sync`."""
         self._forks.append({"round": round, "clients": list(clients)})
 
     def discard(self) -> None:
-        """Undo `create` where a run failed before its first checkpoint: the directory can be used again, or is gone."""
+        """Undo `create` if a run failed before its first checkpoint: the directory is deleted, or can be used again."""
         with contextlib.suppress(OSError):
             for name in _EARLY:
                 for file in (self.path / name, self.path / (name + TEMPORARY)):
@@ -162,19 +164,19 @@ class RunDirectory:
                 self.path.rmdir()
 
     def sync(self) -> None:
-        """Wait until the participation is on the disk: call it before the checkpoint that counts on it."""
+        """Wait until the participation log is on the disk; call it before a checkpoint that relies on it."""
         self._participation.sync()
         self._forks.sync()
 
     def rewind(self, round: int) -> None:
-        """Cut every `.jsonl` file back to the rounds up to `round`; a torn last line goes too."""
+        """Cut every `.jsonl` file back to the rounds up to `round`; a torn last line is removed too."""
         self._participation.close()
         self._forks.close()
         for file in sorted(self.path.glob("*.jsonl")):
             truncate_jsonl(file, round)
 
     def close(self) -> None:
-        """Write what is pending and release the lock; harmless a second time."""
+        """Write pending data and release the lock; may be called twice."""
         try:
             self._participation.close()
             self._forks.close()
@@ -189,7 +191,7 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close, so that the directory is free even where the run failed."""
+        """Close, so that the directory is unlocked even if the run failed."""
         self.close()
 
 
@@ -215,14 +217,14 @@ def _refuse_unless_blank(folder: Path) -> None:
 
 
 def _is_blank(entry: Path) -> bool:
-    """Whether `create` made it: the lock, an empty folder of ours, the torso of a small file."""
+    """Whether `create` made it: the lock, an empty folder of ours, a partly written small file."""
     if entry.name in _FOLDERS and entry.is_dir():
         return not any(entry.iterdir())
     return entry.name in ("lock", "config.toml" + TEMPORARY)
 
 
 def _acquire(folder: Path) -> int | None:
-    """Lock the directory; None where the system or the file system has no locks."""
+    """Lock the directory; None: the operating system or the file system has no locks."""
     try:
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

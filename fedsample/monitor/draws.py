@@ -1,9 +1,9 @@
 """Draws on the disk, in shards that end at fixed rounds: `draws/000000.safetensors`, `000001`, ...
 
 Shard s holds the draws of rounds `start + s R < round <= start + (s + 1) R`: tensor `params` (draws, C, d), and
-`rounds` (draws,) int64, the round of each. Where a run was killed thus changes no file that it leaves in the end. A
+`rounds` (draws,) int64, the round of each. The files at the end are thus the same wherever a run was interrupted. A
 complete shard is never written again; the last, partial one is rewritten whole, atomically, with each `flush`. The
-header carries a checksum of both tensors, which `load_draws` compares.
+header carries a checksum of both tensors, which `load_draws` checks.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class DrawStore:
     """Appends draws to a folder of shards.
 
     Args:
-        folder: where the shards lie; made if need be.
-        shard_rounds: R >= 1, rounds a shard spans; memory holds at most one shard.
-        start: the round after which shard 0 begins, such as the warm-up, which leaves no draws.
+        folder: where the shards lie; created if missing.
+        shard_rounds: R >= 1, rounds per shard; memory holds at most one shard.
+        start: the round after which shard 0 begins, such as the last of the warm-up, which has no draws.
     """
 
     def __init__(self, folder: Path, shard_rounds: int, *, start: int = 0) -> None:
-        """Look whether the folder holds draws: then `resume` must come before `append`."""
+        """Check whether the folder holds draws: then `resume` must be called before `append`."""
         if shard_rounds < 1:
             raise RunDirectoryError(f"expected shards of at least one round, got {shard_rounds}")
         self.folder = folder
@@ -76,7 +76,7 @@ class DrawStore:
         """Write the shard in memory if it has changed, durably.
 
         Raises:
-            RunDirectoryError: the disk is full or failing; the older shard stands, and a later flush tries again.
+            RunDirectoryError: the disk is full or failing; the older shard is unchanged, and a later flush tries again.
         """
         if self._dirty and self._shard is not None:
             import torch
@@ -88,14 +88,14 @@ class DrawStore:
         """Keep the draws up to `round` and delete the others.
 
         Args:
-            round: the round of the checkpoint that the run goes on from.
-            expected: how many draws that checkpoint counts, to be checked.
+            round: the round of the checkpoint from which the run continues.
+            expected: the number of draws according to that checkpoint; None: not checked.
 
         Returns:
-            How many draws were kept.
+            The number of draws kept.
 
         Raises:
-            RunDirectoryError: a damaged shard, one of another shard length, or not `expected` draws.
+            RunDirectoryError: a shard is damaged or of another length, or there are not `expected` draws.
         """
         stored = {int(path.stem): load_rounds(path).tolist() for path in _shards(self.folder)}
         for shard, rounds in stored.items():
@@ -121,7 +121,7 @@ class DrawStore:
         return load_draws(self.folder)
 
     def _cut(self, stored: dict[int, list[int]], kept: dict[int, int]) -> None:
-        """Leave the first `kept[s]` draws of each shard on the disk, and the last shard with draws in memory."""
+        """Keep the first `kept[s]` draws of each shard on the disk, and load the last shard with draws into memory."""
         self._shard, self._rounds, self._draws, self._last, self._dirty = None, [], [], self._start, False
         for shard, rounds in stored.items():
             path, keep = self._path(shard), kept[shard]
@@ -159,9 +159,9 @@ class DrawStore:
 
 
 def load_draws(path: Path) -> Tensor:
-    """The draws of a run as (C, draws, d), in the order of rounds.
+    """Load the draws of a run as (C, draws, d), in the order of rounds.
 
-    Memory holds them once: the tensor is made from the shards' headers and filled shard by shard.
+    Memory holds them once: the tensor is sized from the shards' headers and filled shard by shard.
 
     Args:
         path: the run directory, its folder `draws`, or one shard.
@@ -198,7 +198,7 @@ def _checksum(*tensors: Tensor) -> str:
 
 
 def load_rounds(path: Path) -> Tensor:
-    """The round of each draw, (draws,) int64; empty where there are none. Arguments as for `load_draws`."""
+    """Load the round of each draw, (draws,) int64; empty: there are none. Arguments as for `load_draws`."""
     import torch
 
     rounds = [torch.empty(0, dtype=torch.int64)]
@@ -209,7 +209,7 @@ def load_rounds(path: Path) -> Tensor:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The shards in a run directory, in a folder of draws, or `path` itself, in order."""
+    """List the shards in a run directory, in a folder of draws, or `path` itself, in order."""
     if path.is_file():
         return [path]
     folder = path / "draws" if (path / "draws").is_dir() else path

@@ -1,4 +1,4 @@
-"""What waits between a run and the threads that write its metrics: rows, in a queue that never makes the run wait."""
+"""A bounded queue between a run and the threads that write its metrics; it never makes the run wait."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Scalars = Mapping[str, float]
 
 @dataclass(slots=True)
 class Row:
-    """What is logged of a round; `late` is set by `lazy` in another thread, before `done`.
+    """The log of one round; `lazy` sets `late` in another thread, before `done`.
 
-    `written` and `drawn`: whether the log and the curves have it, or never will.
+    `written` and `drawn`: whether the log and the curves have the row, or never will.
     """
 
     round: int
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(slots=True)
 class Description:
-    """What is said once a run."""
+    """What is written once per run: the configuration and hyper-parameters."""
 
     config: str
     hparams: Mapping[str, bool | float | str]
@@ -39,10 +39,9 @@ class Description:
 
 
 class DropQueue:
-    """A bounded queue that drops its oldest item where it is full, and so never makes a writer wait."""
+    """A bounded queue that drops its oldest item when full, and so never blocks a writer."""
 
     def __init__(self, limit: int) -> None:
-        """Hold at most `limit` items."""
         self.dropped = 0
         self._limit = limit
         self._items: deque[Row | Description] = deque()
@@ -61,18 +60,18 @@ class DropQueue:
         return lost
 
     def get(self, timeout: float | None) -> Row | Description | None:
-        """The oldest item; None after `timeout` seconds without one, or where the queue is closed and empty."""
+        """Return the oldest item; None: none within `timeout` seconds, or the queue is closed and empty."""
         with self._ready:
             self._ready.wait_for(lambda: self._items or self._closed, timeout)
             return self._items.popleft() if self._items else None
 
     def close(self) -> None:
-        """Let the reader take what is left, and then end."""
+        """Close the queue: the reader gets the remaining items, then None."""
         with self._ready:
             self._closed = True
             self._ready.notify_all()
 
     @property
     def ended(self) -> bool:
-        """Closed and empty."""
+        """Whether the queue is closed and empty."""
         return self._closed and not self._items

@@ -28,9 +28,9 @@ DECIDING = ("versions.fedsample", "versions.torch", "versions.numpy", "machine",
 
 
 def environment() -> dict[str, Any]:
-    """What can change a bit of a run besides its configuration: versions, machine, threads, git revision.
+    """Describe what can change a bit of a run besides its configuration: versions, machine, threads, git revision.
 
-    It holds no path, no name of a user or a host, and nothing of the environment's variables.
+    It contains no path, no user or host name, and no environment variable.
     """
     import torch
 
@@ -51,10 +51,11 @@ def environment() -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two environments of all that can change the last bits of a draw, in words.
+    """List in words the differences between two environments that can change the last bits of a draw.
 
     Args:
-        before, now: as `environment` gives them; what one of them does not hold is not compared.
+        before: an environment, as `environment` returns it.
+        now: another; what one of them lacks is not compared.
     """
     found = []
     for name in DECIDING:
@@ -86,9 +87,9 @@ def _processor() -> str:
 
 
 def _git_revision() -> str | None:
-    """Revision of the source, with `-dirty` where tracked files differ; None for an installed package."""
+    """Return the revision of the source, with `-dirty` if tracked files differ; None: an installed package."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an environment inside somebody's own repository is not our source
+    if not (root / ".git").exists():  # a virtual environment inside somebody else's repository is not our source
         return None
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

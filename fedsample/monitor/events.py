@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-BYTES = "uplink_bytes/"  # tags whose steps are the bytes that a client has sent
+BYTES = "uplink_bytes/"  # prefix of tags whose steps are the bytes sent per client
 LAYOUT: dict[str, dict[str, Sequence[str]]] = {
     "Quality": {
         "held-out accuracy": ["round/accuracy"],
@@ -46,17 +46,16 @@ LAYOUT: dict[str, dict[str, Sequence[str]]] = {
 class EventWriter:
     """Appends to one new event file in `folder`.
 
-    Args:
+    folder: of the run; created if missing.
         folder: the run, made if need be.
         purge_step: events of earlier files from this step on are void; None for a new run.
 
     Raises:
         ImportError: TensorBoard is not installed.
-        OSError: the file cannot be written; so do all methods.
+        OSError: the file cannot be written; all methods raise it too.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        """Open the file and write its header."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
@@ -131,7 +130,7 @@ class EventWriter:
         self._hparams("session_end_info", session_end_info=end)
 
     def flush(self) -> None:
-        """Hand everything to the system, where TensorBoard sees it."""
+        """Flush to the operating system, where TensorBoard sees it."""
         self._file.flush()
 
     def close(self) -> None:
@@ -168,7 +167,7 @@ class EventWriter:
 
 
 def _next_name(folder: Path) -> str:
-    """A name after those of the folder's other event files: TensorBoard reads them in order and never goes back."""
+    """Name a file to sort after the folder's other event files: TensorBoard reads them in order and never goes back."""
     others = sorted(file.name for file in folder.glob("events.out.tfevents.*.fedsample"))
     second = int(time.time())
     if others:

@@ -1,4 +1,4 @@
-"""Files of one JSON object per line, appended while a run goes on and cut back to a round when it is resumed."""
+"""Files of one JSON object per line, appended during a run and cut back to a round when it is resumed."""
 
 from __future__ import annotations
 
@@ -41,11 +41,10 @@ class JsonLines:
 
     Args:
         path: the file.
-        buffered: keep lines in memory until `sync` or the buffer fills, for a line every round.
+        buffered: keep lines in memory until `sync` or until the buffer is full, for a line every round.
     """
 
     def __init__(self, path: Path, *, buffered: bool = False) -> None:
-        """Touch nothing yet: the file appears with its first line."""
         self.path = path
         self._buffer = bytearray()
         self._limit = 1 << 16 if buffered else 0
@@ -55,20 +54,20 @@ class JsonLines:
         """Add one object.
 
         Raises:
-            RunDirectoryError: the disk is full or failing; the lines not yet written are kept and tried again.
+            RunDirectoryError: the disk is full or failing; unwritten lines are kept and tried again.
         """
         self._buffer += (to_json(row) + "\n").encode()
         if len(self._buffer) > self._limit:
             self._drain()
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk, as a checkpoint that counts on them must."""
+        """Wait until all lines are on the disk; call it before a checkpoint that relies on them."""
         self._drain()
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write what is left and close; another append opens the file again."""
+        """Write the remaining lines and close; another append opens the file again."""
         try:
             self._drain()
         finally:
@@ -96,7 +95,7 @@ class JsonLines:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file, none where it does not exist; a torn last line, of a killed process, is left out.
+    """Yield the objects of a file, none if it does not exist; a torn last line, of a killed process, is skipped.
 
     Raises:
         RunDirectoryError: a damaged line that is not the last.
@@ -110,7 +109,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def truncate_jsonl(path: Path, round: int) -> None:
-    """Keep the lines of rounds up to `round`, and drop the others and damaged ones; atomic."""
+    """Keep the lines of rounds up to `round`, and remove the others and damaged ones; atomic."""
     kept = bytearray()
     size = 0
     for line in _lines(path):

@@ -1,7 +1,7 @@
-"""How far a run is: a live bar on a terminal, a line every few seconds elsewhere, or nothing.
+"""Progress of a run: a live bar on a terminal, a line every few seconds elsewhere, or nothing.
 
-`update` is called every round and costs a look at the clock; it draws at most `LIVE` or `PLAIN` seconds apart, in the
-calling thread. Nothing here can fail a run: where the terminal goes away, progress falls silent.
+`update` is called every round and costs a reading of the clock; it draws at most every `LIVE` or `PLAIN` seconds, in
+the calling thread. Nothing here can fail a run: if the terminal goes away, progress is silent.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ if TYPE_CHECKING:
 
 LIVE = 0.25
 PLAIN = 5.0
-WINDOW = 20  # drawings that the rate is taken over: follows a change of pace, yet does not flicker
+WINDOW = 20  # drawings over which the rate is averaged: follows a change of pace without flickering
 
 Mode = Literal["auto", "plain", "quiet"]
 
 
 class Progress:
-    """Shows the rounds of a run; use it as a context manager, around the stages before them too.
+    """Shows the rounds of a run, and the stages before and after them; use as a context manager.
 
     Args:
         total: rounds of the run.
-        start: rounds that an earlier part of it has done.
+        start: rounds already done by an earlier part of the run.
         mode: "auto" is a bar on a terminal and lines elsewhere; "plain" is lines; "quiet" is nothing.
-        console: where to show it; standard error if None.
+        console: where to show it; None: standard error.
     """
 
     def __init__(self, total: int, start: int = 0, mode: Mode = "auto", console: Console | None = None) -> None:
-        """Show nothing yet: the bar appears with the first round."""
         self.total = total
         self._mode = mode
         self._console = console
@@ -47,12 +46,12 @@ class Progress:
         self._begun = False
         self._drawn: int | None = None
         self._bar: tuple[Bar, TaskID] | None = None
-        self._open = False  # whether a stage has begun a line and not ended it
+        self._open = False  # whether the line of a stage is unfinished
         self._next = 0.0 if mode != "quiet" else float("inf")
 
     def update(self, round: int, up_bytes: int, down_bytes: int) -> None:
-        """Say which round is done and the bytes sent so far, up and down; draws where it is time."""
-        if round < self._round:  # gone back: what lies before says nothing of the pace
+        """Report the round that is done and the bytes sent so far, up and down; draw if it is time."""
+        if round < self._round:  # rolled back: earlier drawings no longer measure the rate
             self._history.clear()
         self._round, self._up, self._down = round, up_bytes, down_bytes
         if time.monotonic() >= self._next:
@@ -60,7 +59,7 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Announce a step of the run that is no round, such as "finding the mode", and say how long it took."""
+        """Announce a stage that is no round, such as "finding the mode", and report how long it took."""
         begin = time.monotonic()
         if self._begun and self._drawn != self._round:
             self._draw()
@@ -76,19 +75,19 @@ class Progress:
         self._end(name, f"done in {_seconds(time.monotonic() - begin)}")
 
     def note(self, text: str) -> None:
-        """Say something between two drawings, on a line of its own."""
+        """Print a message on a line of its own."""
         if self._open:
             self._open = False
             self._print("")
         self._print(text)
 
     def _end(self, name: str, how: str) -> None:
-        """End a stage's line; where something was said meanwhile, on a line of its own."""
+        """Finish a stage's line; on a new line if something was printed meanwhile."""
         self._print(how if self._open else f"{name} ... {how}")
         self._open = False
 
     def close(self) -> None:
-        """Draw the last state and leave the terminal as it was; harmless a second time."""
+        """Draw the last state and leave the terminal as it was; may be called twice."""
         if self._mode != "quiet" and self._begun and self._drawn != self._round:
             self._draw()
         with contextlib.suppress(OSError, ValueError):
@@ -103,11 +102,11 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the terminal back, also where the run fails or is interrupted."""
+        """Restore the terminal, also if the run fails or is interrupted."""
         self.close()
 
     def _draw(self) -> None:
-        if not self._begun:  # what lies before the first round says nothing of their pace
+        if not self._begun:  # time before the first round does not measure the rate
             self._history.append((time.monotonic(), self._round))
             self._begun = True
         rate = self._rate()
@@ -141,7 +140,7 @@ class Progress:
                 TaskProgressColumn(),
                 TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
-            # Standard output may be a pipe while this is a terminal: it keeps what is printed there.
+            # Standard output may be a pipe while this is a terminal: what is printed there stays there.
             bar = Bar(*columns, console=console, auto_refresh=False, redirect_stdout=False)
             self._bar = bar, bar.add_task("sampling", total=self.total, text="")
             bar.start()
@@ -149,7 +148,7 @@ class Progress:
         bar.update(task, completed=self._round, text=text, refresh=True)
 
     def _rate(self) -> float:
-        """Rounds a second since the oldest of the last drawings; 0 where nothing is known yet."""
+        """Rounds per second since the oldest of the last drawings; 0: not known yet."""
         if not self._history or self._history[-1][1] != self._round:
             self._history.append((time.monotonic(), self._round))
         (then, first), (last, current) = self._history[0], self._history[-1]
@@ -173,14 +172,14 @@ def _seconds(seconds: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def size_of(count: int) -> str:
-    """Bytes for a person to read."""
+    """Format a number of bytes for people to read."""
     if count < 1e6:
         return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""The table that a run ends with: is it right, what did it cost, where does it lie."""
+"""The table at the end of a run: convergence, cost, and where the files lie."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _UNITS = {"uplink_bytes_per_client": 1e-6, "downlink_bytes_per_client": 1e-6, "s
 
 
 def summary_table(summary: Mapping[str, Any], path: str | Path) -> Table:
-    """Lay a run's `summary.json` out for a person.
+    """Format a run's `summary.json` as a table.
 
     Args:
-        summary: the keys of `summary.json`; absent rows are left out, null values are shown as "-" with a reason.
+        summary: the content of `summary.json`; absent rows are left out, null values are shown as "-" with a reason.
         path: the run directory.
 
     Returns:
@@ -89,7 +89,7 @@ def _written(key: str, form: str, summary: Mapping[str, Any]) -> str:
 
 
 def _reason(key: str, summary: Mapping[str, Any]) -> str:
-    """Why a value is missing, where the summary itself tells."""
+    """Say why a value is missing, if the summary tells."""
     chains, draws = summary.get("chains"), summary.get("draws")
     if key == "rhat_max" and chains == 1:
         return "needs two chains"

@@ -1,11 +1,11 @@
-"""The run's recorder: `metrics.jsonl` and TensorBoard curves, written in threads that the run never waits for.
+"""The run's recorder: `metrics.jsonl` and TensorBoard curves, written by threads that the run never waits for.
 
-    submit -> [queue] -> rows thread: one line a logged round -> [queue] -> events thread: lazy values, event files
+    submit -> [queue] -> rows thread: one line per logged round -> [queue] -> events thread: lazy values, event files
 
-`submit` costs microseconds, never blocks and never raises. A full queue loses its oldest rows, a slow disk or an import
-delays curves and nothing else, and an error is logged once. Values that take long, such as R-hat over all draws, are
-submitted as a function (`lazy`) and computed in the events thread; a row waits for them at most `HOLD` seconds, and
-where they come later they follow as a second object of the same round.
+`submit` takes microseconds, never blocks and never raises. A full queue drops its oldest rows, a slow disk or import
+delays curves and nothing else, and an error is logged once. Slow values, such as R-hat over all draws, are submitted
+as a function (`lazy`) and computed in the events thread; a row waits for them at most `HOLD` seconds, and later ones
+follow as a second object of the same round.
 
 Curves against rounds lie in the run directory itself. Those against uplink bytes have tags of their own,
 `uplink_bytes/<tag>`, in its sub-run `bytes`: two axes in one chart would make the rounds a vertical line at 0.
@@ -30,23 +30,22 @@ from fedsample.monitor.jsonl import JsonLines, read_jsonl, truncate_jsonl
 QUEUE = 1024
 LAZY_QUEUE = 3
 HOLD = 0.8  # metrics.jsonl promises each row within a second
-_BY_ROUND_ONLY = ("comm/", "fleet/", "time/")  # costs and attendance: against bytes they say nothing
+_BY_ROUND_ONLY = ("comm/", "fleet/", "time/")  # costs and participation: plotted against bytes they are meaningless
 _log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes the metrics of a run; submit from one thread.
+    """Writes the metrics of a run; submit from one thread only.
 
     Args:
         path: the run directory.
-        purge_step: on resume the first round that will be run again; later rows and curve points are void. None for a
-            new run.
+        purge_step: on resume the first round that will be run again; later rows and points are void. None: a new run.
         enabled: whether to write TensorBoard files; `metrics.jsonl` is written in any case.
         queue: rows that may wait.
         lazy_queue: lazy values that may wait; further ones are dropped.
 
     Attributes:
-        error: why `metrics.jsonl` lacks rows, or None.
+        error: why `metrics.jsonl` lacks rows; None: it lacks none.
 
     Raises:
         RunDirectoryError: on resume, `metrics.jsonl` cannot be cut back.
@@ -61,7 +60,6 @@ class Recorder:
         queue: int = QUEUE,
         lazy_queue: int = LAZY_QUEUE,
     ) -> None:
-        """Cut the metrics back where the run is resumed, and start the threads."""
         self.path = Path(path)
         self.error: RunDirectoryError | None = None
         metrics = self.path / "metrics.jsonl"
@@ -69,7 +67,7 @@ class Recorder:
         if purge_step is not None:
             truncate_jsonl(metrics, purge_step - 1)
             self._purge_bytes = 1 + max((int(row.get("bytes", -1)) for row in read_jsonl(metrics)), default=-1)
-            if self._purge_bytes == 0:  # no row was kept: what may be there of the description is said again
+            if self._purge_bytes == 0:  # no row was kept: the description, if there is one, is written again
                 self._purge_step = 0
         self._enabled = enabled
         self._finished = False
@@ -90,18 +88,18 @@ class Recorder:
 
     @property
     def dropped(self) -> int:
-        """Rows lost to a full queue, so far."""
+        """Number of rows dropped from a full queue so far."""
         return self._rows.dropped
 
     @property
     def dropped_lazy(self) -> int:
-        """Lazy values lost because the events thread was behind, so far."""
+        """Number of lazy values dropped so far because the events thread was behind."""
         return self._lazy_refused + self._lazy_lost
 
     def describe(
         self, config: str, hparams: Mapping[str, bool | float | str], metrics: Sequence[str] = ("round/nll",)
     ) -> None:
-        """Add what is said once: the resolved configuration, hyper-parameters and the layout; nothing on resume.
+        """Write once per run the resolved configuration, hyper-parameters and layout; nothing on resume.
 
         Args:
             config: the configuration as TOML.
@@ -126,10 +124,10 @@ class Recorder:
         """Log a round; returns at once.
 
         Args:
-            round: the round, growing.
-            bytes_sent: uplink bytes of a client so far, the steps of the curves `uplink_bytes/...`.
+            round: increasing.
+            bytes_sent: uplink bytes per client so far, the steps of the curves `uplink_bytes/...`.
             scalars: tag to number; 0-d tensors are read later, so do not change them in place.
-            lazy: computes further scalars in a thread; it must only read what nobody changes any more.
+            lazy: computes further scalars in a thread; it must only read data that no longer change.
         """
         if lazy is not None and self._lazy_sent - self._lazy_done - self._lazy_lost >= self._lazy_limit:
             lazy = None
@@ -150,16 +148,16 @@ class Recorder:
             self.unwritten()
 
     def unwritten(self) -> list[tuple[int, int, dict[str, float]]]:
-        """Round, bytes and scalars of the rows that the log or the curves still lack: a checkpoint must hold them."""
+        """Round, bytes and scalars of rows that the log or the curves still lack; a checkpoint must contain them."""
         self._submitted = [row for row in self._submitted if not (row.written and row.drawn)]
         return [(r.round, r.bytes_sent, {tag: float(v) for tag, v in r.scalars.items()}) for r in self._submitted]
 
     def close(self, finished: bool = False, timeout: float = 30.0) -> None:
-        """Write what is pending, and say what was lost; harmless a second time.
+        """Write pending rows, and report what was lost; may be called twice.
 
         Args:
             finished: the run is complete, not interrupted.
-            timeout: seconds to wait for lazy values and slow disks before leaving them.
+            timeout: seconds to wait for lazy values and slow disks before abandoning them.
         """
         self._finished = self._finished or finished
         if self._deadline is None:
@@ -185,7 +183,7 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close; the run counts as finished where no exception passes."""
+        """Close; the run counts as finished unless there was an exception."""
         self.close(finished=kind is None)
 
     def _write_rows(self) -> None:
@@ -217,7 +215,7 @@ class Recorder:
             self.error = error
 
     def _hold(self, row: Row) -> float:
-        """Until when a row waits for its lazy values: nobody watches the file of a run that is closing."""
+        """When to stop waiting for a row's lazy values; at once when the run is closing, as nobody reads along then."""
         return row.born + HOLD if self._deadline is None else self._deadline
 
     def _append_late(self, row: Row) -> bool:
@@ -271,7 +269,7 @@ class Recorder:
             row.done.set()
 
     def _places(self) -> list[tuple[Path, int | None]]:
-        """The folders of the two runs that TensorBoard sees, and from where on each replaces what it holds."""
+        """The folders of the two runs that TensorBoard sees, and the step from which each replaces earlier events."""
         again = self._purge_step is not None
         return [(self.path, self._purge_step), (self.path / "bytes", self._purge_bytes if again else None)]
 
@@ -291,7 +289,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _curves(self) -> Iterator[None]:
-        """An error ends the curves, and nothing else."""
+        """Turn an error into the end of the curves, and of nothing else."""
         try:
             yield
         except Exception as error:
@@ -301,7 +299,7 @@ class Recorder:
             self._warn("curves", message, error, advice)
 
     def _warn(self, topic: str, message: str, *values: object) -> None:
-        """Log a kind of trouble once."""
+        """Log one warning per topic."""
         if topic not in self._warned:
             self._warned.add(topic)
             _log.warning(message, *values)

@@ -1,1 +1,1 @@
-"""Before the first round: the mode, the metric, the curvature, the step, and where chains start."""
+"""Preparation before the first round: the mode, the metric, the curvature, the step, and where chains start."""

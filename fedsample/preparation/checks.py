@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from fedsample.problem import Problem
 
 _FINE = 4  # spacings of the dtype that a posterior standard deviation must span: rounding then adds half a percent
-_AWAY = 100.0  # standard deviations that a warm-up can still bridge
-_SIGNS = 32  # probes for standard deviations: to an eighth, relatively
+_AWAY = 100.0  # standard deviations from which a warm-up can still reach the bulk
+_SIGNS = 32  # probes for standard deviations: relative error about an eighth
 
 
 def check_separable(survey: Survey, problem: Problem, mode: Tensor) -> None:
-    """Refuse two classes that a hyperplane separates, where the prior is flat.
+    """Refuse separable classes under a flat prior: a hyperplane puts every row into its class.
 
     Every row adds log(1 + exp(-margin)) to U, so U < log 2 means that all margins are positive; multiplying the
     parameters then lowers U for ever, and exp(-U) has no finite mass.
 
     Raises:
-        ConfigError: they are separable.
+        ConfigError: the classes are separable.
     """
     if problem.likelihood != "bernoulli" or problem.prior.precision > 0:
         return
@@ -42,12 +42,12 @@ def check_separable(survey: Survey, problem: Problem, mode: Tensor) -> None:
 
 
 def check_mode(experiment: Experiment, problem: Problem, geometry: Geometry) -> None:
-    """Refuse to start from where the search for the mode has ended far from it.
+    """Refuse to start where the search for the mode ended far from it.
 
-    A search compares values of U, and beside a huge one no step may seem to lower it.
+    The search compares values of U; where U is huge, rounding can hide every decrease.
 
     Raises:
-        ConfigError: the gradient there is not one of the posterior's bulk.
+        ConfigError: the gradient there is too large for the posterior's bulk.
     """
     if experiment.temperature == 0 or experiment.start.at != "mode":
         return
@@ -64,16 +64,16 @@ def check_mode(experiment: Experiment, problem: Problem, geometry: Geometry) -> 
 
 
 def check_spacing(experiment: Experiment, problem: Problem, metric: Metric, curvature: float) -> None:
-    """Refuse a posterior that is too narrow, beside where it lies, for the numbers of the dtype.
+    """Refuse a posterior so narrow that its deviations come near the spacing of the dtype's numbers at its mode.
 
     Args:
         experiment: gives dtype and temperature.
         problem: names the parameters.
-        metric: mode, and with S the standard deviations;
-        curvature: in its coordinates, by which the identity metric tells the smallest one.
+        metric: holds the mode and, by S, the standard deviations.
+        curvature: in the metric's coordinates; with the identity metric it gives the smallest deviation.
 
     Raises:
-        ConfigError: with the parameter that is worst off.
+        ConfigError: names the parameter with the fewest spacings per deviation.
     """
     if experiment.temperature == 0:
         return

@@ -1,4 +1,4 @@
-r"""Before the first round: how curved the target is, and how its clients mix coordinates, where the posterior lies.
+r"""Measure curvature, and how clients mix coordinates, where the posterior lies.
 
 Draws of the Laplace approximation are not the posterior's: on digits they lie where curvature is six times the mode's
 and mixing twice the posterior's own. So each first takes a few exact underdamped steps (BAOAB, one exact gradient each)
@@ -6,9 +6,9 @@ in coordinates that the Hessian whitens, and everything is measured where that e
 
     curvature   largest eigenvalue of the Hessian of U, by Lanczos on summed Hessian-vector products; also at the mode
     spread      sum_i diag(H_i D H_i), the mean of summed squares of products with probes of covariance D
-    saturation  how much less clients' gradients differ between independent draws than the Hessians at one say
+    saturation  the variance of clients' gradients over independent draws, relative to what single Hessians predict
 
-Without the Hessian, and in the parameters themselves, there is nothing to whiten by: there the draws come from Lanczos
+Without the Hessian, and in the parameters themselves, nothing can be whitened: there the draws come from Lanczos
 at the mode, H^{-1/2} z = |z| V f(T) e_1 with f(t) = t^{-1/2}, and are used as they are.
 """
 
@@ -32,34 +32,33 @@ from fedsample.targets import Metric
 from fedsample.targets.metric import Identity
 
 _POINTS = 12
-_POINTS_OF_MANY = 4  # parameters: memory is n P d
+_POINTS_OF_MANY = 4  # for more than _MANY parameters: memory is n P d
 _MANY = 1000
 _LOOKS = 4  # points at which curvature is measured
 _RELAXING = 8  # steps from a Laplace draw into the posterior's bulk: on digits U is at its mean after six
 _RELAXING_STEP = 0.5
-_PRODUCTS = 12  # of Lanczos for an end of the spectrum
+_PRODUCTS = 12  # Lanczos steps for an end of the spectrum
 _PRODUCTS_FOR_DRAWS = 24
-_SIGNS = 4  # probes a point
+_SIGNS = 4  # probes per point
 _PROBES = 16  # at the mode alone
 _LAGS = 4
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a run knows of its target before the first round, in the metric's coordinates.
+    """What was measured of the target before the first round, in the metric's coordinates.
 
     Attributes:
         metric: m and S.
-        curvature: largest eigenvalue of the Hessian of U seen.
-        flattest: its smallest at the mode, or an upper estimate.
-        stiffest: (d,) unit vector of the largest at the mode; zeros where none stands out.
+        curvature: largest eigenvalue of the Hessian of U that was seen.
+        flattest: smallest eigenvalue at the mode, or an upper estimate.
+        stiffest: (d,) unit eigenvector of the largest eigenvalue at the mode; zeros where none stands out.
         mean_curvature: mean of the Hessian's diagonal.
-        mixing: (d,) r_j = sum_i (H_i^2)_jj.
+        mixing: (d,) r_j = sum_i (H_i^2)_jj; where masks are shared, what they leave of it (see `GeometryProbe`).
         share: mean curvature that one client contributes to a coordinate.
-        force: (d,) sum_i (grad U_i)^2 at the mode. Of both, where masks are shared, what those leave (see
-            `GeometryProbe`).
+        force: (d,) sum_i (grad U_i)^2 at the mode; where masks are shared, what they leave of it.
         gradient: (d,) summed over clients at the mode, prior not included.
-        traffic: bits that it cost, all clients together.
+        traffic: bits that the measurement cost, summed over clients.
         exchanges: round trips.
     """
 
@@ -78,18 +77,21 @@ class Geometry:
 
 @dataclass
 class GeometryProbe:
-    """Where a target is measured.
+    """The points at which a target is measured, and what is known there.
 
     Attributes:
         survey: asks the clients, who hold the metric.
+        metric: m and S.
+        keys: for probes and draws.
         temperature: of the posterior.
         points: (P, d) in the metric's coordinates, like the posterior's.
-        tops: largest eigenvalues of the Hessian of U seen on the way.
-        flattest: its smallest at the mode.
+        tops: largest eigenvalues of the Hessian of U seen so far.
+        flattest: smallest eigenvalue at the mode.
         stiffest: see `Geometry`.
-        hessian, clients_hessian: (d, d) float64 at the mode, of U and of the clients' part; None: not known.
-        shared: c where all clients' masks together noise a coordinate by (1 + c) sum_i a_i^2 - c (sum_i a_i)^2 in place
-            of sum_i a_i^2, times omega; 0: they are independent.
+        hessian: (d, d) float64, of U at the mode; None: not known.
+        clients_hessian: (d, d) float64, of the clients' part of U; None: not known.
+        shared: c, where the clients' joint masks give a coordinate noise of variance omega times (1 + c) sum_i a_i^2 -
+            c (sum_i a_i)^2, in place of omega sum_i a_i^2; 0: masks are independent.
     """
 
     survey: Survey
@@ -105,10 +107,10 @@ class GeometryProbe:
     shared: float = 0.0
 
     def spread(self, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Measure sum_i diag(H_i D H_i), with D = root root^T; None: the identity, by random signs.
+        """Measure sum_i diag(H_i D H_i) with D = root root^T; None: D is the identity, probed by random signs.
 
         Where masks are `shared`, it is (1 + c) times that less c diag(H_c D H_c), H_c = sum_i H_i, by the same probes:
-        with c = 1 / (n - 1) zero for equal clients, whatever the probes.
+        with c = 1 / (n - 1) this is zero for equal clients, whatever the probes.
 
         Returns:
             Its estimate (d,), and (d,) the diagonal of sum_i H_i (zeros, and not asked for, with a root), in float64.
@@ -130,11 +132,11 @@ class GeometryProbe:
         return torch.stack(squares).mean(0), diagonal
 
     def _common(self, squares: Tensor, whole: Tensor | float) -> Tensor:
-        """From sums over clients of squares the square of their noise, `whole` being the square of their sum."""
+        """Variance of the clients' joint noise, from sums over clients of squares and the squared sum `whole`."""
         return squares if not self.shared else ((1 + self.shared) * squares - self.shared * whole).clamp(min=0)
 
     def concentration(self) -> Tensor:
-        """Whose curvature the noise of a coordinate has: sum_i r_ij h_ij / sum_i r_ij over the mean of the h_ij.
+        """Curvature of the clients that make a coordinate's noise: sum_i r_ij h_ij / sum_i r_ij over the mean h_ij.
 
         Here h_ij = (H_i)_jj and r_ij = (H_i^2)_jj at the mode, the latter by random signs. It is 1 where clients share
         every direction, and n where one client alone holds one.
@@ -153,11 +155,11 @@ class GeometryProbe:
         return torch.where(known, n * own / torch.where(known, mean, ones), ones).clamp(0, n)
 
     def saturation(self, expected: Tensor | None, root: Tensor) -> float:
-        """What is left of `spread` between independent draws, relative to what the Hessians at single ones say.
+        """Measure `spread` between independent draws, relative to what the Hessians at single draws predict.
 
         Args:
             expected: (d,) `spread` for root root^T; None: measured here.
-            root: (d, d), of the covariance at temperature 1 of a draw.
+            root: (d, d) of the covariance of a draw at temperature 1.
         """
         if len(self.points) < 2:
             return 1.0
@@ -182,7 +184,8 @@ def explore(
 
     Args:
         survey: asks the clients, who hold the metric.
-        seed: the experiment's.
+        metric: m and S.
+        seed: the experiment's seed.
         temperature: T >= 0 of the posterior.
         clients_hessian: (d, d) sum over clients of their Hessians at the mode, where it is known.
         shared: see `GeometryProbe`.
@@ -210,7 +213,7 @@ def explore(
 
 
 def survey_geometry(terrain: GeometryProbe) -> Geometry:
-    """Curvature and mixing in the coordinates of the metric."""
+    """Measure curvature and mixing in the coordinates of the metric."""
     survey, metric = terrain.survey, terrain.metric
     mixing, clients = terrain.spread()
     at_mode = survey.ask(torch.zeros_like(terrain.points[:1]), "gradient", "squared_gradient")
@@ -242,7 +245,7 @@ def _normal(terrain: GeometryProbe, name: str, count: int) -> Tensor:
 
 
 def _prior(terrain: GeometryProbe, vectors: Tensor) -> Tensor:
-    """The Hessian of the prior times (P, d)."""
+    """The Hessian of the prior times vectors (P, d)."""
     return terrain.metric.pull(terrain.survey.prior.precision * terrain.metric.scale(vectors))
 
 
@@ -250,7 +253,7 @@ def _prior(terrain: GeometryProbe, vectors: Tensor) -> Tensor:
 
 
 def _use_hessian(terrain: GeometryProbe, clients_hessian: Tensor) -> Tensor:
-    """Take note of the Hessian at the mode -> H^{-1/2} (d, d); flat and concave directions count as nearly flat."""
+    """Store the Hessian at the mode -> H^{-1/2} (d, d); flat and concave directions count as nearly flat."""
     survey = terrain.survey
     clients = clients_hessian.to(torch.float64)
     eye = torch.eye(len(clients), dtype=survey.dtype, device=survey.device)
@@ -267,7 +270,7 @@ def _use_hessian(terrain: GeometryProbe, clients_hessian: Tensor) -> Tensor:
 
 
 def _relaxed(terrain: GeometryProbe, normal: Tensor, white: Tensor | None, temperature: float) -> Tensor:
-    """(P, d) from draws y of the Laplace approximation in coordinates x = white y, by exact steps in y."""
+    """Take exact steps in y from draws of the Laplace approximation -> (P, d) in coordinates x = white y."""
     survey, metric = terrain.survey, terrain.metric
 
     def unwhiten(y: Tensor) -> Tensor:
@@ -282,7 +285,7 @@ def _relaxed(terrain: GeometryProbe, normal: Tensor, white: Tensor | None, tempe
         moving, momenta = baoab_step(moving, momenta, unwhiten(gradient), noise, _RELAXING_STEP, 1.0, temperature)
     length = moving.norm(dim=-1, keepdim=True)
     sound = torch.isfinite(length) & (length < 4 * y.norm(dim=-1, keepdim=True))
-    return unwhiten(torch.where(sound, moving, y))  # where such steps are unstable, the draw itself has to do
+    return unwhiten(torch.where(sound, moving, y))  # where such steps are unstable, use the draw itself
 
 
 # --- Lanczos ------------------------------------------------------------------------------------------------------
@@ -307,14 +310,14 @@ class _Run(NamedTuple):
 
 
 def _curvature_at_points(terrain: GeometryProbe) -> GeometryProbe:
-    """Add the largest curvature at each point to what was seen."""
+    """Add the largest curvature at each point to `tops`."""
     runs = _lanczos(terrain, terrain.points[:_LOOKS], _normal(terrain, "look", _LOOKS), _PRODUCTS)
     terrain.tops += [float(run.values[-1]) + run.residual for run in runs]
     return terrain
 
 
 def _see(terrain: GeometryProbe, runs: Sequence[_Run]) -> None:
-    """Take note of the ends of the spectrum at the mode."""
+    """Store the ends of the spectrum at the mode."""
     terrain.tops += [float(run.values[-1]) + run.residual for run in runs]
     terrain.flattest = min(float(run.values[0]) for run in runs)
     top = max(runs, key=lambda run: float(run.values[-1]))
@@ -323,7 +326,7 @@ def _see(terrain: GeometryProbe, runs: Sequence[_Run]) -> None:
 
 
 def _lanczos(terrain: GeometryProbe, points: Tensor, starts: Tensor, products: int) -> list[_Run]:
-    """The Hessian of U at each of the points (P, d), seen from as many starts; one exchange serves all points."""
+    """Run Lanczos on the Hessian of U at points (P, d), from one start each; an exchange serves all points."""
     count, d = starts.shape
     lengths = starts.norm(dim=-1, keepdim=True)
     bases = [starts / lengths]
@@ -333,7 +336,7 @@ def _lanczos(terrain: GeometryProbe, points: Tensor, starts: Tensor, products: i
         v = bases[-1]
         w = terrain.survey.ask(points, "hvp", vector=v)["hvp"] + _prior(terrain, v)
         diagonal[:, step] = (w * v).sum(-1).cpu().numpy()
-        for u in bases:  # full orthogonalisation: few vectors, and no ghosts
+        for u in bases:  # full orthogonalisation: few vectors, and no spurious copies of eigenvalues
             w = w - (w * u).sum(-1, keepdim=True) * u
         norms = w.norm(dim=-1, keepdim=True)
         beside[:, step] = norms.squeeze(-1).cpu().numpy()

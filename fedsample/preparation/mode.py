@@ -1,6 +1,6 @@
-"""Before the first round: find the mode and fix the metric there.
+"""Find the mode and fix the metric there.
 
-Everything is made from sums over clients of exact quantities, and every bit of it is counted:
+Everything is computed from exact sums over clients, and every bit of traffic is counted:
 
     mode        L-BFGS on summed potentials and gradients (Liu & Nocedal 1989, SciPy's implementation), then chord
                 Newton steps m <- m - S S^T grad U(m) with the metric at hand
@@ -43,25 +43,25 @@ class Survey:
     exchanges: int = 0
 
     def ask(self, points: Tensor, *names: str, vector: Tensor | None = None) -> dict[str, Tensor]:
-        """Sums over clients at (C, d) points."""
+        """Return sums over clients at points (C, d)."""
         aggregate = self.fleet.exchange(Request(0, points, frozenset(names), vector=vector))
         self.traffic = self.traffic.plus(aggregate.traffic)
         self.exchanges += 1
         return aggregate.sums
 
     def send(self, metric: Metric) -> None:
-        """Give the clients their coordinates."""
+        """Send the clients the metric."""
         self.traffic = self.traffic.plus(self.fleet.set_metric(metric))
 
     def value_and_gradient(self, theta: Tensor) -> tuple[float, Tensor]:
-        """U and its gradient (d,) at theta (d,), in the model's parameters."""
+        """Return U and its gradient (d,) at theta (d,), in the model's parameters."""
         sums = self.ask(theta.unsqueeze(0), "value", "gradient")
         value = float(sums["value"][0]) + float(self.prior.potential(theta))
         return value, sums["gradient"][0] + self.prior.gradient(theta)
 
 
 def find_mode(survey: Survey, start: Tensor, *, evaluations: int = 200) -> Tensor:
-    """A minimiser (d,) of U near `start`, to the accuracy that the dtype and the evaluations allow.
+    """Minimise U from `start` -> (d,), to the accuracy that the dtype and the evaluations allow.
 
     Raises:
         DivergenceError: if U or its gradient is not finite at the start.
@@ -93,7 +93,7 @@ def find_mode(survey: Survey, start: Tensor, *, evaluations: int = 200) -> Tenso
 
 
 def build_metric(survey: Survey, name: str, mode: Tensor) -> tuple[Metric, Tensor | None]:
-    """The metric of this name at the mode, from one sum over clients; and their Hessian (d, d), where it was asked."""
+    """Build the metric of this name at the mode -> it, and the clients' Hessian (d, d) if it was asked for."""
     point = mode.unsqueeze(0)
     precision = survey.prior.precision
     if name == Identity.name:
@@ -110,7 +110,7 @@ def build_metric(survey: Survey, name: str, mode: Tensor) -> tuple[Metric, Tenso
 
 
 def polish(survey: Survey, metric: Metric) -> Metric:
-    """The same S about a better mode: chord Newton steps while they shorten the gradient in the metric."""
+    """Improve the mode by chord Newton steps, S unchanged, while they shorten the gradient in the metric."""
     best, gradient = metric, _scaled_gradient(survey, metric)
     for _ in range(_CHORD_STEPS):
         if float(gradient.norm()) < 0.02 * math.sqrt(len(gradient)):

@@ -35,14 +35,15 @@ if TYPE_CHECKING:
     from fedsample.monitor.progress import Progress
     from fedsample.problem import Problem
 
-_WORTH = 0.25  # share of the chains' planned uploads that the Hessian at the mode may cost
+_WORTH = 0.25  # largest share of the chains' planned uploads that the Hessian at the mode may cost
 
 
 def prepare(experiment: Experiment, problem: Problem, links: Links, fleet: Fleet, progress: Progress) -> Prepared:
     """Find the mode, fix the metric, measure the geometry, choose the step, place the chains.
 
     Raises:
-        DivergenceError: if U is not finite where it must be.
+        DivergenceError: if U or its gradient is not finite where the search starts.
+        ConfigError: if a check of `fedsample.preparation.checks` fails.
     """
     clients = problem.clients
     survey = Survey(fleet, problem.prior, clients.dtype, clients.device)
@@ -82,7 +83,7 @@ def _chosen(given: float | str, rule: StepRule, experiment: Experiment) -> float
 
 
 def _participation(experiment: Experiment, n: int) -> float:
-    """The probability that a client's upload arrives."""
+    """The probability that a client's upload is asked for and arrives."""
     section = experiment.fleet
     away = section.dropout * section.dropout_rounds
     asked = section.participation
@@ -90,23 +91,23 @@ def _participation(experiment: Experiment, n: int) -> float:
 
 
 def _pays(experiment: Experiment, links: Links, clients: Clients) -> bool:
-    """Whether the Hessian at the mode is small beside what the chains will send."""
+    """Whether the Hessian at the mode costs little beside what the chains will send."""
     packet = links.packet_bits(experiment.chains, clients.d, clients.dtype)
     width = 8 * torch.empty((), dtype=clients.dtype).element_size()
     return width * clients.d * (clients.d + 1) / 2 <= _WORTH * experiment.rounds * packet
 
 
 def _far(geometry: Geometry) -> float:
-    """A length that no posterior with the mean curvature seen exceeds by much, without a metric."""
+    """A length that no posterior with this mean curvature exceeds by much; for runs without a metric."""
     return 100.0 / math.sqrt(max(min(geometry.mean_curvature, geometry.curvature), 1e-12))
 
 
 def _metric(
     experiment: Experiment, problem: Problem, survey: Survey, progress: Progress
 ) -> tuple[Metric, Tensor | None]:
-    """The metric about the mode, and the clients' Hessian there in the model's parameters, where it was asked for.
+    """Find the metric about the mode, and the clients' Hessian there in the model's parameters if it was asked.
 
-    Gradient descent from elsewhere needs no mode, and the curvature where it begins; nothing else is measured there.
+    Gradient descent that starts elsewhere needs no mode, only the curvature where it starts: nothing else is measured.
     """
     clients = problem.clients
     origin = torch.zeros(clients.d, dtype=clients.dtype, device=clients.device)
@@ -124,15 +125,15 @@ def _metric(
         metric, hessian = build_metric(survey, experiment.metric.name, mode)
         polished = metric if isinstance(metric, Identity) else polish(survey, metric)
     if isinstance(metric, Dense) and (metric.unmeasured or metric.narrowed) and experiment.temperature > 0:
-        _doubt(metric, experiment, progress)
+        _check_flat_directions(metric, experiment, progress)
     return polished, hessian
 
 
-def _doubt(metric: Dense, experiment: Experiment, progress: Progress) -> None:
-    """Some directions are so flat beside others that their curvature was not measured.
+def _check_flat_directions(metric: Dense, experiment: Experiment, progress: Progress) -> None:
+    """Warn that some directions are too flat, relative to others, for their curvature to be measured or kept.
 
     Raises:
-        ConfigError: if nothing else says where the posterior ends in them.
+        ConfigError: if the prior is flat too, so that nothing bounds the posterior in them.
     """
     flat = f"{metric.unmeasured or metric.narrowed} of {len(metric.mean)} directions of the parameters are flat"
     if experiment.model.prior_scale is None and metric.unmeasured:

@@ -1,4 +1,4 @@
-"""What is fixed before the first round, and how a run directory keeps it."""
+"""The results of preparation, and how a run directory keeps them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _MEASURED = ("curvature", "flattest", "mean_curvature", "share", "exchanges")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is fixed before the first round.
+    """The results of preparation.
 
     Attributes:
         geometry: metric and curvature.
-        forecast: the step, and what it will do.
+        forecast: the step, and its predicted bias.
         start: (C, d) starting points in the metric's coordinates.
         radius: see `Stability`.
     """
@@ -52,8 +52,8 @@ class Prepared:
         """Store it beside the run's configuration.
 
         Args:
-            path: of the run.
-            configurations: digests of those that it was made from, see `prepared_for`.
+            path: the run directory.
+            configurations: digests of the configurations that it holds for, see `prepared_for`.
         """
         from safetensors.torch import save
 
@@ -70,7 +70,7 @@ class Prepared:
             **metric.tensors(),
         }
         data = save({name: each.cpu().contiguous() for name, each in tensors.items()})
-        (path / _NUMBERS).unlink(missing_ok=True)  # of an earlier attempt: the two files belong together
+        (path / _NUMBERS).unlink(missing_ok=True)  # an earlier attempt's: the two files belong together
         write_atomic(path / _TENSORS, data)
         numbers: dict[str, Any] = {
             "metric": metric.name,
@@ -89,7 +89,7 @@ def _checksum(numbers: dict[str, Any], tensors: bytes) -> str:
 
 
 def prepared_for(path: Path, configuration: str) -> bool:
-    """Whether a run directory holds what was prepared from a configuration (its digest), whole or damaged."""
+    """Whether a run directory holds a preparation, whole or damaged, from the configuration with this digest."""
     try:
         return configuration in json.loads((path / _NUMBERS).read_bytes())["configurations"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -97,11 +97,11 @@ def prepared_for(path: Path, configuration: str) -> bool:
 
 
 def restore_prepared(path: Path, device: str) -> Prepared:
-    """What `Prepared.save` stored in a run directory.
+    """Read what `Prepared.save` stored in a run directory.
 
     Args:
-        path: of the run.
-        device: where its tensors are put.
+        path: the run directory.
+        device: where to put the tensors.
 
     Raises:
         RunDirectoryError: if it is missing or damaged.

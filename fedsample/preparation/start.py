@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def _start(
     experiment: Experiment, metric: Metric, geometry: Geometry, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """(C, d) starting points in the metric's coordinates: zeros, draws of the prior, or spread about the mode."""
+    """Place the chains -> (C, d) in the metric's coordinates: zeros, draws of the prior, or spread about the mode."""
     d, chains = len(metric.mean), torch.arange(experiment.chains, device=device)
     section = experiment.start
     if section.at == "zeros":

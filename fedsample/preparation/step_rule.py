@@ -1,4 +1,4 @@
-"""The step: what bias it leaves, how large it may be, and what `auto` chooses.
+"""The step: its predicted bias, its largest stable value, and the choice of `auto`.
 
 The stationary variance of a compressed chain is off for two reasons: discretisation, worst in the stiffest direction,
 and heating by the estimator's noise, felt everywhere. Where the Hessian at the mode is known, both follow from all
@@ -28,25 +28,26 @@ if TYPE_CHECKING:
     from fedsample.config import Experiment
     from fedsample.preparation.curvature import Geometry, GeometryProbe
 
-MOST_MOMENTS = 1000  # parameters up to which all d x d moments are solved for
+MOST_MOMENTS = 1000  # largest number of parameters for which all d x d moments are solved
 _EVALUATIONS = 16
 _PERSISTENCE = 1.5  # lags of topk under baoab over those under langevin; measured 1.4 to 1.8 at K / d of 5 to 25 %
-_CLOSE = 1e-3  # an automatic step's predicted bias is so close to the tolerance, relatively
+_CLOSE = 1e-3  # how close to the tolerance an automatic step's predicted bias comes, relatively
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a step will do; variances relative to the target's, at stationarity.
+    """Predictions for a step; variances are relative to the target's, at stationarity.
 
     Attributes:
         step_size: h.
-        bias: the larger of the next two; infinite where unstable.
-        stiff_bias: excess along the stiffest direction.
-        mean_bias: mean over the metric's coordinates.
-        mean_heating, worst_heating: mean and largest over coordinates of what the uplink adds (without d x d moments:
-            of a coordinate of mean mixing, and of the 0.9 quantile of mixing).
+        bias: the larger of `stiff_bias` and `mean_bias`; infinite where unstable.
+        stiff_bias: excess variance along the stiffest direction.
+        mean_bias: mean excess variance over the metric's coordinates.
+        mean_heating: mean over coordinates of the variance that the uplink adds; without d x d moments, that of a
+            coordinate of mean mixing.
+        worst_heating: its largest; without d x d moments, that of a coordinate at the 0.9 quantile of mixing.
         limit: largest stable step.
-        relaxation: rounds in which the slowest direction forgets all but 1 / e of where it was.
+        relaxation: rounds in which the slowest direction forgets all but 1 / e of its start.
     """
 
     step_size: float
@@ -66,9 +67,10 @@ class StepRule:
     Attributes:
         typical: a coordinate of mean curvature and mean mixing.
         stiff: the direction of largest curvature, without the estimator's noise.
-        worst: largest curvature and much mixing together.
+        worst: a coordinate of largest curvature and much mixing together.
         slow: the direction of smallest curvature, without the estimator's noise.
-        covariance, spread: all second moments, where they are known.
+        covariance: second moments of the chain, where the Hessian is known.
+        spread: D -> sum_i diag(H_i D H_i), from which the estimator's noise follows; where the Hessian is known.
         sure: inclusions of both links that hold for every vector, for the limit; None: those of the coordinates.
     """
 
@@ -81,7 +83,7 @@ class StepRule:
     sure: tuple[float, float] | None = None
 
     def forecast(self, step_size: float) -> Forecast:
-        """What this step will do."""
+        """Predict bias, heating, stability and relaxation at this step."""
         limit, relaxation = self._limit, self.slow.relaxation(step_size)
         if self.covariance is None or self.spread is None:
             stiff = self.stiff.bias(step_size) + _above(self.typical, _calm(self.typical), step_size)
@@ -92,7 +94,7 @@ class StepRule:
         return Forecast(step_size, max(stiff, mean), stiff, mean, heating[0], heating[1], limit, relaxation)
 
     def _moments(self, step_size: float, chain: Covariance, spread: Spread) -> tuple[float, float, float, float]:
-        """Stiffest direction's bias, mean bias, mean heating, largest heating."""
+        """Return the stiffest direction's bias, mean bias, mean heating and largest heating."""
         if not chain.stable(step_size):
             return (math.inf,) * 4
         added, along = chain.heating(step_size, spread)
@@ -102,7 +104,7 @@ class StepRule:
         return stiff, mean, float(heat.mean()), float(heat.max())
 
     def choose(self, tolerance: float, temperature: float) -> float:
-        """The automatic step; at temperature 0 nothing can be biased, and it is half the stability limit."""
+        """Choose the automatic step; at temperature 0 there is no bias, and it is half the stability limit."""
         cautious = self._limit / 2
         if temperature == 0:
             return cautious
@@ -117,29 +119,29 @@ class StepRule:
 
     @property
     def _hot(self) -> Coordinate:
-        """The coordinate that the clients' curvature mixes most."""
+        """The typical coordinate, with the mixing of the worst."""
         return replace(self.typical, mixing=self.worst.mixing)
 
 
 def _above(hot: Coordinate, calm: Coordinate, step_size: float) -> float:
-    """By how much the bias of one exceeds the other's."""
+    """The bias of one coordinate less that of another; infinite where the first is unstable."""
     bias = hot.bias(step_size)
     return bias - calm.bias(step_size) if math.isfinite(bias) else math.inf
 
 
 def _largest(bias: Callable[[float], float], tolerance: float, high: float) -> float:
-    """The largest step up to `high` with a bias under the tolerance, which grows as a power of the step."""
+    """Find the largest step up to `high` with a bias under the tolerance; the bias grows as a power of the step."""
     found = bias(high)
     if found <= tolerance:
         return high
-    low, least = high * 1e-8, math.nan  # the bias there is of no interest yet
+    low, least = high * 1e-8, math.nan  # the bias at `low` is not computed yet
     for _ in range(4 * _EVALUATIONS):
         if least >= tolerance * (1 - _CLOSE) or high <= low * (1 + 1e-9):
             break
         share = 0.5
-        if math.isfinite(found) and least > 0:  # both ends known: along a straight line between their logarithms
+        if math.isfinite(found) and least > 0:  # both ends known: interpolate linearly between their logarithms
             share = math.log(tolerance / least) / math.log(found / least)
-        elif math.isfinite(found):  # not below order one
+        elif math.isfinite(found):  # the bias is at least of first order
             share = 1 - math.log(2 * found / tolerance) / math.log(high / low)
         middle = low * (high / low) ** min(max(share - 1e-4, 0.02), 0.98)
         value = bias(middle)
@@ -151,7 +153,7 @@ def _largest(bias: Callable[[float], float], tolerance: float, high: float) -> f
 
 
 def _calm(coordinate: Coordinate) -> Coordinate:
-    """The same without the estimator's noise; what lags behind the iterate still lags."""
+    """The same coordinate without the estimator's noise; under ef21, whose memory lags, it is unchanged."""
     if coordinate.uplink == "ef21":
         return coordinate
     return replace(coordinate, uplink="dense", participation=1.0)
@@ -165,10 +167,10 @@ def step_rule(
     participation: float,
     clients: int,
 ) -> StepRule:
-    """What the moments of single coordinates say; `participation` includes lost replies."""
+    """Build the rule from the moments of single coordinates; `participation` includes lost replies."""
     d, mixing, name = len(geometry.mixing), geometry.mixing.numpy(), experiment.sampler.name
     up, down = uplink.compressor, downlink.compressor if isinstance(downlink, Ef21P) else Identity()
-    lagging = isinstance(uplink, Ef21)  # where a gradient's lag matters as its curvature, the root of mixing
+    lagging = isinstance(uplink, Ef21)  # a gradient's lag matters as its curvature does, the root of mixing
     anchored = isinstance(uplink, Direct) and uplink.anchored
     typical = Coordinate(
         sampler=name,
@@ -199,10 +201,10 @@ def step_rule(
 
 
 def _weighted(compressor: Compressor, sampler: str, mixing: Array, weights: Array) -> float:
-    """What stands for K / d under ef21: that of the weighted mean lag over coordinates, whose steps differ.
+    """The K / d that represents ef21: that of the mean lag over coordinates, weighted, since their lags differ.
 
-    One that hardly moves waits very long for a threshold that others set, and then has hardly moved: its lag counts as
-    chance's, or that of a constant column would count for all others.
+    A coordinate that hardly moves waits very long for a threshold that others set, and has then hardly moved. Its lag
+    is capped at that of random masks; otherwise one constant column would dominate the mean.
     """
     inclusion = compressor.inclusion(len(mixing))
     lags = np.minimum(compressor.lags(mixing), 1 / inclusion - 1)
@@ -211,18 +213,18 @@ def _weighted(compressor: Compressor, sampler: str, mixing: Array, weights: Arra
 
 
 def _followed(lag: float, inclusion: float, sampler: str) -> float:
-    """K / d of masks that leave a memory this far behind, which under baoab moves on in its direction."""
+    """The K / d of random masks with this lag of the memory, which is larger under baoab: momentum persists."""
     if sampler == "baoab":
         lag = max(lag, min(_PERSISTENCE * lag, 1 / inclusion - 1))
     return 1 / (1 + lag)
 
 
 def shared_masks(uplink: Uplink, d: int) -> float:
-    """`GeometryProbe.shared`: 1 / omega, or half of it for diana, where the clients share the coordinates out; else 0.
+    """`GeometryProbe.shared`: 1 / omega, half that for diana, if clients partition the coordinates among them; else 0.
 
-    With masks m_i of which one at a time is 1 the noise sum_i (n m_i - 1) a_i has the variance n sum_i a_i^2 -
-    (sum_i a_i)^2. Under diana a_i is of an age of client i's own. No two are renewed at once, so that their difference
-    has the law of an age, and E a_i a_l is half of what it is where a_i and a_l are of one age.
+    With masks m_i of which one at a time is 1, the noise sum_i (n m_i - 1) a_i has variance n sum_i a_i^2 -
+    (sum_i a_i)^2. Under diana a_i has an age of client i's own. No two are renewed at once, so the difference of their
+    ages has the law of an age, and E a_i a_l is half of what it is at equal ages.
     """
     compressor = uplink.compressor
     if compressor.independence != "partition" or compressor.kind != "unbiased" or compressor.omega(d) == 0:
@@ -231,7 +233,7 @@ def shared_masks(uplink: Uplink, d: int) -> float:
 
 
 def solvable(experiment: Experiment, downlink: Downlink, participation: float, d: int) -> bool:
-    """Whether all d x d moments can be solved for: few parameters, everyone takes part, nothing lags but memories."""
+    """Whether all d x d moments can be solved: few parameters, full participation, memories on the uplink only."""
     return (
         d <= MOST_MOMENTS
         and experiment.uplink.name in UPLINKS
@@ -242,7 +244,7 @@ def solvable(experiment: Experiment, downlink: Downlink, participation: float, d
 
 
 def concentrated(rule: StepRule, concentration: Array, mixing: Array) -> StepRule:
-    """The rule of diana whose memories lag with the curvature of the clients whose noise it is (`GeometryProbe`)."""
+    """The rule for diana, whose memories lag with the curvature of the noisy clients (`GeometryProbe`)."""
     mean = float(np.average(concentration, weights=mixing if mixing.any() else None))
     return replace(
         rule, typical=replace(rule.typical, concentration=mean), worst=replace(rule.worst, concentration=mean)
@@ -252,7 +254,7 @@ def concentrated(rule: StepRule, concentration: Array, mixing: Array) -> StepRul
 def with_moments(
     rule: StepRule, uplink: Uplink, terrain: GeometryProbe, geometry: Geometry, step_size: float, temperature: float
 ) -> StepRule:
-    """The rule with all d x d moments, whose probes have the covariance that matters at `step_size`."""
+    """Add all d x d moments to the rule, probed with the covariance that matters at `step_size`."""
     if terrain.hessian is None or terrain.clients_hessian is None:
         raise ValueError("the moments of all coordinates need the Hessian at the mode")
     typical, concentration = rule.typical, np.ones(1)

@@ -1,9 +1,9 @@
-"""What a server and its clients say to each other, as the content of messages, whatever carries them.
+"""The messages between a server and its clients, whatever transport carries them.
 
     train, evaluate, query.exact   a Request -> an Answer
-    query.hello                    -> which partition this is, and what it computes
-    query.metric                   m and S -> nothing; the client forgets what it remembered in other coordinates
-    query.save, query.restore      a simulation's checkpoint: the client's memory there and back
+    query.hello                    -> the client's partition, and what it computes
+    query.metric                   m and S -> nothing; the client discards what it remembered in other coordinates
+    query.save, query.restore      a simulation's checkpoint: read the client's memory, and write it back
 
 The bits that a fleet counts are the bytes of a message's arrays: an upload is what `Uplink.to_bytes` writes, under
 `fedsample.<compressor>.v1`. Round, epoch, acknowledgement and which chains ask are the header, which is not counted.

@@ -28,10 +28,10 @@ from fedsample.protocol.wire import (
 
 @dataclass(frozen=True)
 class Answer:
-    """What the clients of a worker send; leading axis n.
+    """The answers of a stack of clients; leading axis n.
 
     Attributes:
-        upload: the estimator's, if an estimate was asked for.
+        upload: the estimator's, if an estimate was asked for; else None.
         exact: exact outputs (n, ...) by name.
     """
 
@@ -40,12 +40,13 @@ class Answer:
 
 
 def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -> Parcel:
-    """What one client sends.
+    """Pack the answer of one client.
 
     Args:
-        answer: of a worker with one client.
-        request: as `unpack_request` gave it.
-        client: its index.
+        answer: of a stack of one client.
+        request: as `unpack_request` returned it.
+        client: the client's index.
+        uplink: the estimator.
 
     Raises:
         DataError: if the upload holds NaN or infinite values.
@@ -65,14 +66,15 @@ def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -
 def unpack_answer(
     parcel: Parcel, client: int, turn: Turn | None, round: int, exact: dict[str, Form], uplink: Uplink
 ) -> tuple[Upload | None, dict[str, Tensor]]:
-    """A client's upload, if it was asked for one, and its exact outputs.
+    """Unpack a client's upload, if one was asked for, and its exact outputs.
 
     Args:
         parcel: from `pack_answer`.
-        client: who should have sent it.
-        turn: what it was told; None: no estimate was asked of it.
-        round: in which it was asked.
-        exact: the exact outputs that it was asked for.
+        client: index of the client that was asked.
+        turn: what it was told, for the estimator; None: no estimate was asked for.
+        round: the round of the request.
+        exact: the forms of the exact outputs that were asked for.
+        uplink: the estimator.
 
     Raises:
         DataError: if the answer belongs to another request, or anything in it has another form.
@@ -94,7 +96,7 @@ def unpack_answer(
 
 
 def _first(upload: Upload) -> Upload:
-    """The upload of the one client in a stack of one."""
+    """Return the upload of the client in a stack of one."""
     packet = upload.packet
     if packet is not None:
         indices, side = (None if part is None else part[0] for part in (packet.indices, packet.side))

@@ -1,4 +1,4 @@
-"""One round between a server and its clients: what is asked, and what comes back as sums over clients."""
+"""One round between a server and its clients: a request, and the answers as sums over clients."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ EXACT = (
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asks of its clients.
+    """A server's request to its clients.
 
     Attributes:
         round: 1, 2, ... for rounds of a chain; 0 while the run is being prepared.
         points: (C, d) in the coordinates of the metric that the clients hold.
         outputs: `ESTIMATE` and / or names from `EXACT`, which are sent uncompressed.
-        previous: (C, d) the points of the round before, where the estimator needs them.
+        previous: (C, d) the points of the round before, if the estimator needs them.
         sync: (C,) bool, chains that want dense uploads; None: none.
-        active: (n, C) bool, which client is asked for which chain; None: all. Exact outputs are asked of everyone.
+        active: (n, C) bool, which client is asked for which chain; None: all. Exact outputs are asked of all clients.
         applied: (n,) int64, the last round in which each client's upload was applied (0: never); None: never.
         epoch: the server's memory epoch.
         vector: (C, d), for products with the Hessian.
-        observe: whether norms of single uploads are wanted, for monitoring.
-        reference, reference_round: (C, d) the point about which clients reduce the variance of their minibatches, and
-            the round whose points it was (0: the origin of the metric's coordinates); None: they do not.
-        increment: makes what leads from the points of the round before to these, where they come back compressed.
+        observe: whether to return the norms of single uploads, for monitoring.
+        reference: (C, d) the point for variance reduction of the clients' minibatches; None: no variance reduction.
+        reference_round: the round whose points the reference was; 0: the origin of the metric's coordinates.
+        increment: makes the increment from the points of the round before to these, if the downlink compresses.
     """
 
     round: int
@@ -63,15 +63,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """What came back.
+    """The result of one round.
 
     Attributes:
         total: (C, d) sum of the decoded uploads that arrived; None unless an estimate was asked for.
         sums: exact sums over all clients, by name.
-        arrived: (n,) bool, whose upload was applied.
-        arrival: probability with which an upload that was asked for arrives in such a round.
+        arrived: (n,) bool, clients whose upload was applied.
+        arrival: probability with which an upload that was asked for arrives.
         traffic: bits on the wire, summed over clients.
-        norms: (n,) root mean square over chains of the norm of each upload, where it was asked for.
+        norms: (n,) root mean square over chains of the norm of each upload, if asked for.
     """
 
     total: Tensor | None
@@ -87,8 +87,8 @@ class Traffic(NamedTuple):
 
     Attributes:
         up: sent by clients.
-        down: received by clients (each one counted: a broadcast costs the server a share of it).
-        up_dense: what `up` would have been without compression, for the same replies.
+        down: received by clients; a broadcast counts once per client, though it may cost the server less.
+        up_dense: what `up` would be without compression, for the same replies.
     """
 
     up: int = 0
@@ -101,16 +101,16 @@ class Traffic(NamedTuple):
 
 
 class Fleet(Protocol):
-    """Where the clients run."""
+    """A set of clients that answers requests."""
 
     n: int
 
     def exchange(self, request: Request) -> Aggregate:
-        """One round trip to the clients."""
+        """Make one round trip to the clients."""
         ...
 
     def set_metric(self, metric: Metric) -> Traffic:
-        """Send m and S to every client; from now on points are in its coordinates."""
+        """Send m and S to every client; from now on points are in the metric's coordinates."""
         ...
 
     def blocks(self) -> list[Tensor]:
@@ -118,9 +118,9 @@ class Fleet(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, as tensors."""
+        """Return everything that a resumed run needs, as tensors."""
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Back to a `state`."""
+        """Restore a `state`."""
         ...

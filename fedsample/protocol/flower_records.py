@@ -1,4 +1,4 @@
-"""Parcels as Flower's records, and back: a header record and an array record, with an `stype` of our own."""
+"""Parcels as Flower's records, and back: a header record, and an array record with `stype`s of our own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADER, ARRAYS = "fedsample.header", "fedsample.arrays"  # the two records of a 
 
 
 def records_of(parcel: Parcel, prefix: str = "") -> RecordDict:
-    """The content of a Flower message; record names begin with `prefix`."""
+    """Convert a parcel to the content of a Flower message; record names begin with `prefix`."""
     records = RecordDict({f"{prefix}{HEADER}": ConfigRecord({**parcel.header})})
     if parcel.arrays:
         arrays = {name: FlowerArray(*array) for name, array in parcel.arrays.items()}
@@ -21,10 +21,10 @@ def records_of(parcel: Parcel, prefix: str = "") -> RecordDict:
 
 
 def parcel_of(records: RecordDict, what: str, prefix: str = "") -> Parcel:
-    """The parcel that `records_of` made.
+    """Convert records that `records_of` made back to a parcel.
 
     Raises:
-        DataError: if there is none; `what` names it there.
+        DataError: if there is none; `what` names the message in the error.
     """
     head, arrays = records.get(f"{prefix}{HEADER}"), records.get(f"{prefix}{ARRAYS}", ArrayRecord())
     if not isinstance(head, ConfigRecord) or not isinstance(arrays, ArrayRecord):

@@ -1,4 +1,4 @@
-"""Metrics: m and S on their way to the clients, and the tag by which both sides name them."""
+"""Metrics as messages: m and S for the clients, and the tag by which both sides name them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker, resto
 
 
 def pack_metric(metric: Metric) -> Parcel:
-    """The mean m, and what a client needs of S."""
+    """Pack the mean m, and the part of S that clients need."""
     tensors = {"mean": metric.mean, **metric.wire()}
     arrays = {name: (triangle if name == "root" else dense)(tensor) for name, tensor in tensors.items()}
     return Parcel(header(metric=metric.name), arrays)
 
 
 def unpack_metric(parcel: Parcel, like: Tensor, blocks: Sequence[Tensor]) -> Metric:
-    """The metric that `pack_metric` sent, without what only the server needs.
+    """Unpack a metric; what only the server needs is left out.
 
     Args:
         parcel: the message's content.
-        like: (d,), whose dtype and device it has.
-        blocks: the parameter matrices.
+        like: (d,) gives dtype and device.
+        blocks: flat positions of the parameter matrices.
 
     Raises:
-        DataError: if it is of no known kind, or an array has another form.
+        DataError: if it is of an unknown kind, or an array has another form.
     """
     what = "a metric"
     name, arrays = Header(parcel, what).text("metric"), parcel.arrays
@@ -54,7 +54,7 @@ def unpack_metric(parcel: Parcel, like: Tensor, blocks: Sequence[Tensor]) -> Met
 
 
 def metric_tag(parcel: Parcel) -> str:
-    """Names a metric by its contents, so that server and client know whether they speak of the same one."""
+    """Name a metric by its contents, so that server and client can tell whether theirs is the same."""
     state = hashlib.blake2b(Header(parcel, "a metric").text("metric").encode(), digest_size=16)
     for name, array in sorted(parcel.arrays.items()):
         state.update(f"{name} {array.dtype} {list(array.shape)} ".encode() + array.data)

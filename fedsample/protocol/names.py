@@ -1,4 +1,4 @@
-"""What messages, and the arrays in them, are called."""
+"""Names of messages and of the arrays in them."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ UPLOAD = "upload"
 
 
 def packet_stype(compressor: Compressor) -> str:
-    """The serialisation of a compressor's packets."""
+    """Name the serialisation of a compressor's packets."""
     return f"fedsample.{compressor.name}.v1"

@@ -1,4 +1,4 @@
-"""Exact quantities that a server may ask of its clients, and what they cost on the wire."""
+"""Exact quantities that a server may ask of its clients, and their size on the wire."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedsample.targets.metric import Identity, mirrored
 
 
 def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None) -> dict[str, Tensor]:
-    """One quantity of every client -> tensors (n, ...) by name, whose sums over clients the server wants.
+    """Compute one quantity for every client -> tensors (n, ...) by name; the server wants their sums over clients.
 
     Args:
         clients: in the coordinates of the points.
@@ -43,17 +43,17 @@ def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None)
     product = clients.hvp(points, vector)
     if name == "hvp":
         return {name: product}
-    squares = product.square().mean(1)  # over the vectors, as they all are probes
+    squares = product.square().mean(1)  # over the vectors, which are all probes
     return {name: squares if name == "squared_hvp" else squares * clients.diagonal(points[:1])[:, 0]}
 
 
 def is_symmetric(name: str) -> bool:
-    """Whether an output is a symmetric matrix, of which one triangle travels."""
+    """Whether an output is a symmetric matrix, of which one triangle is sent."""
     return name == "hessian" or name.startswith(("outer", "inner"))
 
 
 def exact_bits(name: str, tensor: Tensor) -> int:
-    """Bits of one client's tensor (without the client axis); symmetric matrices travel as one triangle."""
+    """Bits of one client's tensor (without the client axis); of symmetric matrices one triangle is sent."""
     width = 8 * tensor.element_size()
     if is_symmetric(name):
         side = tensor.shape[-1]
@@ -67,11 +67,11 @@ def point_bits(points: Tensor) -> int:
 
 
 def exact_forms(request: Request, blocks: Sequence[Tensor]) -> dict[str, Form]:
-    """The arrays in which exact outputs arrive from one client.
+    """List the forms of the arrays in which one client's exact outputs arrive.
 
     Args:
-        request: what was asked.
-        blocks: the parameter matrices, needed for factors only.
+        request: the request.
+        blocks: flat positions of the parameter matrices, needed for factors only.
     """
     c, d = request.points.shape
     dtype = request.points.dtype
@@ -93,7 +93,7 @@ def exact_forms(request: Request, blocks: Sequence[Tensor]) -> dict[str, Form]:
 
 
 def widest(clients: MetricClients, outputs: frozenset[str]) -> int:
-    """Entries of the largest matrix of one client that these outputs need; 1 for none."""
+    """Count the entries of the largest matrix of one client that these outputs need; 1 for none."""
     metric, d = clients.metric, clients.base.d
     if "hessian" in outputs or (outputs & {"diagonal", "cubed_hvp", "factors"} and not isinstance(metric, Identity)):
         return d * d

@@ -1,4 +1,4 @@
-"""What a fleet can do, and say, when clients die and come back."""
+"""Recovery when clients die and come back: snapshots, rollback and forks."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ class Recovers(Protocol):
     """A fleet whose clients keep their own memories, and may come back without them.
 
     Attributes:
-        snapshot_rounds: rounds from one snapshot of everyone to the next.
+        snapshot_rounds: rounds between snapshots of all clients.
     """
 
     snapshot_rounds: int
 
     def keep(self, rounds: Callable[[], list[int]]) -> None:
-        """From now on there is a memory to lose; `rounds` tells which snapshots the server can go back to."""
+        """Call once sampling starts: clients now hold state. `rounds` lists the snapshots the server can restore."""
         ...
 
     def common(self, kept: Sequence[int]) -> int | None:
-        """The latest of the server's snapshots that every client has which has any; None: nobody has one."""
+        """The latest of the server's snapshots that all clients with any snapshot have; None: no client has one."""
         ...
 
     def rewind(self, round: int) -> list[int]:
-        """Everyone back to a snapshot -> who had none, and begins with an empty memory."""
+        """Return all clients to a snapshot -> those that had none, and start with an empty memory."""
         ...
 
     def resume_without(self, lost: Sequence[int]) -> list[int]:
-        """Everyone goes on from where they are, `lost` and other newcomers with an empty memory -> who that is."""
+        """Continue without going back, `lost` and other newcomers with an empty memory -> all of these."""
         ...
 
     def scalars(self) -> dict[str, float]:
-        """Curves about the connections: bytes, latencies, late and failed counts."""
+        """Metrics of the connections: bytes, latencies, late and failed counts."""
         ...
 
     def score(self, draws: Tensor, round: int) -> dict[str, float]:
-        """How good the predictions of all draws so far are, after these (S, d) in the model's parameters."""
+        """Add draws (S, d), in the model's parameters -> scores of the predictions of all draws so far."""
         ...
 
 
 class Rollback(Exception):
-    """The run has to go back to a snapshot.
+    """The run has to return to a snapshot.
 
     Attributes:
-        round: of the snapshot.
-        client: whose return asks for it.
+        round: the snapshot's round.
+        client: the client whose return requires it.
     """
 
     def __init__(self, round: int, client: int) -> None:
@@ -57,14 +57,14 @@ class Rollback(Exception):
 
 
 class Abandoned(Exception):
-    """A wait for clients was given up because the run is to stop."""
+    """Waiting for clients was given up because the run is to stop."""
 
 
 class Fork(Exception):
-    """The chain goes on from where it is, though some clients have lost what they remembered.
+    """The chain continues from where it is, though some clients have lost their memories.
 
     Attributes:
-        clients: who.
+        clients: those that have lost their memories.
     """
 
     def __init__(self, clients: Sequence[int]) -> None:

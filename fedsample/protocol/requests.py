@@ -1,6 +1,6 @@
-"""Requests: what a server asks of many clients, made once, and what one client reads from its message.
+"""Requests: built once by the server for many clients, and read by each client from its message.
 
-Points travel in full, or as the increments that the client has missed; what it remembers is left out.
+Points are sent in full, or as the increments that the client has missed; what it remembers is left out.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ from fedsample.protocol.wire import (
 
 
 class Outgoing:
-    """A request on its way to many clients; arrays are made once and shared by all messages.
+    """A request to many clients; arrays are made once and shared by all messages.
 
     Args:
-        request: what is asked.
-        metric: tag of the metric in whose coordinates, see `metric_tag`; empty: in the model's own parameters.
-        coins: whether this round tosses coins, so that clients are told how they fell.
+        request: the request.
+        metric: tag of the metric of the coordinates, see `metric_tag`; empty: the model's own parameters.
+        coins: whether this round tosses coins, so that clients are told the outcome.
     """
 
     def __init__(self, request: Request, metric: str, *, coins: bool) -> None:
-        """Make the arrays."""
         self._request, self._metric = request, metric
         self._arrays: dict[str, Array] = {}
         self._parcels: dict[tuple[object, ...], Parcel] = {}
@@ -57,20 +56,20 @@ class Outgoing:
         self, client: int, *, estimate: bool = True, missed: Missed | None = None, previous: bool = True,
         reference: bool = True,
     ) -> Parcel:  # fmt: skip
-        """The message for one client.
+        """Make the message for one client.
 
         Args:
-            client: which.
-            estimate: whether it is asked for everything, or for the exact outputs only.
-            missed: the increments from the points that it holds to those of the request; None: the points are sent.
-            previous: whether it is told the points of the round before, where there are any, or remembers them.
+            client: the client's index.
+            estimate: whether an estimate is asked for too, or exact outputs only.
+            missed: increments from the points that it holds to those of the request; None: the points are sent in full.
+            previous: whether to send the points of the round before, if the request has any; False: it remembers them.
             reference: the same for the reference of variance reduction.
         """
         request = self._request
         applied = 0 if request.applied is None else int(request.applied[client])
         active = tuple(request.active[client].tolist()) if estimate and request.active is not None else None
         same = estimate, None if missed is None else missed.since, previous, reference, applied, active
-        if same not in self._parcels:  # most clients are told the same: it is made, named and checked once
+        if same not in self._parcels:  # most clients get the same message: it is made, named and checked once
             arrays = self._chosen(estimate, missed, previous, reference)
             self._parcels[same] = Parcel(self._header(estimate, missed, applied, active), arrays)
         return self._parcels[same]
@@ -110,11 +109,11 @@ class Outgoing:
 
 
 class Missed(NamedTuple):
-    """Increments of the clients' points, for who has missed some rounds.
+    """Increments of the points, for a client that has missed some rounds.
 
     Attributes:
         since: the round whose points the client holds.
-        array: the packets of the rounds after it, one after the other.
+        array: the packets of the rounds after it, concatenated.
     """
 
     since: int
@@ -122,7 +121,7 @@ class Missed(NamedTuple):
 
     @classmethod
     def of(cls, since: int, packets: Sequence[bytes], downlink: Ef21P, dtype: torch.dtype) -> Missed:
-        """From the packets of the rounds since + 1, since + 2, ..., see `Ef21P.pack`."""
+        """Make it from the packets of the rounds since + 1, since + 2, ..., see `Ef21P.pack`."""
         data = b"".join(packets)
         name = str(dtype).removeprefix("torch.")
         return cls(since, Array(name, (len(data) // dtype.itemsize,), packet_stype(downlink.compressor), data))
@@ -130,11 +129,13 @@ class Missed(NamedTuple):
 
 @dataclass
 class Recall:
-    """What a client remembers of the points that it was told.
+    """What a client remembers of the points that it was sent.
 
     Attributes:
-        round, points: the last round that it took part in, and (C, d) its points; 0, None: none.
-        reference_round, reference: since when, and (C, d) where, it reduces the variance of its minibatches.
+        round: the last round that it took part in; 0: none.
+        points: (C, d) the points of that round; None: none.
+        reference_round: the round since which `reference` is used.
+        reference: (C, d) the point of variance reduction; None: none.
     """
 
     round: int = 0
@@ -146,18 +147,18 @@ class Recall:
 def unpack_request(
     parcel: Parcel, clients: int, chains: int, like: Tensor, recall: Recall, downlink: Downlink
 ) -> Request:
-    """What one client is asked; `active` and `applied` hold its own row at every index.
+    """Unpack the request to one client; `active` and `applied` hold its own row at every index.
 
     Args:
         parcel: from `Outgoing.parcel`.
-        clients: n.
-        chains: C.
-        like: (d,), whose dtype and device the points have.
-        recall: what the client remembers; it is not changed.
-        downlink: how points come back.
+        clients: n, the number of clients.
+        chains: C, the number of chains.
+        like: (d,) gives dtype and device of the points.
+        recall: what the client remembers; not changed.
+        downlink: how increments of the points are decoded.
 
     Raises:
-        DataError: if the message does not fit, or speaks of points that the client does not remember.
+        DataError: if the message does not fit, or refers to points that the client does not remember.
     """
     what = "a request"
     head, arrays = Header(parcel, what), parcel.arrays
@@ -193,10 +194,10 @@ def unpack_request(
 
 
 def with_previous(request: Request, recall: Recall) -> Request:
-    """The request with the points of the round before, which the client remembers.
+    """Fill in the points of the round before, which the client remembers.
 
     Raises:
-        DataError: if it does not.
+        DataError: if it does not remember them.
     """
     if recall.points is None or recall.round != request.round - 1:
         last = None if recall.points is None else recall.round
@@ -208,8 +209,8 @@ def with_previous(request: Request, recall: Recall) -> Request:
 
 
 def _advanced(parcel: Parcel, head: Header, recall: Recall, downlink: Downlink, chains: int, like: Tensor) -> Tensor:
-    """The points (C, d) of a request that came as increments."""
-    since, round = head.integer("since"), head.integer("round")  # an answer may have got lost: then it knows more
+    """Decode the points (C, d) of a request that came as increments."""
+    since, round = head.integer("since"), head.integer("round")  # a client may know more: its answer got lost
     if recall.points is None or not since <= recall.round < round or not isinstance(downlink, Ef21P):
         held = "none" if recall.points is None else f"those of round {recall.round}"
         raise DataError(
@@ -232,7 +233,7 @@ def _advanced(parcel: Parcel, head: Header, recall: Recall, downlink: Downlink, 
 
 
 def _reference(found: dict[str, Tensor], since: int, round: int, points: Tensor, recall: Recall) -> Tensor:
-    """(C, d) where variance is reduced: the origin, the round's points, what came along, or what is remembered."""
+    """The point (C, d) of variance reduction: the origin, the round's points, sent along, or remembered."""
     if since == 0:
         return torch.zeros_like(points)
     if since == round:

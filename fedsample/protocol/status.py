@@ -1,4 +1,4 @@
-"""What a client says of itself: what it computes, when it is greeted, and what went wrong, when it fails."""
+"""What clients report about themselves: their setup when greeted, and failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedsample.version import __version__
 
 
 def terms(uplink: Uplink, seed: int, clients: int, chains: int, d: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """What server and clients must agree on before the first round; a client says it when it is greeted."""
+    """List what server and clients must agree on before the first round; a client reports it when greeted."""
     compressor = uplink.compressor
     return {
         "fedsample": __version__,
@@ -27,10 +27,11 @@ def terms(uplink: Uplink, seed: int, clients: int, chains: int, d: int, dtype: t
 
 @dataclass(frozen=True)
 class Failure:
-    """What a client says when it fails; travels as the reason of a Flower error.
+    """A client's failure; it is sent as the reason of a Flower error.
 
     Attributes:
-        client, round: which, and when; -1 where it does not know.
+        client: its index; -1: not known.
+        round: the round; -1: not known.
         stage: what it was doing.
         detail: its traceback.
     """
@@ -41,12 +42,12 @@ class Failure:
     detail: str
 
     def reason(self) -> str:
-        """As text."""
+        """Convert to text."""
         return json.dumps({"fedsample": self.__dict__})
 
     @classmethod
     def of_reason(cls, reason: str | None, client: int, round: int) -> Failure:
-        """Back from text; Flower's own errors become a failure in an unknown stage. A client below 0 is not known."""
+        """Read from text; Flower's own errors become a failure in an unknown stage. A negative client is not known."""
         try:
             found = json.loads(reason or "")["fedsample"]
             named = client if client >= 0 else int(found["client"])

@@ -10,7 +10,7 @@ from fedsample.protocol.wire import DENSE, Form, Parcel, read, same_names
 
 
 def unpack_points(parcel: Parcel, name: str, like: Tensor) -> Tensor:
-    """Points (S, d) of any number, with the dtype and device of `like` (d,).
+    """Unpack points (S, d), any number S, with the dtype and device of `like` (d,).
 
     Raises:
         DataError: if they have another form.
@@ -21,7 +21,7 @@ def unpack_points(parcel: Parcel, name: str, like: Tensor) -> Tensor:
 
 
 def unpack_vector(parcel: Parcel, name: str, what: str) -> Tensor:
-    """A vector of float64 of any length.
+    """Unpack a float64 vector of any length.
 
     Raises:
         DataError: if it is missing or has another form.

@@ -1,7 +1,7 @@
 """Messages as data: a header of plain values and named arrays of raw little-endian bytes, nothing pickled.
 
-A `Parcel` is what a server and a client say to each other, whatever carries it: Flower's records or a gRPC stream. What
-arrives is read against the form that it must have, and refused with a `DataError` if it has another.
+A `Parcel` is the content of a message on any transport, Flower's records or a gRPC stream. Arrays that arrive are
+compared with the form that they must have, and refused with a `DataError` if theirs is another.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 
 
 class Array(NamedTuple):
-    """A tensor that travels.
+    """A serialised tensor.
 
     Attributes:
         dtype: such as "float32".
         shape: of the tensor.
-        stype: how `data` stands for it.
+        stype: how `data` encodes the tensor.
         data: raw bytes.
     """
 
@@ -62,12 +62,12 @@ class Parcel:
 
     @property
     def bits(self) -> int:
-        """What counts as traffic: the bits of the arrays."""
+        """Bits of the arrays, which count as traffic."""
         return sum(math.prod(each.shape) if each.stype == BITS else 8 * len(each.data) for each in self.arrays.values())
 
 
 class Form(NamedTuple):
-    """What an array must be on arrival: its serialisation, shape and dtype."""
+    """The form that an array must have on arrival: serialisation, shape and dtype."""
 
     stype: str
     shape: tuple[int, ...]
@@ -80,33 +80,33 @@ class Form(NamedTuple):
 
     @property
     def entries(self) -> int:
-        """Values that travel."""
+        """Number of values that are sent."""
         side = self.shape[0] if self.stype == TRIANGLE else 0
         return side * (side + 1) // 2 if self.stype == TRIANGLE else math.prod(self.shape)
 
     def __str__(self) -> str:
-        """For error messages."""
+        """Describe the form, for error messages."""
         return f"{self.stype} {_NAMES[self.dtype]} {list(self.shape)}"
 
 
 def dense(tensor: Tensor) -> Array:
-    """Every value of a tensor of floats or signed integers."""
+    """Serialise every value of a tensor of floats or signed integers."""
     return Array(_NAMES[tensor.dtype], tuple(tensor.shape), DENSE, _bytes(tensor))
 
 
 def triangle(matrix: Tensor) -> Array:
-    """The upper triangle, row by row, of an exactly symmetric (d, d) matrix."""
+    """Serialise the upper triangle, row by row, of an exactly symmetric (d, d) matrix."""
     rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device).unbind()
     return Array(_NAMES[matrix.dtype], tuple(matrix.shape), TRIANGLE, _bytes(matrix[rows, columns]))
 
 
 def bits(mask: Tensor) -> Array:
-    """A mask (C,) at one bit an entry; the last byte is filled with zeros, which are not counted."""
+    """Serialise a mask (C,) at one bit per entry; the last byte is padded with zeros, which are not counted."""
     return Array(_NAMES[mask.dtype], tuple(mask.shape), BITS, np.packbits(mask.cpu().numpy()).tobytes())
 
 
 def read(array: Array, form: Form, what: str) -> Tensor:
-    """The tensor of an array that has arrived, on the CPU; its memory is its own, or what the message was read into.
+    """Read an array that has arrived, on the CPU; the tensor owns its memory or uses the buffer of the message.
 
     Raises:
         DataError: if its serialisation, shape, dtype or length is not that of the form.
@@ -119,7 +119,7 @@ def read(array: Array, form: Form, what: str) -> Tensor:
         octets = np.frombuffer(array.data, dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(octets, count=form.entries).astype(bool)).view(form.shape)
     values = np.frombuffer(array.data, dtype=_NUMPY[form.dtype])
-    if not (values.flags.writeable and values.flags.aligned and values.dtype.isnative):  # bytes may be others' too
+    if not (values.flags.writeable and values.flags.aligned and values.dtype.isnative):  # bytes may be shared
         values = values.astype(values.dtype.newbyteorder("="))
     found = torch.from_numpy(values)
     if form.stype != TRIANGLE:
@@ -132,10 +132,10 @@ def read(array: Array, form: Form, what: str) -> Tensor:
 
 
 def check(array: Array, form: Form, what: str) -> None:
-    """Refuse an array that says of itself that it is something else.
+    """Refuse an array whose declared form is not the expected one.
 
     Raises:
-        DataError: with what it is and what it must be.
+        DataError: with the declared and the expected form.
     """
     if (array.stype, tuple(array.shape), array.dtype) != (form.stype, form.shape, _NAMES[form.dtype]):
         raise DataError(
@@ -145,12 +145,12 @@ def check(array: Array, form: Form, what: str) -> None:
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Named tensors, each dense."""
+    """Serialise named tensors, each in full."""
     return {name: dense(tensor) for name, tensor in tensors.items()}
 
 
 def unpack_tensors(record: Mapping[str, Array], like: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """What `pack_tensors` made, with the names, shapes, dtypes and devices of `like`.
+    """Read what `pack_tensors` made, with the names, shapes, dtypes and devices of `like`.
 
     Raises:
         DataError: if anything differs.
@@ -163,58 +163,57 @@ def unpack_tensors(record: Mapping[str, Array], like: Mapping[str, Tensor], what
 
 
 def same_names(record: Mapping[str, Array], expected: Iterable[str], what: str) -> None:
-    """Refuse arrays of other names.
+    """Refuse arrays with other names than expected.
 
     Raises:
-        DataError: with what is there and what must be.
+        DataError: with the names that were found and those that were expected.
     """
     if set(record) != set(expected):
         raise DataError(f"{what} holds the arrays {sorted(record)}, expected {sorted(expected)}")
 
 
 def header(**fields: Any) -> dict[str, Field]:
-    """A header of this version; fields that are None are left out."""
+    """Make a header of this protocol version; fields that are None are left out."""
     return {"version": VERSION, **{name: value for name, value in fields.items() if value is not None}}
 
 
 class Header:
-    """The header of a message that has arrived, read field by field.
+    """Reads the header of a message that has arrived, field by field.
 
     Args:
         parcel: the message's content.
-        what: what it should be, for error messages.
+        what: names the message in error messages.
 
     Raises:
-        DataError: if it is of another version, or a field is not what it must be.
+        DataError: if it is of another version, or a field has the wrong type.
     """
 
     def __init__(self, parcel: Parcel, what: str) -> None:
-        """Check the version."""
         self._what, self._record = what, parcel.header
         version = self.integer("version")
         if version != VERSION:
             raise DataError(f"{what} is of format {version}, expected {VERSION}: install one fedsample everywhere")
 
     def value(self, name: str) -> object:
-        """Whatever stands there; None if left out."""
+        """Return the field's value; None: left out."""
         return self._record.get(name)
 
     def integer(self, name: str) -> int:
-        """An integer."""
+        """Read an integer."""
         value = self._record.get(name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self._wrong(name, value, "an integer")
         return value
 
     def text(self, name: str) -> str:
-        """A string."""
+        """Read a string."""
         value = self._record.get(name)
         if not isinstance(value, str):
             raise self._wrong(name, value, "a string")
         return value
 
     def texts(self, name: str) -> list[str]:
-        """A list of strings."""
+        """Read a list of strings."""
         value = self._record.get(name)
         if not isinstance(value, list):
             raise self._wrong(name, value, "a list of strings")
@@ -224,7 +223,7 @@ class Header:
         return items
 
     def flags(self, name: str, count: int) -> Tensor | None:
-        """(count,) bool; None if left out."""
+        """Read a mask (count,) bool; None: left out."""
         value = self._record.get(name)
         if value is None:
             return None

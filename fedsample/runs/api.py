@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from fedsample.targets import Posterior
 
 
-_WAIT_FOR_ALL = ("fleet.quorum=1.0", "fleet.deadline=none")  # what only devices have
+_WAIT_FOR_ALL = ("fleet.quorum=1.0", "fleet.deadline=none")  # settings of real devices only
 _FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}  # read once, when flwr is imported
 
 
 @dataclass(frozen=True)
 class Run:
-    """What an experiment left behind.
+    """A finished experiment.
 
     Attributes:
         path: the run directory.
@@ -54,11 +54,11 @@ class Run:
 
     @cached_property
     def target(self) -> Posterior:
-        """The posterior that was sampled."""
+        """Return the posterior that was sampled."""
         return build_target(self.experiment)
 
     def table(self) -> Table:
-        """The summary for a person to read."""
+        """Return the summary as a table for `rich`."""
         from fedsample.monitor.summary_table import summary_table
 
         return summary_table(self.summary, self.path)
@@ -79,7 +79,7 @@ def run(
     Args:
         source: a configuration as dict, TOML path or `Experiment`; None: the default job.
         out: the run directory, by default runs/<time>-<preset>.
-        resume: go on with the run in `out`, as configured there.
+        resume: continue the run in `out`, as configured there.
         overrides: "section.key=value" strings, as `--set` takes them.
         progress: a live bar, plain lines, or nothing.
         check_step: sample again at half the step, in `out`/check-step, and say in the summary's `step_check` whether
@@ -121,7 +121,7 @@ def run(
 
 
 def _check_step(done: Run, progress: Mode) -> Run:
-    """Sample at half the step, below the run's directory, and add the verdict to its summary."""
+    """Sample at half the step, in a folder inside the run's directory, and add the verdict to its summary."""
     from fedsample.monitor.directory import RunDirectory
     from fedsample.runs.session import Session
 
@@ -143,7 +143,7 @@ def _check_step(done: Run, progress: Mode) -> Run:
 
 
 def build_target(source: Source = None, overrides: Sequence[str] = ()) -> Posterior:
-    """The posterior of a configuration, without any sampling."""
+    """Return the posterior of a configuration, without sampling."""
     from fedsample.problem import build_problem
 
     with within_memory():
@@ -158,7 +158,7 @@ def _config_of(path: Path) -> str:
 
 
 def default_path(experiment: Experiment) -> Path:
-    """runs/<time>-<preset>."""
+    """Return the default run directory, runs/<time>-<preset>."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     base = Path("runs") / f"{stamp}-{experiment.preset}"
     path, number = base, 1

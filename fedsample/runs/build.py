@@ -1,4 +1,4 @@
-"""The parts of an experiment put together: the simulated fleet, the driver of its chains, and what does not fit."""
+"""Build the parts of an experiment: the simulated fleet, the driver of its chains, and checks of their sizes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def build_fleet(
     *,
     strict: bool = False,
 ) -> LocalFleet:
-    """The simulated federation of an experiment.
+    """Build the simulated federation of an experiment.
 
     Args:
         experiment: its settings.
-        problem: its clients.
-        links: its links.
-        arrivals: the clients that took part in rounds by number; None: as the settings say.
-        strict: as for `choose_engine`.
+        problem: holds the clients.
+        links: uplink and downlink.
+        arrivals: by round, the clients that took part, to replay a run; None: as the settings say.
+        strict: see `choose_engine`.
     """
     section = experiment.fleet
     clients = problem.clients
@@ -68,7 +68,7 @@ def build_fleet(
 
 
 def build_driver(experiment: Experiment, problem: Problem, links: Links, prepared: Prepared, n: int) -> Driver:
-    """The server's half of an experiment, once its geometry is known."""
+    """Build the server's half of an experiment, once its geometry is known."""
     extra = {"friction": experiment.sampler.friction} if experiment.sampler.name == "baoab" else {}
     sampler = SAMPLERS[experiment.sampler.name](
         step_size=schedule_of(experiment.step_size, prepared.step_size),
@@ -89,7 +89,7 @@ def build_driver(experiment: Experiment, problem: Problem, links: Links, prepare
 
 
 def check_size(experiment: Experiment, problem: Problem, links: Links) -> None:
-    """Refuse what does not fit the number of parameters or of clients.
+    """Refuse settings that do not fit the number of parameters or of clients.
 
     Raises:
         ConfigError: a dense metric for too many parameters, more coordinates on the wire than there are, or a cohort of
@@ -112,11 +112,11 @@ class Assembled:
 
     Attributes:
         problem: what is sampled.
-        links: its links.
+        links: uplink and downlink.
         fleet: the clients.
-        prepared: what is fixed.
-        driver: the server.
-        state: now.
+        prepared: metric, step and starting points.
+        driver: the server's half.
+        state: the current state of the chains.
     """
 
     problem: Problem
@@ -127,13 +127,13 @@ class Assembled:
     state: State
 
     def round(self, fleet: Fleet | None = None) -> None:
-        """One round, with its own clients or with others that stand for the same."""
+        """Run one round, with its own clients or with another fleet of the same clients."""
         request = self.driver.request(self.state)
         self.state = self.driver.update(self.state, request, (fleet or self.fleet).exchange(request))
 
 
 def assemble(experiment: Experiment) -> Assembled:
-    """Everything up to the first round.
+    """Build and prepare an experiment, up to its first round.
 
     Raises:
         DataError, ConfigError: as for a run.

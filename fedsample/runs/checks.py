@@ -1,4 +1,4 @@
-"""What is refused before anything runs: combinations that would not sample the posterior."""
+"""Checks before anything runs: settings that would not sample the posterior are refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 def check(experiment: Experiment) -> None:
-    """Refuse what would not sample the posterior.
+    """Refuse settings that would not sample the posterior, or that the fleet cannot carry out.
 
     Raises:
-        UnsoundError: with the reason and the nearest sound choice.
+        UnsoundError: the posterior would not be sampled; with the reason and the nearest sound choice.
+        ConfigError: faults are simulated in a fleet whose faults are real.
     """
     build_uplink(experiment)
     build_downlink(experiment)
@@ -30,13 +31,13 @@ def check(experiment: Experiment) -> None:
 
 
 def allows_stragglers(experiment: Experiment) -> bool:
-    """Whether rounds go on without devices that are slow."""
+    """Whether rounds go on without slow devices."""
     quorum = experiment.fleet.quorum
     return not (isinstance(quorum, float) and quorum == 1.0)
 
 
 def _check_devices(experiment: Experiment) -> None:
-    """Refuse what real devices cannot do, and rounds without some of them where that changes the law."""
+    """Refuse simulated faults on real devices, and a quorum that would change the posterior."""
     section, uplink = experiment.fleet, experiment.uplink.name
     if section.dropout or (section.loss and not allows_stragglers(experiment)):
         raise ConfigError(

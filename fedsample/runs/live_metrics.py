@@ -1,4 +1,4 @@
-"""What a run says about itself: curves while it goes, and the summary at its end."""
+"""Metrics computed while a run goes on: the curves of `metrics.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from fedsample.problem import Problem
     from fedsample.strategies import Driver, State
 
-_GROWTH = 2.0  # R-hat and ESS are renewed when there are so many times more draws
-_PENDING = 4096  # draws that may wait for the thread that looks at them
+_GROWTH = 2.0  # R-hat and ESS are computed again when there are this many times more draws
+_PENDING = 4096  # draws that may wait for the recorder's thread
 
 
 class LiveMetrics:
-    """Follows the draws of a running chain; the costly part runs in the recorder's thread.
+    """Metrics of a running chain; the costly part is computed in the recorder's thread.
 
     Args:
         problem: what is sampled.
@@ -35,10 +35,9 @@ class LiveMetrics:
     """
 
     def __init__(self, problem: Problem, experiment: Experiment) -> None:
-        """Nothing seen yet."""
         self._problem, self._experiment = problem, experiment
         self._fresh: deque[tuple[int, Tensor]] = deque(maxlen=_PENDING)  # with their rounds
-        self._functionals: list[Tensor] = []  # (C, F) a draw
+        self._functionals: list[Tensor] = []  # (C, F) per draw
         self._evaluator = Evaluator(problem)
         self._judged = 0
         self._lock = threading.Lock()
@@ -54,13 +53,13 @@ class LiveMetrics:
         return ("round/accuracy", "round/nll", "round/ece", *chains)
 
     def see(self, round: int, draw: Tensor) -> None:
-        """The draw (C, d) of a round."""
+        """Add the draw (C, d) of a round."""
         self._fresh.append((round, draw))
 
     def scalars(
         self, driver: Driver, before: State, state: State, aggregate: Aggregate, clients: int
     ) -> dict[str, float]:
-        """What costs nothing: log posterior, step, drift against noise, quantiles over clients."""
+        """Compute the cheap metrics: log posterior, step, drift against noise, quantiles over clients."""
         result = {
             "mcmc/step_size": driver.sampler.step_at(state.round),
             "fleet/arrived": float(aggregate.arrived.sum()) / clients,
@@ -79,12 +78,12 @@ class LiveMetrics:
         return result
 
     def job(self, round: int) -> Callable[[], dict[str, float]] | None:
-        """What is to be computed in a thread for the curves: predictions so far, now and then R-hat and ESS."""
+        """Return what a thread has to compute for the curves: scores of predictions, and now and then R-hat and ESS."""
         return partial(self._look, round) if self._fresh else None
 
     def _look(self, round: int) -> dict[str, float]:
-        """At the draws up to a round: later ones, which the chain may have made meanwhile, belong to later rows."""
-        torch.set_num_threads(1)  # the setting is a thread's own, and the chain needs the other core
+        """Compute the metrics from the draws up to a round; later draws belong to later rows."""
+        torch.set_num_threads(1)  # the setting is per thread, and the chain needs the other core
         with self._lock:
             fresh = []
             while self._fresh and self._fresh[0][0] <= round:

@@ -1,4 +1,4 @@
-"""The loop over rounds: ask the clients, move the chains, record, and now and then save."""
+"""The loop over rounds: ask the clients, move the chains, record, and save at intervals."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
     from fedsample.monitor.tensorboard import Recorder
     from fedsample.runs.live_metrics import LiveMetrics
 
-_CHECKPOINT_SHARE = 0.02  # of the time, at most, spent on checkpoints
+_CHECKPOINT_SHARE = 0.02  # largest share of the time spent on checkpoints
 
 
 @dataclass
 class Clock:
-    """Seconds by phase."""
+    """Seconds spent, by phase."""
 
     exchange: float = 0.0
     server: float = 0.0
     record: float = 0.0
-    before: float = 0.0  # seconds of earlier stretches of this run
+    before: float = 0.0  # seconds before the last start or rollback of this run
 
     @property
     def total(self) -> float:
-        """Seconds of this stretch and the ones before."""
+        """Seconds that the run has taken, including earlier stretches."""
         return self.exchange + self.server + self.record + self.before
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What works together in a round.
+    """The objects that a round uses.
 
     Attributes:
         driver: the server's half of the chains.
         fleet: the clients.
-        checkpoints: where checkpoints go.
-        draws: where draws go.
-        recorder: where curves go.
-        metrics: what is seen of the draws while they are made.
-        progress: what the user sees.
+        checkpoints: stores checkpoints.
+        draws: stores draws.
+        recorder: writes curves.
+        metrics: computes metrics of the draws while they are made.
+        progress: shows the user how far the run is.
     """
 
     driver: Driver
@@ -65,13 +65,13 @@ class Parts:
 
 
 class Keeper(Protocol):
-    """The run that a loop belongs to: it can be stopped, keeps checkpoints, and logs forks."""
+    """What a loop needs of its run: whether to stop, checkpoints, and a log of forks."""
 
     scores: dict[str, float]
 
     @property
     def experiment(self) -> Experiment:
-        """What is sampled."""
+        """The configuration."""
         ...
 
     @property
@@ -81,21 +81,21 @@ class Keeper(Protocol):
 
     @property
     def forks(self) -> frozenset[int]:
-        """Rounds before which the chain forks, in a run that follows another."""
+        """Rounds before which the chain forks, when a run replays another."""
         ...
 
     @property
     def stopped(self) -> str | None:
-        """The name of the signal that asked the run to end."""
+        """The name of the signal that asked the run to end; None: none did."""
         ...
 
     @property
     def advice(self) -> str:
-        """How to go on."""
+        """How to continue the run: the command to type."""
         ...
 
     def forked(self, driver: Driver, state: State, clients: Sequence[int]) -> State:
-        """The state after some clients have lost their memories for good; logged, if it changes the chain."""
+        """Return the state after some clients have lost their memories for good; log it if it changes the chain."""
         ...
 
     def save(
@@ -107,7 +107,7 @@ class Keeper(Protocol):
         clock: Clock,
         rows: Sequence[tuple[int, int, dict[str, float]]] = (),
     ) -> None:
-        """Write a checkpoint; `kept` is what the fleet remembers."""
+        """Write a checkpoint; `kept` is the fleet's state."""
         ...
 
 
@@ -116,8 +116,8 @@ class RoundLoop:
 
     Args:
         run: the run that it belongs to.
-        parts: what works together in a round.
-        setup: what preparation has sent.
+        parts: the objects that a round uses.
+        setup: traffic of preparation.
     """
 
     def __init__(self, run: Keeper, parts: Parts, setup: Traffic) -> None:
@@ -131,10 +131,10 @@ class RoundLoop:
         self._forks = run.forks
 
     def run(self, state: State, traffic: Traffic, clock: Clock) -> tuple[State, Traffic, Clock]:
-        """All remaining rounds.
+        """Run all remaining rounds.
 
         Raises:
-            Rollback: if a client is back without its memory, and all have a snapshot to go back to.
+            Rollback: if a client is back without its memory, and all have a snapshot to return to.
         """
         experiment = self.experiment
         saved_at, saved_round, cost = time.perf_counter(), state.round, 0.0
@@ -183,20 +183,20 @@ class RoundLoop:
         return state, traffic, clock
 
     def _due(self, round: int, seconds: float, cost: float) -> bool:
-        """Whether it is time for a checkpoint: by the clock, or together with the clients' snapshots."""
+        """Whether a checkpoint is due: by the clock, or together with the clients' snapshots."""
         if self._recovers is not None:
             return round % self._recovers.snapshot_rounds == 0
         return seconds >= max(self.experiment.monitor.checkpoint_seconds, cost / _CHECKPOINT_SHARE)
 
     def _fork(self, state: State, fork: Fork) -> State:
-        """The state after a client has lost its memory for good."""
+        """Return the state after a client has lost its memory for good."""
         if self._recovers is None:
             raise fork
         lost = self._recovers.resume_without(fork.clients)
         return self.session.forked(self.driver, state, lost)
 
     def _save(self, state: State, traffic: Traffic, clock: Clock) -> State:
-        """Draws and logs first, then the checkpoint that counts on them -> the state, forked if need be."""
+        """Write draws and logs, then the checkpoint that relies on them; return the state, forked if need be."""
         while True:
             try:
                 kept = self.fleet.state()
@@ -209,7 +209,7 @@ class RoundLoop:
         return state
 
     def _log(self, before: State, state: State, aggregate: Aggregate, traffic: Traffic, clock: Clock) -> State:
-        """One row of the curves -> the state, forked if need be."""
+        """Write one row of the curves; return the state, forked if need be."""
         scalars = self.metrics.scalars(self.driver, before, state, aggregate, self.fleet.n)
         n = self.fleet.n
         scalars |= {
@@ -233,5 +233,5 @@ class RoundLoop:
         return state
 
     def _sent(self, traffic: Traffic) -> int:
-        """Bytes that all clients together have sent, preparation included."""
+        """Bytes that all clients together have sent, including preparation."""
         return (traffic.up + self._setup.up) // 8

@@ -1,4 +1,4 @@
-"""Running out of memory, in words."""
+"""Out-of-memory errors of the CPU, turned into errors with advice."""
 
 from __future__ import annotations
 

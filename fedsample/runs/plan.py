@@ -1,4 +1,4 @@
-"""What a configuration would run, and what it would send."""
+"""What a configuration would run and send, without sampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedsample.runs.memory import within_memory
 
 
 def plan(source: Source = None, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """What a configuration would run, and what it would send, without sampling."""
+    """Describe what a configuration would run and send, without sampling."""
     import torch
 
     from fedsample.estimators import build_links

@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint counts, and how state, draws and curves come back to it."""
+"""Continuing a run: find the checkpoint, and restore state, draws and curves from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedsample.runs.live_metrics import LiveMetrics
 
 
 def latest_checkpoint(store: CheckpointStore, experiment: Experiment, path: Path) -> Checkpoint | None:
-    """The checkpoint that the run in `path` goes on from; None: it was stopped before it had one.
+    """Return the checkpoint from which the run in `path` continues; None: it was stopped before it had one.
 
     Raises:
         RunDirectoryError: if there are draws without a checkpoint, or more rounds than the configuration has.
@@ -40,13 +40,13 @@ def latest_checkpoint(store: CheckpointStore, experiment: Experiment, path: Path
 def common_checkpoint(
     store: CheckpointStore, checkpoint: Checkpoint, fleet: Fleet, fingerprint: str, path: Path
 ) -> Checkpoint:
-    """The checkpoint of these data that the clients can go back to too.
+    """Return the latest checkpoint, of the same data, that the clients can restore too.
 
     Args:
-        store: of the run.
-        checkpoint: its latest.
+        store: the run's checkpoints.
+        checkpoint: the run's latest.
         fleet: the clients.
-        fingerprint: names the data.
+        fingerprint: identifies the data.
         path: the run directory.
 
     Raises:
@@ -63,7 +63,7 @@ def common_checkpoint(
 
 
 def checkpoint_at(store: CheckpointStore, round: int) -> Checkpoint:
-    """The checkpoint of a round.
+    """Return the checkpoint of a round.
 
     Raises:
         RunDirectoryError: if it is damaged.
@@ -78,7 +78,7 @@ def checkpoint_at(store: CheckpointStore, round: int) -> Checkpoint:
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
+    """Return the tensors whose names begin with a prefix, without the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -91,7 +91,7 @@ def has_ended(path: Path, round: int) -> bool:
 
 
 def recall(metrics: LiveMetrics, path: Path, round: int) -> None:
-    """Show the draws so far to the live metrics: curves go on where they were."""
+    """Feed the draws so far to the live metrics, so that the curves continue."""
     rounds = load_rounds(path).tolist() if round > 0 else []
     if rounds:
         for at, draw in zip(rounds, load_draws(path).unbind(1), strict=True):

@@ -1,4 +1,4 @@
-"""A run with real devices: the server that samples."""
+"""A run with real devices: the server's side."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def serve(
     """Sample with the devices that connect -> the run directory, its summary, the resolved configuration.
 
     Args:
-        experiment: the configuration; None: go on with the run in `path`.
+        experiment: the configuration; None: continue the run in `path`.
         path: the run directory.
         host: where to listen.
-        mode: how much is shown.
+        mode: how progress is shown.
 
     Raises:
-        FedSampleError: whatever went wrong, in words. Interrupted: on Ctrl-C or SIGTERM.
+        FedSampleError: see `fedsample.errors`.
+        Interrupted: on Ctrl-C or SIGTERM.
     """
     if experiment is None:
         manager = Session.reopen(path, mode, opener=host.open)

@@ -1,7 +1,7 @@
 """A run in progress: prepare, sample round by round, record, checkpoint, and sum up.
 
-Everything between two rounds is in the checkpoint, and every draw is keyed by its round: a run that was killed goes on
-from its last checkpoint and gives the same draws, bit for bit.
+Everything that changes between rounds is in the checkpoint, and every draw is keyed by its round: a run that was
+killed continues from its last checkpoint and gives the same draws, bit for bit.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ SHARD_ROUNDS = 1000
 
 
 class Session:
-    """One run directory and everything that works in it; use as a context manager."""
+    """A run directory and the run in it; use as a context manager."""
 
     def __init__(
         self, experiment: Experiment, directory: RunDirectory, progress: Mode, resumed: bool, opener: Opener | None
     ) -> None:
-        """Use `create` or `reopen`."""
+        """Called by `create` and `reopen`; use those."""
         self.directory, self.path = directory, directory.path
         self._threads = experiment.fleet.threads or 1  # small products: a second thread costs more than it brings
         self._asked = on_machine(experiment, None, self._threads)
@@ -75,14 +75,14 @@ class Session:
         cls, experiment: Experiment, path: Path, progress: Mode, *, opener: Opener | None = None,
         replay: Path | None = None,
     ) -> Self:  # fmt: skip
-        """A new run in an empty directory.
+        """Start a new run in an empty directory.
 
         Args:
             experiment: the configuration.
             path: the directory.
-            progress: how much is shown.
-            opener: makes the problem and the fleet, where they are not in this process.
-            replay: a run whose participation is followed.
+            progress: how progress is shown.
+            opener: makes the problem and the fleet, where the clients are not in this process.
+            replay: the directory of a run whose participation is repeated.
         """
         session = cls(experiment, RunDirectory.create(path), progress, resumed=False, opener=opener)
         if replay is not None:
@@ -90,13 +90,13 @@ class Session:
         return session
 
     def _follow(self, path: Path) -> None:
-        """Take part when the clients of another run did, and fork where it forked."""
+        """Replay another run: the same clients take part in each round, and the chain forks where it forked."""
         self._arrivals = {row["round"]: row["clients"] for row in _rows(path / "participation.jsonl")}
         self.forks = frozenset(row["round"] for row in _rows(path / "forks.jsonl"))
 
     @classmethod
     def reopen(cls, path: Path, progress: Mode, *, opener: Opener | None = None) -> Self:
-        """The run that lies in `path`, as configured there."""
+        """Reopen the run in `path`, as configured there."""
         directory = RunDirectory.open(path)
         try:
             return cls(reread(directory.read_config()), directory, progress, resumed=True, opener=opener)
@@ -111,12 +111,12 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the directory and everything that was changed for the run."""
+        """Release the directory and undo every process-wide setting made for the run."""
         self._stack.__exit__(kind, error, trace)
 
     @property
     def experiment(self) -> Experiment:
-        """What is sampled: as it was asked for, and from the first round on with everything chosen."""
+        """The configuration: as given, and from the first round on with every automatic choice resolved."""
         return self._asked if self._resolved is None else self._resolved.experiment
 
     # --- from configuration to first round ------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class Session:
         A run that cannot begin leaves no directory behind, so that the next attempt may use the same name.
 
         Raises:
-            Interrupted: on Ctrl-C or SIGTERM; what was drawn is in a checkpoint.
+            Interrupted: on Ctrl-C or SIGTERM; the draws so far are in a checkpoint.
         """
         try:
             with self._stop.listening(lambda: self.advice):
@@ -145,7 +145,7 @@ class Session:
 
     @property
     def advice(self) -> str:
-        """How to go on."""
+        """How to continue the run: the command to type."""
         return f"Go on with: {self.command} --resume --out {shlex.quote(str(self.path))}"
 
     def _sample(self) -> dict[str, Any]:
@@ -185,10 +185,10 @@ class Session:
         self, problem: Problem, driver: Driver, fleet: Fleet, prepared: Prepared, store: CheckpointStore,
         progress: Progress, checkpoint: Checkpoint | None,
     ) -> tuple[Traffic, Clock, DrawStore]:  # fmt: skip
-        """From a checkpoint, or the start, to the last round.
+        """Run from a checkpoint, or from the start, to the last round.
 
         Raises:
-            Rollback: if it must be begun again from an earlier checkpoint.
+            Rollback: if it must restart from an earlier checkpoint.
         """
         self._rewind(0 if checkpoint is None else checkpoint.round, store, again=checkpoint is not None)
         state, traffic, clock = self._start(driver, fleet, prepared, checkpoint)
@@ -219,7 +219,7 @@ class Session:
         return traffic, clock, draws
 
     def _federation(self, progress: Progress) -> tuple[Problem, Links, Fleet, str | None]:
-        """What is sampled, the links and the clients: here, in Flower's simulation runtime, or at the ends of streams.
+        """Open the problem, the links and the clients: here, in Flower's simulation runtime, or on devices over gRPC.
 
         Returns:
             The problem, its links, the fleet, and the engine if clients are in this process.
@@ -240,7 +240,7 @@ class Session:
         return problem, links, fleet, None
 
     def accept(self, problem: Problem) -> Links:
-        """Take what is sampled -> the run's links, made once.
+        """Take the problem -> the run's links, made once.
 
         Raises:
             FedSampleError: if the settings do not fit the number of parameters or of clients.
@@ -251,7 +251,7 @@ class Session:
         return self._links
 
     def _use_threads(self) -> None:
-        """Set the number of CPU threads, for the time of the run."""
+        """Set the number of CPU threads for the duration of the run."""
         self._stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         choose_paths()
@@ -261,7 +261,7 @@ class Session:
         self, problem: Problem, links: Links, fleet: Fleet, engine: str | None, progress: Progress,
         checkpoint: Checkpoint | None,
     ) -> Prepared:  # fmt: skip
-        """Prepare, or take what was prepared before; from now on the experiment is resolved."""
+        """Prepare, or restore an earlier preparation; from now on the experiment is resolved."""
         asked = on_machine(self._asked, engine, self._threads)
         if checkpoint is not None:
             if changed := self.directory.compare_env(checkpoint.round):
@@ -285,7 +285,7 @@ class Session:
         return prepared
 
     def _describe(self, problem: Problem) -> None:
-        """Write down what the run goes by, before its first round."""
+        """Write what the run depends on, before its first round."""
         self.directory.write_config(dump_toml(self.experiment))
         self.directory.write_env()
         self.directory.write_json(
@@ -306,7 +306,7 @@ class Session:
         return state, Traffic(*checkpoint.meta["traffic"]), Clock(before=checkpoint.meta["seconds"])
 
     def forked(self, driver: Driver, state: State, clients: Sequence[int]) -> State:
-        """The state after some clients have lost their memories for good; logged, if it changes the chain."""
+        """Return the state after some clients have lost their memories for good; log it if it changes the chain."""
         before = state.tensors()
         after = driver.forked(state)
         if driver.uplink.memory((1, 1, 1), state.params.dtype, state.params.device):
@@ -331,21 +331,21 @@ class Session:
         clock: Clock,
         rows: Sequence[tuple[int, int, dict[str, float]]] = (),
     ) -> None:
-        """Write a checkpoint; `kept` is what the fleet remembers."""
+        """Write a checkpoint; `kept` is the fleet's state."""
         tensors = {f"state.{name}": tensor for name, tensor in state.tensors().items()}
         tensors |= {f"fleet.{name}": tensor for name, tensor in kept.items()}
         meta = {"traffic": list(traffic), "seconds": clock.total, "data": self._data, "rows": list(rows)}
-        meta["scores"] = self.scores  # a run that has reached its last round does not ask for them again
+        meta["scores"] = self.scores  # a resumed run that has reached its last round does not ask for them again
         store.save(state.round, tensors, meta)
 
     @property
     def over(self) -> bool:
-        """Whether the run has once ended, and has no further rounds to do."""
+        """Whether the run has ended before and has no rounds left."""
         return self._resumed and has_ended(self.path, self._asked.rounds)
 
     @property
     def stopped(self) -> str | None:
-        """The name of the signal that asked the run to end."""
+        """The name of the signal that asked the run to end; None: none did."""
         return self._stop.signal
 
 
@@ -354,7 +354,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _flat(experiment: Experiment) -> dict[str, Any]:
-    """Settings by dotted name, for the hyper-parameters page."""
+    """Flatten the settings to dotted names, for TensorBoard's hyper-parameters page."""
     result: dict[str, Any] = {}
     for name, value in experiment.model_dump().items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end a run after its round, with a checkpoint; before and after the rounds, at once."""
+"""Ctrl-C and SIGTERM: during the rounds they end a run after the current one, with a checkpoint; otherwise at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 from fedsample.errors import Interrupted
 
-Phase = Literal["before", "in", "after"]  # the first round, the chain, its last round
+Phase = Literal["before", "in", "after"]  # the first round, during the rounds, after the last
 _WHEN = {"before": "while it was being prepared", "after": "after the last round"}
 
 
@@ -18,7 +18,7 @@ class Stop:
     """Whether a run was asked to end.
 
     Attributes:
-        phase: where the run is; kept up to date by it.
+        phase: where the run is; the run updates it.
         signal: the name of the signal that asked; None: none did.
     """
 
@@ -28,10 +28,10 @@ class Stop:
 
     @contextmanager
     def listening(self, advice: Callable[[], str]) -> Iterator[None]:
-        """Take note of signals; a second one acts as if nobody listened. Off the main thread nothing is changed.
+        """Record signals; a second one acts as if nobody listened. Off the main thread nothing is changed.
 
         Args:
-            advice: says how to go on.
+            advice: tells how to continue the run.
 
         Raises:
             Interrupted: at a signal outside the rounds.

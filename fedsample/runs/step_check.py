@@ -1,10 +1,10 @@
 """Confirm a step by halving it: the same experiment again at half the step, and how much narrower its draws are.
 
-The bias of a variance grows as a power of the step, so what halving removes tells what is left. Where a prediction of
-the bias exists its ratio between the two steps gives the power; otherwise the bias is taken to be of first order, which
-at worst overstates it. Two variances are compared, both in the run's own metric: the mean over its coordinates, as the
-geometric mean of the ratios of variances (errors of the two runs' variances then do not favour one side), and that
-along the stiffest direction. Standard errors are of batch means.
+The bias of a variance grows as a power of the step, so the change from halving estimates what is left. Where a
+prediction of the bias exists, its ratio between the two steps gives the power; otherwise the bias is taken to be of
+first order, which at worst overstates it. Two variances are compared, both in the run's own metric: the mean over its
+coordinates, as the geometric mean of the ratios of variances (errors of the two runs' variances then do not favour one
+side), and that along the stiffest direction. Standard errors are of batch means.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ if TYPE_CHECKING:
     from fedsample.config import Experiment
 
 DIRECTORY = "check-step"
-MARGIN = 4 / 3  # a bias is as tolerated where it is at most a third over the tolerance: predictions are no better
+MARGIN = 4 / 3  # a bias up to a third over the tolerance is accepted: predictions are no better
 _BATCHES = 8
 _SIGMAS = 2.0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One variance at a step h and at h / 2.
+    """One variance, compared between a step h and h / 2.
 
     Attributes:
-        of: what varies.
+        of: which variance.
         change: its relative excess at h over that at h / 2.
         error: the change's standard error.
-        predicted_change: what the moments say; None: nothing.
-        bias, bias_error: estimated excess at h over the target's, with its standard error.
-        predicted_bias: what the moments say.
+        predicted_change: the change that the moments predict; None: no prediction.
+        bias: estimated relative excess at h over the target's.
+        bias_error: its standard error.
+        predicted_bias: the bias that the moments predict; None: no prediction.
     """
 
     of: str
@@ -53,7 +54,7 @@ class Comparison:
 
 
 def half(experiment: Experiment) -> Experiment:
-    """The experiment at half its step: other randomness, as many draws, as long in time.
+    """Return the experiment at half its step: other randomness, as many draws, over the same simulated time.
 
     Raises:
         ConfigError: if there is no single step, or nothing that a step could bias.
@@ -75,21 +76,28 @@ def half(experiment: Experiment) -> Experiment:
 def compare(
     draws: Tensor, halved: Tensor, of: str, predicted: tuple[float | None, float | None] = (None, None)
 ) -> Comparison:
-    """Variances of draws (C, n, m) at h and at h / 2, as the geometric mean over m; `predicted`: biases at both."""
+    """Compare variances of draws (C, n, m) at h and at h / 2, by the geometric mean over m.
+
+    Args:
+        draws: at h.
+        halved: at h / 2.
+        of: which variance, for the report.
+        predicted: the predicted biases at h and at h / 2; None: no prediction.
+    """
     (one, one_error), (two, two_error) = _log_variance(draws), _log_variance(halved)
     change = math.expm1(one - two)
     error = (1 + change) * math.hypot(one_error, two_error)
     expected, at_half = predicted
     known = expected is not None and at_half is not None
     predicted_change = (1 + expected) / (1 + at_half) - 1 if known else None  # type: ignore[operator]
-    factor = 2.0  # of a bias of first order
+    factor = 2.0  # by which halving divides a bias of first order
     if expected is not None and predicted_change is not None and 0 < at_half < expected:  # type: ignore[operator]
         factor = min(2.0, expected / predicted_change)
     return Comparison(of, change, error, predicted_change, factor * change, factor * error, expected)
 
 
 def _log_variance(draws: Tensor) -> tuple[float, float]:
-    """Mean over m of the logarithm of the variance of (C, n, m), and its standard error."""
+    """Return the mean over m of the log variance of draws (C, n, m), and its standard error."""
     chains, count, _ = draws.shape
     draws = draws.to(torch.float64)
     squares = (draws - draws.mean((0, 1))).square()
@@ -103,7 +111,7 @@ def _log_variance(draws: Tensor) -> tuple[float, float]:
 
 
 def verdict(comparisons: list[Comparison], tolerance: float, rhat: float | None) -> tuple[str, str]:
-    """One of "confirmed", "not confirmed" and "undecided", and why in a sentence."""
+    """Return "confirmed", "not confirmed" or "undecided", and the reason in a sentence."""
     limit = MARGIN * tolerance
     worst = max(comparisons, key=lambda each: each.bias - _SIGMAS * each.bias_error)
     said = ", ".join(
@@ -130,9 +138,10 @@ def check(path: Path, experiment: Experiment, summary: dict[str, Any], other: di
     """Compare a finished run with the one at half its step -> the `step_check` object of its summary.
 
     Args:
-        path: the run's directory, which holds the other's in `DIRECTORY`.
-        experiment: as it ran.
-        summary, other: of the run and of the one at half the step.
+        path: the run's directory; the run at half the step lies in `DIRECTORY` inside it.
+        experiment: the resolved configuration.
+        summary: of the run.
+        other: of the run at half the step.
     """
     from fedsample.monitor.draws import load_draws
     from fedsample.preparation.prepared import restore_prepared

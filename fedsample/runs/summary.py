@@ -1,4 +1,4 @@
-"""The summary of a run: what was drawn, how good it is, and what it cost."""
+"""The summary of a run: what was drawn, how well the chains mixed, and what it cost."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from fedsample.preparation.prepared import Prepared
     from fedsample.problem import Problem
 
-_BLOCK = 1 << 25  # entries of draws looked at together in the summary
+_BLOCK = 1 << 25  # entries of draws processed together in the summary
 
 
 def summarise(
     problem: Problem, experiment: Experiment, prepared: Prepared, traffic: Traffic, seconds: float, store: DrawStore
 ) -> dict[str, Any]:
-    """`summary.json`: what was drawn, how good it is, and what it cost."""
+    """Compute `summary.json`: what was drawn, how well the chains mixed, and what it cost."""
     draws = store.load().to(problem.clients.device)  # (C, n, d)
     chains, count, d = draws.shape
     n = problem.clients.n
@@ -64,7 +64,7 @@ def summarise(
 
 
 def _prediction(experiment: Experiment, value: float) -> float | None:
-    """Predictions are for full gradients, a positive temperature, and absences that do not last."""
+    """Return a predicted figure where predictions hold: full gradients, positive temperature, no lasting absences."""
     unforeseen = experiment.batch_size is not None or experiment.fleet.dropout > 0
     return None if experiment.temperature == 0 or unforeseen else _number(value)
 
@@ -74,7 +74,7 @@ def _number(value: float) -> float | None:
 
 
 def _functionals(problem: Problem, draws: Tensor) -> Tensor:
-    """(C, n, F) float64 of draws (C, n, d)."""
+    """Compute the functionals (C, n, F), in float64, of draws (C, n, d)."""
     chains, count, d = draws.shape
     size = max(1, _BLOCK // max(1, d))
     flat = draws.reshape(-1, d)
@@ -83,7 +83,7 @@ def _functionals(problem: Problem, draws: Tensor) -> Tensor:
 
 
 def _quality(problem: Problem, draws: Tensor) -> dict[str, float | None]:
-    """Scores of the averaged predictions on held-out rows."""
+    """Score the averaged predictions on held-out rows."""
     flat = draws.reshape(-1, draws.shape[-1])
     if problem.likelihood == "gaussian":
         if problem.test is None:

@@ -1,4 +1,4 @@
-"""What speaks against a posterior before the first round, and against its draws after the last."""
+"""Warnings about the draws of a run: bias, mixing, and what to do about them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fedsample.targets.metric import MOST_DENSE
 if TYPE_CHECKING:
     from fedsample.config import Experiment
 
-MIXED = 1.1  # R-hat beyond which chains tell their starting points apart
+MIXED = 1.1  # R-hat above which the chains have not mixed
 _FEW = 50  # effective draws, below which a single chain tells little
-_OVER = 1.05  # times the tolerance: what an automatic step may predict by rounding
+_OVER = 1.05  # times the tolerance: how far rounding may take the bias predicted for an automatic step
 
 
 def run_warnings(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
-    """Why the draws of a run are not to be trusted yet, each with what to do; empty where nothing says so.
+    """List the reasons not to trust a run's draws yet, each with what to do; empty: none was found.
 
     Args:
-        experiment: what was run.
-        summary: of it, see `fedsample.runs.summary.summarise`.
+        experiment: the resolved configuration.
+        summary: see `fedsample.runs.summary.summarise`.
     """
     if experiment.temperature == 0:
         return []
@@ -58,7 +58,7 @@ def _of_bias(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
     bias, step, limit = (summary[name] for name in ("predicted_variance_bias", "step_size", "largest_stable_step"))
     schedule = schedule_of(experiment.step_size, step)
     constant = isinstance(schedule, Constant)
-    if not constant:  # the prediction is of the first step: what counts is the largest while draws are kept
+    if not constant:  # the prediction is for the first step: what counts is the largest step while draws are kept
         step, bias = schedule.largest(experiment.warmup + 1, experiment.rounds), None
     foreseen = constant and experiment.batch_size is None and experiment.fleet.dropout == 0
     if step > limit or (foreseen and bias is None):

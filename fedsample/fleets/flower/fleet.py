@@ -1,12 +1,12 @@
 """Clients behind a Flower Grid: one message to each client that is asked, one reply from each.
 
-Clients are known by their partition, whatever node they run on: the first exchange asks every node which partition it
-has. Replies arrive in any order and are summed in client order, by the same tree as everywhere, so the draws are those
-of `LocalFleet` with its by-client engine, bit for bit.
+Clients are identified by their partition, whatever node they run on: the first exchange asks every node for its
+partition. Replies arrive in any order and are summed in client order, by the same tree as in every fleet, so the draws
+are those of `LocalFleet` with its by-client engine, bit for bit.
 
-A reply that does not come in time has an unknown probability of coming, and an estimate scaled by a wrong one targets
-another posterior. So a round waits for everyone it asked and then stops with the names of who is missing, unless the
-caller states the probability; then who does not answer counts as absent, where the estimator can bear it.
+If a reply does not come in time, the probability that one comes is unknown, and an estimate scaled by a wrong one
+targets another posterior. So a round waits for all clients it asked and then stops with the names of those missing,
+unless the caller states the probability; then a client that does not answer is absent, if the estimator allows it.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ class FlowerFleet(RemoteFleet):
     """A federation of Flower ClientApps made by `fedsample.clients.app.client_app`.
 
     Args:
-        grid: of a running ServerApp.
-        federation: who the clients are.
+        grid: the grid of a running ServerApp.
+        federation: the clients and their links.
         timeout: seconds to wait for replies.
     """
 
     def __init__(self, grid: Grid, federation: Federation, *, timeout: float = TIMEOUT) -> None:
-        """Remember; nobody is asked yet."""
         super().__init__(federation)
         self.grid, self.timeout = grid, timeout
         like = self.like
         terms = protocol.terms(self.uplink, federation.seed, self.n, self.chains, len(like), like.dtype)
         self.roster = Roster(grid, self.n, terms, timeout)
-        self.fresh = False  # whether clients hold a metric and no memory yet
+        self.fresh = False  # whether clients hold a metric but no memory yet
 
     # --- the Fleet protocol --------------------------------------------------------------------------------------
 
     def exchange(self, request: Request) -> Aggregate:
-        """One round trip.
+        """Make one round trip.
 
         Raises:
-            ClientError: if a client failed. QuorumError: if one did not answer.
+            ClientError: if a client failed.
+            QuorumError: if one did not answer.
         """
         content, dispatch = self.dispatch(request)
         return self.gather(dispatch, self.grid.send_and_receive(content, timeout=self.timeout))
 
     def set_metric(self, metric: Metric) -> Traffic:
-        """Send m and S to every client, which forgets what it remembered in other coordinates."""
+        """Send m and S to every client, which discards what it remembered in other coordinates."""
         parcel = protocol.pack_metric(metric)
         self.roster.broadcast(protocol.METRIC, [parcel] * self.n)
         self.tag, self.fresh = protocol.metric_tag(parcel), True
@@ -74,14 +74,14 @@ class FlowerFleet(RemoteFleet):
         return Traffic(down=self.n * parcel.bits)
 
     def holds(self, metric: Metric) -> bool:
-        """Whether all clients hold this metric, from this fleet or an earlier one in the same run."""
+        """Whether all clients hold this metric, from this fleet or from an earlier one in the same run."""
         tag = protocol.metric_tag(protocol.pack_metric(metric))
         if not self.tag and set(self.roster.tags) == {tag}:
             self.tag = tag
         return self.tag == tag
 
     def state(self) -> dict[str, Tensor]:
-        """Client memories stacked over clients, fetched from them: for the checkpoints of a simulation."""
+        """Fetch the clients' memories, stacked over clients, for the checkpoints of a simulation."""
         like = self._memory()
         if not like:
             return {}
@@ -90,7 +90,7 @@ class FlowerFleet(RemoteFleet):
         return {f"memory.{name}": torch.cat([stack[name] for stack in stacks]) for name in like}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Back to a `state`, given to each client; the points are told again."""
+        """Restore a `state` on every client; the points are sent again."""
         like = self._memory()
         if missing := [name for name in like if f"memory.{name}" not in state]:
             raise RunDirectoryError(f"the checkpoint lacks the clients' memory {missing[0]!r}: it is of another uplink")
@@ -106,7 +106,7 @@ class FlowerFleet(RemoteFleet):
     # --- a round in two halves, between which Flower carries the messages ----------------------------------------
 
     def dispatch(self, request: Request, kind: str | None = None) -> tuple[list[Message], Dispatch]:
-        """The messages of a round, of a given Flower type, and what `gather` needs to know of them.
+        """Make the messages of a round, of a given Flower type, and the record that `gather` needs.
 
         Raises:
             DivergenceError: if the points are not finite.
@@ -118,10 +118,11 @@ class FlowerFleet(RemoteFleet):
         return self.roster.send(parcels, kind, str(request.round)), dispatch
 
     def gather(self, dispatch: Dispatch, replies: Iterable[Message]) -> Aggregate:
-        """The sums over clients.
+        """Sum the replies over clients.
 
         Raises:
-            ClientError: if a client failed. Others: see `RemoteFleet.collect`.
+            ClientError: if a client failed.
+            QuorumError, DataError: see `RemoteFleet.collect`.
         """
         return self.collect(dispatch, self.roster.sort(replies, dispatch.request.round).items())
 
@@ -131,5 +132,5 @@ class FlowerFleet(RemoteFleet):
 
 
 def fleet_on(grid: Grid, experiment: Experiment, clients: Clients, links: Links) -> FlowerFleet:
-    """The clients of an experiment, on the grid of a running ServerApp."""
+    """Make the fleet of an experiment on the grid of a running ServerApp."""
     return FlowerFleet(grid, Federation.of(experiment, clients, links))

@@ -1,4 +1,4 @@
-"""Who is who on a Flower Grid: clients by partition, their nodes, and messages to and from them in client order."""
+"""The clients on a Flower Grid: their partitions, their nodes, and messages to and from them in client order."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from fedsample.protocol.wire import Header, Parcel, header
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-_PAUSE = 0.2  # seconds between two looks for nodes
-_ABSENT = (3, 4, 5)  # Flower's codes for a message, a reply or a node that is not to be had: nobody failed
+_PAUSE = 0.2  # seconds between two queries for nodes
+_ABSENT = (3, 4, 5)  # Flower's codes for an unavailable message, reply or node: no client failed
 
 
 class Roster:
     """The clients of a federation, whatever nodes they run on.
 
     Args:
-        grid: of a running ServerApp.
-        n: clients.
+        grid: the grid of a running ServerApp.
+        n: number of clients.
         terms: what each must compute, see `protocol.terms`.
         timeout: seconds to wait for nodes and for replies.
     """
 
     def __init__(self, grid: Grid, n: int, terms: Mapping[str, int | str], timeout: float) -> None:
-        """Remember; nobody is asked yet."""
         self.grid, self.n, self.timeout = grid, n, timeout
         self._terms = terms
         self._nodes: list[int] = []
@@ -42,7 +41,8 @@ class Roster:
         """The node of each client; asked for once.
 
         Raises:
-            QuorumError: if fewer nodes than clients are there in time. ConfigError: if they run something else.
+            QuorumError: if too few nodes are there in time.
+            ConfigError: if they run something else.
         """
         if not self._nodes:
             self._meet()
@@ -54,14 +54,14 @@ class Roster:
         return self._tags if self.nodes else []
 
     def send(self, contents: Mapping[int, Parcel], kind: str, group: str = "") -> list[Message]:
-        """Messages to some clients, ready for the grid."""
+        """Make messages to some clients, ready for the grid."""
         return [Message(records_of(each), self.nodes[i], kind, group_id=group) for i, each in contents.items()]
 
     def sort(self, replies: Iterable[Message], round: int) -> dict[int, Parcel]:
-        """Replies by client, in client order; without those of whom Flower says that they are not to be had.
+        """Sort replies by client, in client order, without those that Flower reports as unavailable.
 
         Raises:
-            ClientError: the first, in client order, of those that failed.
+            ClientError: the first failure, in client order.
         """
         client_of = {node: client for client, node in enumerate(self.nodes)}
         there = [reply for reply in replies if reply.has_content() or reply.error.code not in _ABSENT]
@@ -74,10 +74,11 @@ class Roster:
         return answers
 
     def broadcast(self, kind: str, contents: Sequence[Parcel]) -> list[Parcel]:
-        """One message to each client -> their replies, in client order.
+        """Send one message to each client -> their replies, in client order.
 
         Raises:
-            ClientError: if a client failed. QuorumError: if one did not answer.
+            ClientError: if a client failed.
+            QuorumError: if one did not answer.
         """
         sent = self.send(dict(enumerate(contents)), kind)
         answers = self.sort(self.grid.send_and_receive(sent, timeout=self.timeout), 0)
@@ -87,14 +88,14 @@ class Roster:
         return list(answers.values())
 
     def quorum(self, missing: list[int], what: str) -> QuorumError:
-        """The error that says who did not answer."""
+        """Make the error that names the clients that did not answer."""
         return QuorumError(
             f"{what}: {_listed(missing)} of {self.n} did not answer within {self.timeout:g} s, and without knowing how "
             "likely that is nothing sound can be done without them; see that they run, then resume, or allow more time"
         )
 
     def _meet(self) -> None:
-        """Ask every node which partition it has and what it computes."""
+        """Ask every node for its partition and what it computes."""
         deadline = time.monotonic() + self.timeout
         while len(found := sorted(self.grid.get_node_ids())) < self.n:
             if time.monotonic() > deadline:

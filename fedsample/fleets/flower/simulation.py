@@ -1,7 +1,7 @@
 """A federation in Flower's own simulation runtime: every client a node, its messages handled by Ray actors.
 
-Flower runs a ServerApp in a thread of its own and the runtime in the caller's. A session wants the main thread for
-itself, where signals arrive. So the runtime gets a thread, and the ServerApp hands its grid over and waits for the end.
+Flower runs a ServerApp in a thread of its own and the runtime in the caller's. A session needs the main thread, where
+signals arrive. So the runtime gets a thread, and its ServerApp passes its grid to the session and waits for the end.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from fedsample.fleets.flower.fleet import FlowerFleet
     from fedsample.targets import Clients
 
-_POLL = 0.02  # seconds between two looks for replies
-_START, _END = 60.0, 30.0  # seconds that the runtime may take
+_POLL = 0.02  # seconds between two queries for replies
+_START, _END = 60.0, 30.0  # seconds that the runtime may take to start and to end
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and warns about until then
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; until then it warns
 }
 
 
 @contextmanager
 def simulated_fleet(experiment: Experiment, clients: Clients, links: Links) -> Iterator[FlowerFleet]:
-    """The clients of an experiment as nodes of a simulation, for as long as the context lasts.
+    """Run the clients of an experiment as nodes of a simulation, for as long as the context lasts.
 
     Raises:
         ConfigError: if Ray is not installed, or another simulation is running in this process.
@@ -52,7 +52,7 @@ def simulated_fleet(experiment: Experiment, clients: Clients, links: Links) -> I
 
 @contextmanager
 def simulation(app: ClientApp, nodes: int, *, gpu: bool = False) -> Iterator[Grid]:
-    """A grid of so many simulated nodes that run an app; on one CPU each at a time, and one GPU if asked for."""
+    """Yield a grid of simulated nodes that run an app, each on one CPU at a time, and on one GPU if asked for."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
             "fleet.name = 'flower' runs in Flower's simulation runtime, which needs Ray: pip install 'fedsample[ray]', "
@@ -67,7 +67,7 @@ def simulation(app: ClientApp, nodes: int, *, gpu: bool = False) -> Iterator[Gri
 
 
 class _Host:
-    """The runtime in its thread, and the grid that its ServerApp hands over."""
+    """The runtime in its thread, and the grid that its ServerApp passes over."""
 
     def __init__(self, app: ClientApp, nodes: int, gpu: bool) -> None:
         self._handed, self._over = threading.Event(), threading.Event()
@@ -94,13 +94,13 @@ class _Host:
         }
         try:
             run_simulation(server, app, nodes, backend_config=backend)
-        except BaseException as error:  # told in the main thread
+        except BaseException as error:  # raised in the main thread
             self._error = error
         finally:
             self._handed.set()
 
     def grid(self) -> Grid:
-        """The grid, once it is there."""
+        """Wait for the grid and return it."""
         self._handed.wait(_START)
         self.check()
         if self._inner is None:
@@ -108,7 +108,7 @@ class _Host:
         return _HostedGrid(self._inner, self)
 
     def check(self) -> None:
-        """Refuse to go on when the runtime has ended.
+        """Raise an error if the runtime has ended.
 
         Raises:
             FedSampleError: with the reason.
@@ -126,12 +126,12 @@ class _Host:
         self._thread.join(_END)
         import ray
 
-        if ray.is_initialized():  # the runtime failed, or takes too long
+        if ray.is_initialized():  # the runtime failed, or takes too long to end
             ray.shutdown()
 
 
 class _HostedGrid(Grid):
-    """The runtime's grid, which looks for replies more often and notices when the runtime has ended."""
+    """The runtime's grid, but queried more often for replies, and checked for the runtime's end."""
 
     def __init__(self, inner: Grid, host: _Host) -> None:
         self._inner, self._host = inner, host
@@ -151,7 +151,7 @@ class _HostedGrid(Grid):
         return replies
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes that are there."""
+        """List the nodes that are connected."""
         self._host.check()
         return self._inner.get_node_ids()
 
@@ -181,7 +181,7 @@ class _HostedGrid(Grid):
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """No telemetry; and the search path that Flower writes for Ray's processes is taken back."""
+    """Disable telemetry, and restore the search path that Flower changes for Ray's processes."""
     before = {name: os.environ.get(name) for name in (*_ENVIRONMENT, "PYTHONPATH")}
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -197,7 +197,7 @@ def _environment() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Flower's warnings and errors only, and not that `run_simulation` will go one day: a test of ours would tell."""
+    """Show only Flower's warnings and errors, without its notice that `run_simulation` is deprecated."""
     log = logging.getLogger("flwr")
     level = log.level
 

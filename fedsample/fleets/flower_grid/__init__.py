@@ -1,4 +1,4 @@
-"""Any Flower app on nodes of ours: a Grid over carriers, a carrier within this process, and what starts an app."""
+"""Any Flower app on nodes of ours: a Grid over carriers, a carrier within this process, and the runner of an app."""
 
 from fedsample.fleets.flower_grid.app_folder import AppFolder, imported, imported_client, imported_server, read_app
 from fedsample.fleets.flower_grid.grid import Carrier, CarrierGrid

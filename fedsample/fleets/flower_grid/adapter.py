@@ -1,8 +1,8 @@
-"""All of Flower that is not public API, in one place: what changes when Flower moves is here and nowhere else.
+"""All uses of Flower's private API: when Flower changes, this file changes and no other.
 
 Metadata and message ids, the identity of the running task, error codes and their reasons, `Run`, the grammar of
-`--run-config`, and what Flower's sampling waits for. The rest of fedsample uses `flwr.app`, `flwr.serverapp` and
-`flwr.clientapp` as documented.
+`--run-config`, and the number of nodes that Flower's sampling waits for. The rest of fedsample uses `flwr.app`,
+`flwr.serverapp` and `flwr.clientapp` as documented.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ except ImportError as error:
 
 __all__ = ["NUM_PARTITIONS_KEY", "PARTITION_ID_KEY", "SERVER", "Run", "RunNotRunningException"]
 
-Value = bool | float | int | str  # what Flower's configurations hold
-_TASK = 1  # every ServerApp's; there is one per run
+Value = bool | float | int | str  # the types of values in Flower's configurations
+_TASK = 1  # the task id of every ServerApp; there is one per run
 
 
-# --- who is running ---------------------------------------------------------------------------------------------------
+# --- the identity of the running task ---------------------------------------------------------------------------------
 
 _FIELDS = ("_run_id", "_task_id", "_node_id")  # those without an underscore cannot be read before they are set
 _guard = threading.Lock()
-_running: list[int | None] = []  # runs under way, oldest first; None: in Flower's own runtime
+_running: list[int | None] = []  # runs in progress, oldest first; None: in Flower's own runtime
 _before: tuple[int | None, ...] = (None, None, None)
 
 
 @contextmanager
 def identity(run_id: int | None) -> Iterator[None]:
-    """For as long as it lasts, `Message(...)` can be made in the name of a run's ServerApp.
+    """Let `Message(...)` be made in the name of a run's ServerApp, for as long as the context lasts.
 
-    Flower keeps the identity in one place for the whole process. Runs of ours may share it, since `outgoing` puts each
-    message's own run in its place. Flower's own runtime (`run_id` None) sets it and trusts it, so there is one of those
-    at a time and the others leave the identity to it. What was there at first is put back when the last run ends.
+    Flower keeps one identity for the whole process. Runs of ours may share it, since `outgoing` replaces it by each
+    message's own run. Flower's own runtime (`run_id` None) sets it and relies on it, so there is one of those at a time
+    and the others leave the identity to it. The initial identity is restored when the last run ends.
 
     Raises:
-        ConfigError: if Flower's own runtime would run twice.
+        ConfigError: if Flower's own runtime would run twice in this process.
     """
     global _before
     with _guard:
@@ -89,14 +89,14 @@ def identity(run_id: int | None) -> Iterator[None]:
 
 
 def _become() -> None:
-    """Take the identity of the youngest run, unless Flower's runtime holds it."""
+    """Take the identity of the latest run, unless Flower's runtime holds it."""
     youngest = _running[-1]
     if youngest is not None and None not in _running:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = youngest, _TASK, SERVER
 
 
 def empty_run(run_id: int) -> Run:
-    """A run as `Grid.run` shows it."""
+    """Make the run that `Grid.run` shows."""
     run = Run.create_empty(run_id)
     run.primary_task_id = _TASK
     return run
@@ -106,10 +106,10 @@ def empty_run(run_id: int) -> Run:
 
 
 def outgoing(message: Message, run_id: int, message_id: str) -> Message:
-    """What a node receives when the ServerApp sends this message, which gets its id, as in Flower.
+    """Convert a ServerApp's message to what a node receives, with its id, as Flower does.
 
     Raises:
-        ValueError: if it is no message to be sent: a reply, or one that lives no time.
+        ValueError: if it cannot be sent: it is a reply, or its time to live is not positive.
     """
     metadata = message.metadata
     metadata.__dict__.update(_message_id=message_id, _run_id=run_id, _src_node_id=SERVER, _src_task_id=_TASK)
@@ -119,13 +119,13 @@ def outgoing(message: Message, run_id: int, message_id: str) -> Message:
 
 
 def incoming(reply: Message, message_id: str) -> Message:
-    """What the ServerApp receives when a node sends this reply."""
+    """Convert a node's reply to what the ServerApp receives."""
     reply.metadata.__dict__["_message_id"] = message_id
     return copied(reply)
 
 
 def copied(message: Message) -> Message:
-    """The same message, of which nothing that can be changed is shared."""
+    """Copy a message; nothing mutable is shared."""
     metadata = _copied_metadata(message)
     if message.has_error():
         return make_message(metadata=metadata, error=Error(message.error.code, message.error.reason))
@@ -133,7 +133,7 @@ def copied(message: Message) -> Message:
 
 
 def envelope(message: Message) -> Message:
-    """The same message without content: what a reply is checked against, whatever the app does to what it is given."""
+    """Copy a message without its content: replies are checked against it, whatever the app does to its message."""
     return make_message(metadata=_copied_metadata(message), content=RecordDict())
 
 
@@ -144,7 +144,7 @@ def _copied_metadata(message: Message) -> Metadata:
 
 
 def copied_records(records: RecordDict) -> RecordDict:
-    """Other records with the same values; of an array's bytes, which nobody can change, there is still one copy."""
+    """Copy records; the bytes of arrays, which are immutable, are shared."""
     fresh = records.copy()
     for name, record in records.items():
         twin = record.copy()
@@ -153,7 +153,7 @@ def copied_records(records: RecordDict) -> RecordDict:
                 twin[key] = _copied_array(array)
         else:
             lists = {key: list(value) for key, value in twin.items() if isinstance(value, list)}
-            twin.update(lists)  # type: ignore[arg-type]  # of the kind that was there
+            twin.update(lists)  # type: ignore[arg-type]  # of the same kind as the original
         fresh[name] = twin
     return fresh
 
@@ -166,7 +166,7 @@ def _copied_array(array: Array) -> Array:
 
 
 def copied_context(context: Context) -> Context:
-    """Another context with the same values."""
+    """Copy a context."""
     twin = copy.copy(context)
     twin.node_config, twin.run_config = dict(context.node_config), dict(context.run_config)
     twin.state = copied_records(context.state)
@@ -174,30 +174,30 @@ def copied_context(context: Context) -> Context:
 
 
 def packed(message: Message) -> bytes:
-    """A message as Flower writes it, for carriers that leave the process."""
+    """Serialise a message as Flower does, for carriers that leave the process."""
     return bytes(message_to_proto(message).SerializeToString())
 
 
 def unpacked(data: bytes) -> Message:
-    """Back from `packed`.
+    """Read what `packed` wrote.
 
     Raises:
-        DataError: if these bytes are no message.
+        DataError: if the bytes are no message.
     """
     with _telling(f"{len(data)} bytes that are no message of Flower's", "is the other side of the same version?"):
         return message_from_proto(MessageProto.FromString(data))
 
 
 def packed_context(context: Context) -> bytes:
-    """A context as Flower writes it, for nodes that keep theirs on a disk."""
+    """Serialise a context as Flower does, for nodes that store theirs on disk."""
     return bytes(context_to_proto(context).SerializeToString())
 
 
 def unpacked_context(data: bytes) -> Context:
-    """Back from `packed_context`.
+    """Read what `packed_context` wrote.
 
     Raises:
-        DataError: if these bytes are no context.
+        DataError: if the bytes are no context.
     """
     with _telling(f"{len(data)} bytes that are no context of Flower's", "were they written by another version?"):
         return context_from_proto(ContextProto.FromString(data))
@@ -205,20 +205,20 @@ def unpacked_context(data: bytes) -> Context:
 
 @contextmanager
 def _telling(what: str, question: str) -> Iterator[None]:
-    """Say of bytes that cannot be read what they are not."""
+    """Turn an error in reading bytes into a `DataError` that says what they should be."""
     try:
         yield
-    except Exception as error:  # protobuf's own, which is none of Python's
+    except Exception as error:  # protobuf's own exception, not one of Python's
         raise DataError(f"{what} ({error}): {question}") from error
 
 
 def mark_delivered(message: Message, now: float) -> None:
-    """Note when a message reached the other side."""
+    """Set the time at which a message reached the other side."""
     message.metadata.delivered_at = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now))
 
 
 def mismatch(message: Message, reply: object) -> str | None:
-    """Why something is no reply to a message; None: it is one."""
+    """Say why something is not the reply to a message; None: it is."""
     if not isinstance(reply, Message):
         return f"the ClientApp returned {type(reply).__name__}, expected a Message that replies to what it was given"
     got, sent = reply.metadata, message.metadata
@@ -238,19 +238,19 @@ def mismatch(message: Message, reply: object) -> str | None:
 
 
 def raised(message: Message, error: BaseException) -> Message:
-    """Flower's reply when a ClientApp raises."""
+    """Make Flower's error reply for a ClientApp that raised."""
     if isinstance(error, LoadClientAppError):
         reason = "An exception was raised when attempting to load `ClientApp`"
         return _error_reply(message, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, reason)
     try:
         text = str(error)
-    except Exception:  # an exception that cannot be printed is still one
+    except Exception:  # an exception whose text cannot be made is still reported
         text = "no message"
     return _error_reply(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error)}:<'{text}'>")
 
 
 def no_reply(message: Message, reason: str) -> Message:
-    """The reply for a ClientApp that gives none, or one to something else."""
+    """Make the error reply for a ClientApp that returned nothing, or a reply to something else."""
     return _error_reply(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
 
 
@@ -261,8 +261,8 @@ def _error_reply(message: Message, code: int, reason: str) -> Message:
 
 @cache
 def _reasons() -> dict[str, tuple[int, str]]:
-    """Code and reason of what Flower's SuperLink says in a node's place."""
-    from flwr.server.superlink.linkstate import utils  # loads a database: late
+    """Flower's codes and reasons for errors that the SuperLink reports in a node's place."""
+    from flwr.server.superlink.linkstate import utils  # imports a database, so not before it is needed
 
     return {
         "message": (ErrorCode.MESSAGE_UNAVAILABLE, utils.MESSAGE_UNAVAILABLE_ERROR_REASON),
@@ -272,13 +272,13 @@ def _reasons() -> dict[str, tuple[int, str]]:
 
 
 def unavailable(what: str, run_id: int, message_id: str, sent: Metadata | None = None) -> Message:
-    """The SuperLink's reply in a node's place.
+    """Make the SuperLink's error reply in a node's place.
 
     Args:
         what: "message": expired, or never sent. "reply": it came and has expired. "node": it is gone.
-        run_id: of the grid.
-        message_id: of what was asked.
-        sent: its metadata, where they are known.
+        run_id: the grid's run.
+        message_id: the message that was asked.
+        sent: its metadata, if known.
     """
     code, reason = _reasons()[what]
     metadata = Metadata(
@@ -297,20 +297,20 @@ def unavailable(what: str, run_id: int, message_id: str, sent: Metadata | None =
 
 
 def is_expired(reply: Message) -> bool:
-    """Whether it is the SuperLink's for a message that nobody has answered in its time."""
+    """Whether a reply is the SuperLink's error for a message that no node answered in time."""
     return reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
 
-_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # as in Flower's own parser, which drops what is no pair
+_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # as in Flower's own parser, which ignores what is not a pair
 
 
 def flat(config: Mapping[str, object], what: str) -> dict[str, Value]:
-    """Nested tables as dotted keys.
+    """Flatten nested tables to dotted keys.
 
     Raises:
-        ConfigError: if a value is no bool, int, float or str.
+        ConfigError: if a value is not a bool, int, float or str.
     """
     try:
         return dict(flatten_dict(dict(config)))
@@ -319,7 +319,7 @@ def flat(config: Mapping[str, object], what: str) -> dict[str, Value]:
 
 
 def overridden(config: dict[str, Value], overrides: Sequence[str]) -> dict[str, Value]:
-    """A run configuration with what `--run-config` says: 'key=value ...', or one TOML file.
+    """Apply `--run-config` to a run configuration: 'key=value ...', or one TOML file.
 
     Raises:
         ConfigError: if it cannot be read, or names a key that the app does not have.
@@ -350,9 +350,9 @@ def overridden(config: dict[str, Value], overrides: Sequence[str]) -> dict[str, 
 
 
 def awaited_nodes() -> int:
-    """How many nodes Flower's sampling waits for, where `get_node_ids` is called by it; else 0.
+    """How many nodes Flower's sampling waits for, if it is the caller of `get_node_ids`; else 0.
 
-    Flower looks again every second, or for a day, until there are that many.
+    Flower asks again every second, or for a day, until there are that many.
     """
     frame = sys._getframe(2)
     for _ in range(3):
@@ -368,5 +368,5 @@ def awaited_nodes() -> int:
 
 
 def _awaited_clients(num_clients: int = 0, min_num_clients: int | None = None, *_: object, **__: object) -> int:
-    """What `ClientManager.sample` waits for; more than that to be sampled is no sample, and the round goes on."""
+    """The number that `ClientManager.sample` waits for; it does not wait to sample more clients than that."""
     return int(num_clients if min_num_clients is None else min_num_clients)

@@ -1,4 +1,4 @@
-"""A Flower app as a folder: its pyproject.toml, and its two apps imported from it without installing anything."""
+"""A Flower app as a folder: its pyproject.toml, and its two apps imported without installing anything."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ _App = TypeVar("_App", ServerApp, ClientApp)
 
 @dataclass(frozen=True)
 class AppFolder:
-    """What pyproject.toml says of an app.
+    """An app's settings in pyproject.toml.
 
     Attributes:
         path: the folder.
         server: `module:attribute` of the ServerApp.
-        client: of the ClientApp.
+        client: `module:attribute` of the ClientApp.
         config: the run configuration, with dotted keys.
-        nodes: how many its own default federation simulates, where it says so.
-        name, version: of the project, where it has them.
+        nodes: number of nodes in its default federation; None: not stated.
+        name: of the project; empty: not stated.
+        version: of the project; empty: not stated.
     """
 
     path: Path
@@ -76,10 +77,10 @@ def read_app(folder: Path) -> AppFolder:
 
 @contextmanager
 def imported(app: AppFolder) -> Iterator[tuple[ServerApp, ClientApp]]:
-    """The two apps, for as long as the context lasts; they may import from their folder until then.
+    """Import the two apps, for as long as the context lasts; until then they may import from their folder.
 
     Raises:
-        ConfigError: if a component cannot be imported, or is something else.
+        ConfigError: if a component cannot be imported, or has the wrong type.
     """
     with _importable(app):
         yield _component(app, app.server, ServerApp), _component(app, app.client, ClientApp)
@@ -87,14 +88,14 @@ def imported(app: AppFolder) -> Iterator[tuple[ServerApp, ClientApp]]:
 
 @contextmanager
 def imported_server(app: AppFolder) -> Iterator[ServerApp]:
-    """The ServerApp alone: what the ClientApp depends on need not be installed. See `imported`."""
+    """Import the ServerApp alone: the ClientApp's dependencies need not be installed. See `imported`."""
     with _importable(app):
         yield _component(app, app.server, ServerApp)
 
 
 @contextmanager
 def imported_client(app: str) -> Iterator[ClientApp]:
-    """The ClientApp alone, of a folder or of `module:attribute`, seen from the current directory. See `imported`."""
+    """Import the ClientApp alone, from a folder or as `module:attribute` from the current directory. See `imported`."""
     if ":" in app and not Path(app).is_dir():
         found = AppFolder(Path.cwd(), "", app, {}, None)
     else:
@@ -105,9 +106,9 @@ def imported_client(app: str) -> Iterator[ClientApp]:
 
 @contextmanager
 def _importable(app: AppFolder) -> Iterator[None]:
-    """Imports find the app's folder first, for as long as the context lasts.
+    """Put the app's folder first on the search path, for as long as the context lasts.
 
-    The search path and the loaded modules are put back at the end, so that another app may use the same names.
+    The search path and the loaded modules are restored at the end, so that another app may use the same names.
     """
     path, before, ours = list(sys.path), set(sys.modules), _names(app)
     hidden = {
@@ -130,7 +131,7 @@ def _importable(app: AppFolder) -> Iterator[None]:
 
 
 def _component(app: AppFolder, reference: str, kind: type[_App]) -> _App:
-    """What a reference names."""
+    """Import the object that a reference names."""
     module, _, attributes = reference.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -147,7 +148,7 @@ def _component(app: AppFolder, reference: str, kind: type[_App]) -> _App:
 
 
 def _roots(app: AppFolder) -> list[Path]:
-    """Where the app's modules are looked for: its folder, and `src` in it where a component lies only there."""
+    """The app's import roots: its folder, and `src` inside it if a component lies only there."""
     src = app.path / "src"
     only_there = any(_holds(src, name) and not _holds(app.path, name) for name in _tops(app))
     return [app.path, src] if only_there else [app.path]
@@ -158,12 +159,12 @@ def _holds(root: Path, name: str) -> bool:
 
 
 def _tops(app: AppFolder) -> set[str]:
-    """Names of the modules or packages that the components' references begin with."""
+    """The top-level modules or packages of the components' references."""
     return {reference.partition(":")[0].partition(".")[0] for reference in (app.server, app.client)}
 
 
 def _names(app: AppFolder) -> set[str]:
-    """Names of the modules and packages that lie in an app's folder."""
+    """The modules and packages in an app's folder."""
     roots = _roots(app)
     modules = {file.stem for root in roots for file in root.glob("*.py")}
     return _tops(app) | modules | {file.parent.name for root in roots for file in root.glob("*/__init__.py")}
@@ -175,15 +176,15 @@ def _lies_in(module: ModuleType, folder: Path) -> bool:
 
 
 def _paths(module: ModuleType) -> list[str]:
-    """Where a package's modules are looked for: a namespace package has no file of its own."""
+    """The search paths of a package; a namespace package has no file of its own."""
     try:
         return [str(each) for each in module.__path__]
-    except Exception:  # no package, or a lazy module that cannot be asked
+    except Exception:  # not a package, or a lazy module that fails to load
         return []
 
 
 def _table(parent: Mapping[str, Any], name: str, file: Path) -> Mapping[str, Any]:
-    """A table of pyproject.toml; only that of the components must be there."""
+    """Read a table of pyproject.toml; only that of the components is required."""
     found = parent.get(name, {})
     if not isinstance(found, Mapping) or (name == "components" and not found):
         raise ConfigError(
@@ -194,7 +195,7 @@ def _table(parent: Mapping[str, Any], name: str, file: Path) -> Mapping[str, Any
 
 
 def _nodes(flower: Mapping[str, Any]) -> int | None:
-    """`options.num-supernodes` of the default federation, as apps had it before Flower 1.26."""
+    """`options.num-supernodes` of the default federation, where apps stated it before Flower 1.26."""
     federations = flower.get("federations", {})
     default = federations.get(federations.get("default"), {}) if isinstance(federations, Mapping) else {}
     options = default.get("options", {}) if isinstance(default, Mapping) else {}

@@ -1,10 +1,10 @@
-"""The global generators of a ServerApp, kept apart from those of the ClientApps in the same process.
+"""Separate global random generators for the ServerApp and for the ClientApps in the same process.
 
 Flower runs them in different processes. Here a ClientApp that seeds `random`, as many do, would make a strategy sample
 the same nodes in every round, and its privacy noise the same noise. So there are two states of the generators of
-`random`, numpy and torch (on the CPU): the ServerApp's, and one that all ClientApps draw from and seed. They change
-places when the first message is on its way to a ClientApp, and when the last reply is there or nobody waits for it any
-longer. The second begins at a digest of the first, so that whoever seeds before a run gets the same draws in every run.
+`random`, numpy and torch (on the CPU): the ServerApp's, and one that all ClientApps share. They are swapped when the
+first message is on its way to a ClientApp, and when the last reply has arrived or is no longer waited for. The second
+state starts at a digest of the first, so an app that seeds before a run gets the same draws in every run.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_MERSENNE = "MT19937"  # numpy's global generator, unless somebody has put another in its place
+_MERSENNE = "MT19937"  # numpy's default global generator; an app may have replaced it
 
 
 class _State(NamedTuple):
-    """Of each library's global generator; None: it is not loaded, or not one that is known."""
+    """The state of each library's global generator; None: not loaded, or of an unknown kind."""
 
     python: Any
     numpy: Any
@@ -31,14 +31,14 @@ class _State(NamedTuple):
 
 
 _lock = threading.Lock()
-_inside: set[str] = set()  # messages that ClientApps have or will have at work
-_kept: _State | None = None  # the state that is not in place: the ClientApps', or the ServerApp's while they work
+_inside: set[str] = set()  # messages that ClientApps are handling or will handle
+_kept: _State | None = None  # the inactive state: the ClientApps', or the ServerApp's while ClientApps run
 _runs = 0
 
 
 @contextmanager
 def kept_apart() -> Iterator[None]:
-    """For a run: what the ClientApps draw follows from the state in which the first of them begins."""
+    """Keep the states apart for a run; the ClientApps' follows from the state at which the first of them begins."""
     global _kept, _runs
     with _lock:
         if not _runs and not _inside:
@@ -52,7 +52,7 @@ def kept_apart() -> Iterator[None]:
 
 
 def enter(message_id: str) -> None:
-    """A message is on its way to a ClientApp; a second time changes nothing."""
+    """A message is on its way to a ClientApp; may be called twice."""
     with _lock:
         if not _inside:
             _swap()
@@ -60,7 +60,7 @@ def enter(message_id: str) -> None:
 
 
 def leave(message_id: str) -> None:
-    """The reply is there, or nobody waits for it any longer; a second time changes nothing."""
+    """The reply has arrived, or is no longer waited for; may be called twice."""
     with _lock:
         if message_id in _inside:
             _inside.remove(message_id)
@@ -77,7 +77,7 @@ def _swap() -> None:
 
 def _read() -> _State:
     torch: Any = sys.modules.get("torch")
-    of_torch = getattr(torch, "get_rng_state", None)  # None too while another thread still imports it
+    of_torch = getattr(torch, "get_rng_state", None)  # None too while another thread is importing it
     of_numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002  the global one is what apps use
     return _State(
         random.getstate(),
@@ -95,7 +95,7 @@ def _write(state: _State) -> None:
 
 
 def _derived(state: _State) -> _State:
-    """Another state that says nothing of this one, and is the same whenever this one is."""
+    """Derive another state, a digest of this one: unrelated, but reproducible."""
     digest = hashlib.blake2b(repr(state.python).encode(), digest_size=8)
     if state.numpy is not None:
         digest.update(state.numpy["state"]["key"].tobytes() + str(state.numpy["state"]["pos"]).encode())

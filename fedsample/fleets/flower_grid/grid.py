@@ -4,7 +4,7 @@
     reply   carrier -> checked, copied -> kept until pulled, or until the message's time is over
     pull    ids -> replies so far, in the order of the nodes, and Flower's own error replies for what will not come
 
-Replies are handed over in the order of the nodes, whatever the order in which they arrive: sums come out the same.
+Replies are returned in the order of the nodes, whatever the order in which they arrive, so sums are reproducible.
 """
 
 from __future__ import annotations
@@ -23,66 +23,65 @@ from flwr.serverapp import Grid
 from fedsample.errors import QuorumError
 from fedsample.fleets.flower_grid import adapter
 
-_LOOK = 0.25  # seconds between two looks whether a node or a message's time is gone; replies wake the waiting
+_LOOK = 0.25  # seconds between two checks for nodes gone and messages expired; replies wake the waiting thread
 _log = logging.getLogger("flwr")
 
 
 class Carrier(Protocol):
-    """How messages travel to nodes: in this process, over gRPC, ..."""
+    """Transport of messages to nodes: in this process, over gRPC, ..."""
 
     @property
     def fixed(self) -> bool:
-        """Whether the nodes that are there are all there will ever be, so that waiting for more is an error."""
+        """Whether no further nodes can ever come, so that waiting for more is an error."""
 
     def nodes(self) -> Sequence[int]:
-        """Ids of the nodes that are there now, in an order that stays; any thread may ask."""
+        """Ids of the nodes that are there now, in a fixed order; any thread may call this."""
 
     def carry(self, message: Message, deliver: Callable[[Message], None]) -> None:
         """Take a message to node `message.metadata.dst_node_id`, without waiting for the reply.
 
         The message is the carrier's own: nobody else changes it. `deliver` is called once, in any thread, with a reply
-        of which the carrier keeps nothing that it may change: the node's own (`message.metadata` says what it must
-        reply to), or an error in its place. A reply that never comes is borne: the message's time runs out.
+        that the carrier does not change afterwards: the node's own (`message.metadata` says what it must reply to), or
+        an error in its place. If a reply never comes, the message expires.
         """
 
     def hurry(self, seconds: float) -> None:
-        """Replies are waited for so long yet: a node that has taken longer already must not hold up others."""
+        """Replies are waited for only `seconds` more: a node that has already taken longer must not delay others."""
 
     def give_up(self, message_id: str) -> None:
-        """Nobody waits for this reply any longer, though it is welcome until the message's time is over."""
+        """Nobody waits for this reply any longer, but it is still accepted until the message expires."""
 
     def close(self) -> None:
-        """The run is over."""
+        """End the run."""
 
 
 class _Sent(NamedTuple):
-    """A message that was carried away: its metadata, and where its reply stands among others."""
+    """A sent message: its metadata, and its reply's place in the order."""
 
     metadata: Metadata
     place: tuple[int, int]
 
 
 class _Wait:
-    """Replies that somebody waits for."""
+    """A thread's wait for some replies."""
 
     def __init__(self, ids: set[str]) -> None:
         self.ids, self.done = ids, threading.Event()
 
 
 class CarrierGrid(Grid):
-    """What a ServerApp sees of the nodes behind a carrier.
+    """A ServerApp's view of the nodes behind a carrier.
 
     Args:
-        carrier: takes messages.
-        run_id: of the run; messages carry it.
+        carrier: transports messages.
+        run_id: the run's id, carried by messages.
 
     Attributes:
-        answered: replies with content so far.
-        failed: replies with an error so far.
+        answered: number of replies with content so far.
+        failed: number of error replies so far.
     """
 
     def __init__(self, carrier: Carrier, run_id: int) -> None:
-        """Nothing is sent yet."""
         self.carrier = carrier
         self.answered, self.failed = 0, 0
         self._run = adapter.empty_run(run_id)
@@ -104,21 +103,21 @@ class CarrierGrid(Grid):
         """Send in the name of another run.
 
         Raises:
-            TypeError: if it is none.
+            TypeError: if it is not a `Run`.
         """
         if not isinstance(run, adapter.Run):
             raise TypeError(f"`run` must be an instance of Run, got {type(run).__name__}")
         self._run = run
 
     def close(self) -> None:
-        """The run is over: nothing more is sent, and threads that still look for nodes are told."""
+        """End the run: nothing more is sent, and threads that still wait for nodes are told so."""
         self._closed = True
         self.carrier.close()
 
     # --- nodes and messages --------------------------------------------------------------------------------------
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes that are there.
+        """List the nodes that are connected.
 
         Raises:
             QuorumError: if the strategy would wait for more nodes than there will ever be.
@@ -135,14 +134,14 @@ class CarrierGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """As `Message(...)`, which Flower prefers."""
+        """Make a message; Flower prefers `Message(...)`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages; ids of those that could be sent. Changing a message afterwards changes nothing.
+        """Send messages; return the ids of those that could be sent. Changing a message afterwards has no effect.
 
         Raises:
-            ValueError: if one is a reply, or lives no time.
+            ValueError: if one is a reply, or its time to live is not positive.
         """
         self._check_open()
         places = {node: place for place, node in enumerate(self.carrier.nodes())}
@@ -164,13 +163,13 @@ class CarrierGrid(Grid):
             ids.append(message_id)
             with self._lock:
                 self._sent[message_id] = _Sent(metadata, place)
-        for _, message in sorted(leaving, key=lambda each: each[0]):  # so that clients take turns in one order
+        for _, message in sorted(leaving, key=lambda each: each[0]):  # so that clients are served in a fixed order
             adapter.mark_delivered(message, time.time())
             self.carrier.carry(message, self._deliver)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that are there, in the order of the nodes, each once; and errors for those that will not come."""
+        """Return replies so far, in the order of the nodes, each once; and errors for those that will not come."""
         now, nodes = time.time(), set(self.carrier.nodes())
         found: list[tuple[tuple[int, int], Message]] = []
         with self._lock:
@@ -190,7 +189,7 @@ class CarrierGrid(Grid):
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push messages, wait for their replies and pull them; after `timeout` seconds, without those still out."""
+        """Push messages, wait for their replies and pull them; after `timeout` seconds, without those still missing."""
         pending = set(self.push_messages(messages))
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
@@ -200,7 +199,7 @@ class CarrierGrid(Grid):
             self._waits.append(wait)
         try:
             while pending and not self._wait(wait, deadline):
-                replies += self._pulled(pending)  # while their time lasts, whoever else is waited for
+                replies += self._pulled(pending)  # before they expire, whoever else is still waited for
                 with self._lock:
                     wait.ids &= pending
                 if deadline is not None and deadline <= time.monotonic():
@@ -218,7 +217,7 @@ class CarrierGrid(Grid):
     # --- replies -------------------------------------------------------------------------------------------------
 
     def _deliver(self, reply: Message) -> None:
-        """Keep a reply until somebody asks; one that comes too late for that is dropped."""
+        """Keep a reply until it is pulled; one that comes after its message expired is dropped."""
         message_id = reply.metadata.reply_to_message_id
         with self._lock:
             if message_id not in self._sent or message_id in self._replies:
@@ -230,7 +229,7 @@ class CarrierGrid(Grid):
                     wait.done.set()
 
     def _settle(self, message_id: str, sent: _Sent | None, now: float, nodes: set[int]) -> Message | None:
-        """The reply to a message, in whoever's name; None: it may still come."""
+        """The reply to a message, the node's or an error in its place; None: it may still come."""
         run_id = self._run.run_id
         if sent is None or sent.metadata.created_at + sent.metadata.ttl < now:
             return adapter.unavailable("message", run_id, message_id)
@@ -246,7 +245,7 @@ class CarrierGrid(Grid):
         )
 
     def _wait(self, wait: _Wait, deadline: float | None) -> bool:
-        """Whether all replies are there, after a while."""
+        """Wait a while; return whether all replies are there."""
         return not wait.ids or wait.done.wait(min(_LOOK, max(self._left(wait, deadline) / 4, 0.01)))
 
     def _left(self, wait: _Wait, deadline: float | None) -> float:
@@ -257,7 +256,7 @@ class CarrierGrid(Grid):
         return expiry if deadline is None else min(expiry, deadline - time.monotonic())
 
     def _pulled(self, pending: set[str]) -> list[Message]:
-        """The replies that are there and the errors for what will not come, which are no longer pending."""
+        """Pull the replies that are there, and errors for those that will not come; they are no longer pending."""
         replies = list(self.pull_messages(pending)) if pending else []
         pending -= {reply.metadata.reply_to_message_id for reply in replies}
         return replies

@@ -1,7 +1,7 @@
-"""Nodes in this process: ClientApps that run in a few threads, each node with a context of its own.
+"""Nodes in this process: ClientApps that run in a few threads, each node with its own context.
 
-Messages are handed over as objects, never as bytes. What is handed over is a copy whose arrays share their bytes,
-which nobody can change; so no client sees what another, or the server, does to its records.
+Messages are passed as objects, never as bytes: a copy whose arrays share their immutable bytes. So no client sees what
+another, or the server, does to its records.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ _log = logging.getLogger("flwr")
 
 
 class _Job(NamedTuple):
-    """A message for a node, and who wants the reply."""
+    """A message for a node, and the callback for its reply."""
 
     message: Message
     deliver: Callable[[Message], None]
 
 
 class _Node:
-    """A client: its configuration, its contexts by run, and the messages that wait for their turn."""
+    """A client: its configuration, its contexts by run, and its queue of messages."""
 
     def __init__(self, config: Mapping[str, Value]) -> None:
         self.config = config
         self.contexts: dict[int, Context] = {}
         self.jobs: deque[_Job] = deque()
-        self.busy = False  # with a job, or in line for a thread
+        self.busy = False  # is being served, or queued for a thread
 
 
 class InProcess:
     """A carrier to ClientApps in this process.
 
-    A node takes its messages one by one, in order. With one worker so do all nodes, and whatever the app draws from
+    A node handles its messages one by one, in order. With one worker so do all nodes, and what the app draws from
     global generators comes in the same order in every run. A ClientApp that does not return keeps its thread and its
-    node; when half the time that it has is over, another thread takes its place for the other nodes.
+    node busy; when half of its time is over, another thread takes its place for the other nodes.
 
     Args:
         app: what every node runs.
-        node_configs: what each node's context says of it, `partition-id` and `num-partitions` among it; the order of
-            clients.
-        run_config: of every context.
-        workers: threads, >= 1.
+        node_configs: the node configuration in each node's context, with `partition-id` and `num-partitions`; in
+            client order.
+        run_config: the run configuration in every context.
+        workers: number of threads, >= 1.
     """
 
     fixed = True
@@ -69,15 +69,14 @@ class InProcess:
         run_config: Mapping[str, Value],
         workers: int = 1,
     ) -> None:
-        """No thread is started before there is something to do."""
         self._app, self._run_config, self._workers = app, run_config, workers
         self._nodes = {node_id(place): _Node(config) for place, config in enumerate(node_configs)}
         self._order = list(self._nodes)
         self._lock = threading.Lock()
-        self._line: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # nodes with something to do; None: end
+        self._line: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # nodes with queued messages; None: end
         self._threads = 0
-        self._working: dict[str, tuple[int, float]] = {}  # messages that hold a thread: their nodes, and since when
-        self._busy: dict[threading.Thread, tuple[int, str]] = {}  # threads that run a ClientApp: node and message
+        self._working: dict[str, tuple[int, float]] = {}  # messages that occupy a thread: their nodes, and since when
+        self._busy: dict[threading.Thread, tuple[int, str]] = {}  # threads that run a ClientApp: its node and message
         self._closed = False
 
     def nodes(self) -> Sequence[int]:
@@ -85,17 +84,17 @@ class InProcess:
         return self._order
 
     def context(self, node: int, run_id: int) -> Context:
-        """What a node remembers of a run."""
+        """A node's context in a run."""
         found = self._nodes[node]
         if run_id not in found.contexts:
             found.contexts[run_id] = Context(run_id, node, dict(found.config), RecordDict(), dict(self._run_config))
         return found.contexts[run_id]
 
     def carry(self, message: Message, deliver: Callable[[Message], None]) -> None:
-        """Put a message in its node's line."""
+        """Put a message in its node's queue."""
         place = message.metadata.dst_node_id
         node = self._nodes[place]
-        global_rng.enter(message.metadata.message_id)  # not where it begins: once a round is enough
+        global_rng.enter(message.metadata.message_id)  # not where it begins: one swap per round is enough
         with self._lock:
             node.jobs.append(_Job(message, deliver))
             if node.busy:
@@ -106,7 +105,7 @@ class InProcess:
         self._line.put(place)
 
     def hurry(self, seconds: float) -> None:
-        """Another thread for each that has been busy with one message for so long, as half its time is over then."""
+        """Start another thread for each busy with one message for `seconds`, as half of its time is over then."""
         now = time.monotonic()
         with self._lock:
             slow = [message_id for message_id, (_, since) in self._working.items() if now - since >= seconds]
@@ -114,7 +113,7 @@ class InProcess:
             self._replace(message_id, "takes long; the others do not wait for it")
 
     def give_up(self, message_id: str) -> None:
-        """Another thread for the one that is busy with this message, if one is."""
+        """Start another thread for the one that is busy with this message, if any."""
         global_rng.leave(message_id)
         self._replace(message_id, "has not returned; going on without it")
 
@@ -127,9 +126,9 @@ class InProcess:
             self._start_thread()
 
     def close(self) -> None:
-        """End the threads; what waits in line is dropped, and a ClientApp that has not returned is stopped.
+        """End the threads; queued messages are dropped, and a ClientApp that has not returned is stopped.
 
-        One that computes on would end the process badly: Python takes its interpreter away under a running thread.
+        One that kept computing would crash the process at its end: Python finalises under running threads.
         """
         with self._lock:
             self._closed = True
@@ -153,12 +152,12 @@ class InProcess:
     # --- threads -------------------------------------------------------------------------------------------------
 
     def _start_thread(self) -> None:
-        """One more; daemons, so that an app that does not return cannot keep the process from ending."""
+        """Start a thread; a daemon, so that an app that does not return cannot keep the process from ending."""
         self._threads += 1
         threading.Thread(target=self._work, name=f"client-{self._threads}", daemon=True).start()
 
     def _work(self) -> None:
-        """Handle one message of the next node in line, again and again."""
+        """Handle messages of the queued nodes, one at a time."""
         try:
             while (place := self._line.get()) is not None and self._handle_next(place):
                 pass
@@ -166,7 +165,7 @@ class InProcess:
             return
 
     def _handle_next(self, place: int) -> bool:
-        """Handle a node's next message; whether this thread is still wanted."""
+        """Handle a node's next message; return whether this thread is still needed."""
         node, thread = self._nodes[place], threading.current_thread()
         with self._lock:
             if self._closed or not node.jobs:
@@ -176,7 +175,7 @@ class InProcess:
             message_id, run_id = job.message.metadata.message_id, job.message.metadata.run_id
             self._busy[thread], self._working[message_id] = (place, message_id), (place, time.monotonic())
         try:
-            global_rng.enter(message_id)  # again, where nobody waits for it any longer
+            global_rng.enter(message_id)  # again, in case `give_up` has already left it
             reply, node.contexts[run_id] = answer(self._app, job.message, self.context(place, run_id))
         finally:
             global_rng.leave(message_id)
@@ -192,5 +191,5 @@ class InProcess:
 
 
 def node_id(place: int) -> int:
-    """A node's id: 64 bits that say nothing, as in Flower, but the same in every run."""
+    """A node's id: 64 pseudo-random bits, as in Flower, but the same in every run."""
     return int.from_bytes(hashlib.blake2b(f"fedsample node {place}".encode(), digest_size=8).digest(), "little")

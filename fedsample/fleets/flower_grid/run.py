@@ -1,4 +1,4 @@
-"""`run_flower`: a ServerApp and its ClientApps in this process, from start to end."""
+"""`run_flower`: run a ServerApp and its ClientApps in this process."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NodeConfig = Mapping[str, Value]
 
 @dataclass(frozen=True)
 class FlowerRun:
-    """What is left when a ServerApp has returned.
+    """The result of a Flower run.
 
     Attributes:
-        context: the ServerApp's; what it keeps of a run lies in `context.state`.
-        clients: the nodes' contexts, by partition, where the nodes are in this process.
-        answered: replies with content.
-        failed: replies with an error.
-        seconds: from start to end.
+        context: the ServerApp's; its results are in `context.state`.
+        clients: the nodes' contexts, by partition, if the nodes are in this process.
+        answered: number of replies with content.
+        failed: number of error replies.
+        seconds: duration of the run.
     """
 
     context: Context
@@ -48,25 +48,26 @@ def run_flower(
     *,
     workers: int = 1,
 ) -> FlowerRun:
-    """Run a Flower app, as it is, on nodes in this process: no Ray, no SuperLink, no waiting between rounds.
+    """Run a Flower app, unchanged, on nodes in this process: no Ray, no SuperLink, no waiting between rounds.
 
     The ServerApp runs in the caller's thread, the ClientApps in `workers` others. With one worker clients take turns in
     the order of partitions, and replies are handed over in that order with any number. Several runs may go on at once.
 
     Args:
-        server_app: any.
-        client_app: any.
-        num_clients: nodes, each with `partition-id` and `num-partitions` in its node configuration.
-        run_config: of all contexts; nested tables become dotted keys.
-        node_config: what else the nodes' configurations hold, the same for all or one for each.
-        workers: ClientApps at a time.
+        server_app: any ServerApp.
+        client_app: any ClientApp.
+        num_clients: number of nodes, each with `partition-id` and `num-partitions` in its node configuration.
+        run_config: in every context; nested tables become dotted keys.
+        node_config: further entries of the nodes' configurations, the same for all or one for each.
+        workers: number of ClientApps that run at a time.
 
     Returns:
-        The contexts at the end, and what was sent.
+        The contexts at the end, and counts of replies.
 
     Raises:
-        ConfigError: if an argument cannot be meant, or Flower's own simulation is running in this process. QuorumError:
-            if a strategy waits for more nodes than there are. Whatever the ServerApp raises.
+        ConfigError: if an argument is invalid, or Flower's own simulation is running in this process.
+        QuorumError: if a strategy waits for more nodes than there are.
+        Exception: whatever the ServerApp raises.
     """
     for what, value, kind in (("server_app", server_app, ServerApp), ("client_app", client_app, ClientApp)):
         if not isinstance(value, kind):
@@ -83,10 +84,11 @@ def run_flower(
 
 
 def drive(server_app: ServerApp, carrier: Carrier, config: Mapping[str, Value]) -> FlowerRun:
-    """Run a ServerApp in this thread over a carrier, which is closed at the end -> what is left, no client's context.
+    """Run a ServerApp in this thread over a carrier, closed at the end -> the result, without clients' contexts.
 
     Raises:
-        ConfigError: if Flower's own simulation is running in this process. Whatever the ServerApp raises.
+        ConfigError: if Flower's own simulation is running in this process.
+        Exception: whatever the ServerApp raises.
     """
     run_id = secrets.randbits(63) | 1
     grid = CarrierGrid(carrier, run_id)
@@ -101,10 +103,10 @@ def drive(server_app: ServerApp, carrier: Carrier, config: Mapping[str, Value]) 
 
 
 def _node_configs(given: NodeConfig | Sequence[NodeConfig] | None, n: int) -> list[dict[str, Value]]:
-    """The configuration of each node.
+    """Make the configuration of each node.
 
     Raises:
-        ConfigError: if there is not one for each, or one says otherwise which partition it is.
+        ConfigError: if there is not one for each, or one contradicts its partition.
     """
     each: Sequence[NodeConfig] = [given or {}] * n if given is None or isinstance(given, Mapping) else given
     if len(each) != n:

@@ -1,4 +1,4 @@
-"""What a node does with a message: run the ClientApp, and reply whatever happens."""
+"""A node's handling of a message: run the ClientApp, and reply whatever happens."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _log = logging.getLogger("flwr")
 
 
 def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message, Context]:
-    """A node's reply, and what it remembers afterwards.
+    """Return a node's reply, and its context afterwards.
 
     Args:
-        app: the node's.
-        message: its own, the app may change it.
-        context: stays as it is.
+        app: the node's ClientApp.
+        message: the node's own copy; the app may change it.
+        context: the node's context; not changed.
 
     Returns:
-        The app's reply, or an error with Flower's code if it raises, returns nothing or replies to something else. And
-        a new context, or the old one after an error: what failed leaves nothing behind, as in Flower.
+        The app's reply, or an error with Flower's code if it raises, returns nothing or replies to something else; and
+        a new context, or the old one after an error: a failed message leaves no trace, as in Flower.
 
     Raises:
-        Stopped: if that is raised in the app.
+        Stopped: if it is raised in the app.
     """
     who = context.node_config.get(adapter.PARTITION_ID_KEY, context.node_id)
     asked, fresh = adapter.envelope(message), adapter.copied_context(context)
@@ -37,7 +37,7 @@ def answer(app: ClientApp, message: Message, context: Context) -> tuple[Message,
             return adapter.incoming(reply, f"{asked.metadata.message_id}-reply"), fresh
     except Stopped:
         raise
-    except BaseException as error:  # the client's, whatever it is: the server is told and goes on
+    except BaseException as error:  # whatever the ClientApp raises is reported to the server
         _log.error("ClientApp of partition %s raised", who, exc_info=error)
         return adapter.raised(asked, error), context
     _log.error("ClientApp of partition %s: %s", who, fault)

@@ -1,4 +1,4 @@
-"""Which versions of Flower the adapter is written for; loads nothing of it."""
+"""The versions of Flower that the adapter supports; does not import Flower."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 
 from fedsample.errors import ConfigError
 
-OLDEST = (1, 41)  # the first that is supported
-NEWEST = (1, 43)  # the first that is not, as in pyproject.toml
-UNCHECKED = "FLOWER_VERSION_UNCHECKED"  # set to 1, it lets any version in: for trying the contract tests on a new one
+OLDEST = (1, 41)  # the first supported version
+NEWEST = (1, 43)  # the first unsupported version, as in pyproject.toml
+UNCHECKED = "FLOWER_VERSION_UNCHECKED"  # set to 1, it accepts any version: for trying the contract tests on a new one
 
 
 def check(version: str) -> None:
-    """Refuse a version of Flower that the adapter is not written for.
+    """Refuse a version of Flower that the adapter does not support.
 
     Raises:
-        ConfigError: with the range and how to get there.
+        ConfigError: with the supported range and how to install it.
     """
     if os.environ.get(UNCHECKED) == "1":
         return

@@ -1,4 +1,4 @@
-"""Live tables of a fleet: the server's, a row per device, and a device's own; on a terminal only, lines elsewhere."""
+"""Live tables of a fleet: the server's, a row per device, and a device's own; on a terminal, else plain lines."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from fedsample.fleets.grpc.device.connection import Watching
     from fedsample.fleets.grpc.server.client_record import ClientRecord
 
-_ROWS = 40  # devices that fit on a screen; then those that need attention come first
+_ROWS = 40  # rows that fit on a screen; with more devices, those that need attention come first
 _ORDER = {"not here yet": 0, "away": 1, "joining": 2, "ready": 3, "working": 4, "idle": 5}
 _ERRORS = 5  # lines of errors below the table
-_STALE = 2.0  # seconds without a round after which it is said who is missing, and no pace
-_SOON, _SELDOM = 10.0, 600.0  # seconds between two reminders, at first and after many
-_STATUS = 60.0  # seconds between two lines of a device
+_STALE = 2.0  # seconds without a round after which missing devices are shown in place of the rate
+_SOON, _SELDOM = 10.0, 600.0  # seconds between two reminders, at first and later
+_STATUS = 60.0  # seconds between two status lines of a device
 
 
 class FleetProgress(Progress):
-    """The progress of a run with devices: on a terminal a line of progress under a table that renews itself."""
+    """Progress of a run with devices: on a terminal a progress line under a live table."""
 
     _seats: Sequence[ClientRecord] = ()
     _words = ""
     _stage = ""
-    _when = 0.0  # of the last drawing
+    _when = 0.0  # time of the last drawing
     _gap = _SOON
     _due = 0.0
 
     def watch(self, records: Sequence[ClientRecord]) -> None:
-        """Show these devices from now on, where there is a terminal."""
+        """Show these devices from now on, on a terminal."""
         from rich.live import Live
 
         self._seats = records
@@ -51,7 +51,7 @@ class FleetProgress(Progress):
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """As for any run; on a terminal the line under the table names it meanwhile."""
+        """Announce a stage as in any run; on a terminal the line under the table names it meanwhile."""
         self._stage = name
         try:
             with super().stage(name):
@@ -60,7 +60,7 @@ class FleetProgress(Progress):
             self._stage = ""
 
     def remind(self, text: str) -> None:
-        """Say what is waited for, more and more seldom; the table shows it anyway."""
+        """Print what is waited for, less and less often; a live table shows it anyway."""
         now = time.monotonic()
         if self._bar is None and now >= self._due:
             self.note(text)
@@ -83,7 +83,7 @@ class FleetProgress(Progress):
         return Group(fleet_table(self._seats), Text(self._line(), overflow="ellipsis", no_wrap=True))
 
     def _line(self) -> str:
-        """What stands under the table."""
+        """The line under the table."""
         now = time.monotonic()
         away = [record for record in self._seats if record.stream is None]
         missing = ", ".join(record.account(now) for record in away[:8]) + (", ..." if len(away) > 8 else "")
@@ -130,7 +130,7 @@ def fleet_table(records: Sequence[ClientRecord]) -> RenderableType:
 
 
 def device_table(watching: Watching) -> RenderableType:
-    """What one device shows of itself."""
+    """Lay out a device's state as a table."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -157,8 +157,8 @@ def _apart(watching: Watching) -> bool:
 
 
 def _state(watching: Watching) -> str:
-    """The state in words, with what is to be expected."""
-    text = "connected" if watching.state == "computing" else watching.state  # it would flicker
+    """Describe the state, with what will happen next."""
+    text = "connected" if watching.state == "computing" else watching.state  # showing "computing" would flicker
     if watching.state == "waiting to connect again":
         text += f", in {max(0.0, watching.until - time.monotonic()):.0f} s"
     return text + (f" ({watching.farewell})" if watching.farewell and _apart(watching) else "")
@@ -166,7 +166,7 @@ def _state(watching: Watching) -> str:
 
 @contextlib.contextmanager
 def device_display(watching: Watching, console: Console, *, quiet: bool) -> Iterator[None]:
-    """Show a device while the block runs: a table that renews itself on a terminal, changes of state elsewhere."""
+    """Show a device while the block runs: a live table on a terminal, changes of state elsewhere."""
     if quiet:
         yield
         return
@@ -183,7 +183,7 @@ def device_display(watching: Watching, console: Console, *, quiet: bool) -> Iter
 
 @contextlib.contextmanager
 def _lines(watching: Watching, console: Console) -> Iterator[None]:
-    """A line when the state is another, or another error keeps it; and one a minute."""
+    """Print a line when the state or the error that keeps it changes, and one per minute."""
     import threading
 
     over, said = threading.Event(), [""]
@@ -215,7 +215,7 @@ def _lines(watching: Watching, console: Console) -> Iterator[None]:
 
 
 def span(seconds: float) -> str:
-    """A time for a person to read: 12 s, 3 min, 2.5 h."""
+    """Format a duration for people to read: 12 s, 3 min, 2.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,1 +1,1 @@
-"""A device's side of its stream: the process, the connection, and its half of a run."""
+"""The device's side of a stream: the process, the connection, and its part of a run."""

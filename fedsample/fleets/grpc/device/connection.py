@@ -1,9 +1,9 @@
-"""A device's end of the stream: connect, answer, and come back whatever happens.
+"""A device's end of the stream: connect, answer, and reconnect whatever happens.
 
-What the model computes runs in a thread of its own, so that pings are answered meanwhile; estimates that have taken
-less than `BRIEF` many times in a row are made in between, as handing them over takes longer. A stream that breaks is
-opened again with full-jitter back-off (Brooker 2015, AWS Architecture Blog), for ever unless a number of attempts is
-given; an answer that could not be sent is kept, and sent when it is asked for again.
+The model computes in a thread of its own, so that pings are answered meanwhile; once estimates have taken less than
+`BRIEF` many times in a row, they are computed in the loop's thread, as handing them over takes longer. A stream that
+breaks is opened again with full-jitter back-off (Brooker 2015, AWS Architecture Blog), for ever unless a number of
+attempts is given; an answer that could not be sent is kept, and sent when it is asked for again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from fedsample.clients.message_handler import Trace
     from fedsample.fleets.grpc.device.replica import Standing
 
-LIMIT = 1 << 33  # bytes that a request's arrays may have
-BRIEF, STEADY = 5e-3, 32  # seconds of an estimate, and how many in a row, from which on it is not handed over
-FIRST, LONGEST = 0.5, 30.0  # seconds of back-off, at most, after the first failure and after many
-_HINT = 8  # failures to connect in a row after which it is said how to find out why
-_GRACE = 0.5  # seconds that what is being computed has to end when a device does
+LIMIT = 1 << 33  # largest size of a request's arrays in bytes
+BRIEF, STEADY = 5e-3, 32  # an estimate shorter than so many seconds, so often in a row, is not handed over
+FIRST, LONGEST = 0.5, 30.0  # largest back-off in seconds, after the first failure and after many
+_HINT = 8  # consecutive failures to connect after which the user is told how to find the cause
+_GRACE = 0.5  # seconds for a running computation to end when the device stops
 _LEAVE = 2.0  # seconds for the server to read why a device leaves
 _OPTIONS = [
     *DIRECT,
@@ -58,15 +58,15 @@ _BROKEN = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError, 
 
 
 class Refused(FedSampleError):
-    """The server does not want this device, and says that it never will."""
+    """The server refuses this device for good."""
 
 
 class Answering(Protocol):
-    """A device's half of one run.
+    """A device's part of one run.
 
     Attributes:
-        trace: how far the last request has come.
-        round: of the last one that was answered.
+        trace: the stage that the last request has reached.
+        round: the round of the last request that was answered.
     """
 
     trace: Trace
@@ -74,29 +74,32 @@ class Answering(Protocol):
 
     @property
     def standing(self) -> Standing:
-        """What the server must know to go on with this device."""
+        """What the server must know to continue with this device."""
         ...
 
     def answer(self, message: Message) -> Message | None:
-        """The answer to a request; None to one that is no longer wanted."""
+        """Return the answer to a request; None: the request is no longer wanted."""
         ...
 
 
 @dataclass
 class Watching:
-    """What a device shows of itself.
+    """The state that a device displays.
 
     Attributes:
-        state: in a few words.
-        round: last one answered.
-        answers, connections: counts.
-        received, sent: bytes of frames.
-        latencies: seconds of computing, the last few.
-        error, erred: the last thing that went wrong, and when.
+        state: a short description of the state.
+        round: the last round that was answered.
+        answers: number of answers.
+        connections: number of connections.
+        received: bytes of frames received.
+        sent: bytes of frames sent.
+        latencies: seconds of computing of the last answers.
+        error: the last error.
+        erred: when it happened.
         until: when the next attempt to connect is due.
-        farewell: why the server left, until it is back.
-        changed: called when the state is another.
-        say: says something to whoever looks on.
+        farewell: why the server left; cleared when it is back.
+        changed: called when the state changes.
+        say: prints a message for the user.
     """
 
     server: str = ""
@@ -123,20 +126,21 @@ class Watching:
             self.changed()
 
     def fail(self, reason: str) -> None:
-        """Something went wrong."""
+        """Record an error."""
         self.error, self.erred = reason, time.monotonic()
 
 
 class Connection:
-    """One device of a fleet, for as long as it is wanted.
+    """One device of a fleet, until the run ends.
 
     Args:
         target: host:port.
-        credentials: of the device; None: plaintext.
-        claimed: which client it is, where no certificate says so.
-        found: makes the device's half of a run, from what the server tells about it; called in the computing thread.
-        attempts: failures to connect in a row after which it gives up; None: never.
-        doctor: the command that examines the way to the server.
+        credentials: the device's; None: plaintext.
+        claimed: the client's index, for plaintext connections without a certificate.
+        found: makes the device's part of a run from the server's Welcome; called in the computing thread.
+        attempts: consecutive failures to connect after which it gives up; None: never.
+        watching: the state to display; None: nobody watches.
+        doctor: the command that examines the connection to the server.
     """
 
     def __init__(
@@ -150,25 +154,26 @@ class Connection:
         watching: Watching | None = None,
         doctor: str = "",
     ) -> None:
-        """Nothing is open yet; see `attend`."""
         self.target, self.claimed, self.attempts = target, claimed, attempts
         self.watching = watching or Watching(target)
         self._advice = f". `{doctor or f'fedsample doctor net {target}'}` names the step that fails"
         self._credentials, self._found = credentials, found
         self._instance = secrets.token_bytes(16)
-        self._resident: tuple[bytes, asyncio.Future[Answering]] | None = None  # the run, and this device's half of it
+        self._resident: tuple[bytes, asyncio.Future[Answering]] | None = None  # the run, and this device's part of it
         self._writing = asyncio.Lock()
         self._pool = ComputingThread("compute")
         self._busy = False
         self._brief = 0  # estimates in a row that took less than `BRIEF`
-        self._threads = 1  # with which they were made
+        self._threads = 1  # the number of threads that they were computed with
 
     async def attend(self) -> str:
         """Serve until the run has ended -> the server's farewell.
 
         Raises:
-            Refused: if the server does not want this device. ConfigError, DataError, RunDirectoryError: if the run's
-                configuration, this device's data or its folder cannot be used. FedSampleError: after too many attempts.
+            Refused: if the server refuses this device.
+            ConfigError, DataError, RunDirectoryError: if the run's configuration, this device's data or its folder
+                cannot be used.
+            FedSampleError: after too many attempts.
         """
         failures = 0
         while True:
@@ -192,11 +197,11 @@ class Connection:
             await asyncio.sleep(pause)
 
     def close(self) -> None:
-        """End the computing thread, whatever it computes: a process ends though a model or an app does not return."""
+        """End the computing thread, even during a computation: the process ends even if a model or an app hangs."""
         self._pool.leave(_GRACE)
 
     async def _visit(self) -> str | None:
-        """One stream, from Hello to its end; None: it broke, and should be opened again."""
+        """Run one stream, from Hello to its end; None: it broke, and should be opened again."""
         self.watching.to("connecting")
         if self._credentials is None:
             channel = grpc.aio.insecure_channel(self.target, options=_OPTIONS)
@@ -222,7 +227,7 @@ class Connection:
                 call.cancel()
 
     async def _converse(self, call: Any) -> str | None:
-        """Listen and answer, until either ends."""
+        """Listen and answer, until either side ends the stream."""
         self._writing = asyncio.Lock()
         requests: asyncio.Queue[Message] = asyncio.Queue()
         welcome: asyncio.Future[pb.Welcome] = asyncio.get_running_loop().create_future()
@@ -231,10 +236,10 @@ class Connection:
         try:
             await asyncio.wait({listening, working}, return_when=asyncio.FIRST_COMPLETED)
             if self._unfit():
-                await asyncio.wait({listening}, timeout=_LEAVE)  # the server hangs up when it has read why
+                await asyncio.wait({listening}, timeout=_LEAVE)  # the server closes when it has read why
                 await working
             over = listening if listening.done() else working
-            return None if over.cancelled() else over.result()  # gRPC cancels who reads when the other side has ended
+            return None if over.cancelled() else over.result()  # gRPC cancels the reader when the other side has ended
         finally:
             for task in (listening, working):
                 task.cancel()
@@ -248,7 +253,7 @@ class Connection:
     async def _listen(
         self, call: Any, requests: asyncio.Queue[Message], welcome: asyncio.Future[pb.Welcome]
     ) -> str | None:
-        """Take what comes, until the stream ends or the server says farewell."""
+        """Receive frames, until the stream ends or the server says farewell."""
         assembler = Assembler(LIMIT)
         while True:
             frame = await call.read()
@@ -279,7 +284,7 @@ class Connection:
                 return self.watching.farewell if frame.farewell.finished else None
 
     async def _enter(self, call: Any, welcome: pb.Welcome) -> Answering:
-        """Take part in the run that the server has."""
+        """Join the server's run."""
         if welcome.protocol != PROTOCOL:
             raise Refused(f"{self.target} speaks protocol {welcome.protocol}, this device {PROTOCOL}: install the same")
         watching = self.watching
@@ -289,7 +294,7 @@ class Connection:
             self._resident = welcome.run, asyncio.ensure_future(self._compute(self._found, welcome))
             self._resident[1].add_done_callback(lambda done: done.cancelled() or done.exception())
         watching.to("reading the data")
-        try:  # it is read once, whatever happens to the stream meanwhile
+        try:  # it is read once, even if the stream breaks meanwhile
             replica = await asyncio.shield(self._resident[1])
         except (ConfigError, DataError, RunDirectoryError) as error:
             await self._send(call, pb.DeviceFrame(failure=pb.Failure(stage="data", detail=str(error), round=-1)))
@@ -307,7 +312,7 @@ class Connection:
     async def _work(
         self, call: Any, requests: asyncio.Queue[Message], welcome: asyncio.Future[pb.Welcome]
     ) -> str | None:
-        """Answer requests, one after the other, for as long as the stream lasts; only the last one is still wanted."""
+        """Answer requests one by one until the stream ends; only the latest request is still wanted."""
         replica, watching = await self._enter(call, await welcome), self.watching
         while True:
             self._busy = False
@@ -321,7 +326,7 @@ class Connection:
             except Exception as error:
                 trace = replica.trace
                 reason = f"{type(error).__name__}: {error}"
-                plain = isinstance(error, RunDirectoryError)  # a full disk is nobody's defect: words suffice
+                plain = isinstance(error, RunDirectoryError)  # a full disk is no defect of the program: no traceback
                 failure = pb.Failure(
                     digest=message.name.digest, stage=trace.stage, round=trace.round,
                     detail=reason if plain else traceback.format_exc(),
@@ -338,14 +343,14 @@ class Connection:
             watching.to("connected")
 
     async def _answered(self, replica: Answering, message: Message) -> Message | None:
-        """A request's answer, and how long estimates take."""
+        """Compute the answer to a request, and track how long estimates take."""
         if message.kind != TRAIN:
             return (await self._compute(_timed, replica.answer, message))[0]  # type: ignore[no-any-return]
         if self._brief < STEADY:
             timed: tuple[Message | None, float, int] = await self._compute(_timed, replica.answer, message)
             answer, spent, self._threads = timed
         else:
-            torch.set_num_threads(self._threads)  # the setting is a thread's own, and sums depend on it
+            torch.set_num_threads(self._threads)  # the setting is per thread, and sums depend on it
             began = time.perf_counter()
             answer = replica.answer(message)
             spent = time.perf_counter() - began
@@ -355,7 +360,7 @@ class Connection:
 
     async def _send(self, call: Any, frame: bytes | pb.DeviceFrame) -> None:
         self.watching.sent += len(frame) if isinstance(frame, bytes) else frame.ByteSize()
-        async with self._writing:  # pongs go between the pieces of an answer
+        async with self._writing:  # pongs are sent between the pieces of an answer
             await call.write(frame)
 
     async def _compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -363,21 +368,21 @@ class Connection:
 
 
 def _timed(function: Callable[[Message], Message | None], message: Message) -> tuple[Message | None, float, int]:
-    """What a function gives, the seconds that this thread took for it, and its number of threads for tensors."""
+    """Call a function -> its result, the seconds that it took in this thread, and PyTorch's number of threads."""
     began = time.thread_time()
     result = function(message)
     return result, time.thread_time() - began, torch.get_num_threads()
 
 
 async def _status(call: Any) -> None:
-    """Raise the error with which a stream ended, if it was one."""
+    """Raise the error that ended a stream, if there was one."""
     code = await call.code()
     if code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
         raise Damaged(f"{code.name.lower()}: {await call.details()}")
 
 
 def _reason(error: BaseException) -> str:
-    """Why a stream ended, in a line."""
+    """Say in one line why a stream ended."""
     if isinstance(error, grpc.aio.AioRpcError):
         text = " ".join(str(error.details() or "").split())
         if (found := _NOWHERE.search(text)) is not None:
@@ -387,7 +392,7 @@ def _reason(error: BaseException) -> str:
 
 
 def prepare_threads(count: int) -> None:
-    """Set the threads of the computing thread, and let the numerical library choose its code paths there alone."""
+    """Set the computing thread's number of threads, and let the numerical library choose its code paths in it alone."""
     from fedsample.numerics.math_library import choose_paths
 
     torch.set_num_threads(1)

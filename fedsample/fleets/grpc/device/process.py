@@ -1,4 +1,4 @@
-"""A device in a process of its own: its options, its state on the disk, its signals, and its stream."""
+"""A device in its own process: its options, its state on disk, its signals, and its stream."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 
 class DeviceOptions(NamedTuple):
-    """What a device is started with.
+    """The options of a device.
 
     Attributes:
-        address: of the server.
-        certs: folder; None: plaintext.
-        claimed: which client, in plaintext.
-        state: folder for all runs of all devices on this machine.
-        device: where to compute.
+        address: the server's address.
+        certs: folder of certificates; None: plaintext.
+        claimed: the client's index, for plaintext connections.
+        state: folder of the state of all runs of all devices on this machine.
+        device: where to compute, such as cpu.
         data: see `DataSource`.
         target: see `DataSource`.
         partition: see `DataSource`.
         partitions: see `DataSource`.
-        attempts: to connect; None: for ever.
+        attempts: consecutive failures to connect before giving up; None: never.
         quiet: show nothing.
         app: a Flower app's folder, or `module:attribute` of its ClientApp, to run in place of what fedsample computes.
     """
@@ -64,8 +64,8 @@ def take_part(options: DeviceOptions) -> str:
     """Serve until the run has ended -> the server's farewell.
 
     Raises:
-        FedSampleError: if the server refuses, or the device's data or certificates cannot be used. Interrupted: on
-            Ctrl-C or SIGTERM.
+        FedSampleError: if the server refuses, or the device's data or certificates cannot be used.
+        Interrupted: on Ctrl-C or SIGTERM.
     """
     from rich.console import Console
 
@@ -81,8 +81,8 @@ def take_part(options: DeviceOptions) -> str:
             folders.pop().close()
 
     def hold(welcome: pb.Welcome) -> Path:
-        """This device's folder of a run, which no other process has."""
-        release()  # that of another run, which this server may take up again
+        """Lock this device's folder of a run."""
+        release()  # the lock of another run, which this server may continue later
         folder = options.state / _name(welcome)
         folders.append(_locked(folder))
         return folder
@@ -109,10 +109,10 @@ def take_part(options: DeviceOptions) -> str:
 def _sampling(
     options: DeviceOptions, watching: Watching, hold: Callable[[pb.Welcome], Path]
 ) -> Callable[[pb.Welcome], Answering]:
-    """What takes part in fedsample's own runs.
+    """Make the device's part of fedsample's own runs.
 
     Raises:
-        ConfigError, DataError: if its options can be used in no run.
+        ConfigError, DataError: if no run could use its options.
     """
     check_source(options.data, options.target, options.partition, options.partitions)
     device_of(options.device)
@@ -132,7 +132,7 @@ def _sampling(
 
 
 def _app(app: str, hold: Callable[[pb.Welcome], Path], stack: ExitStack) -> Callable[[pb.Welcome], Answering]:
-    """What takes part in runs of a Flower app; its ClientApp is imported until the stack ends."""
+    """Make the device's part of runs of a Flower app; its ClientApp is imported until the stack ends."""
     from fedsample.fleets.flower_grid import imported_client
     from fedsample.fleets.grpc.flower_app.node import FlowerNode, run_config_in
 
@@ -148,7 +148,7 @@ def _app(app: str, hold: Callable[[pb.Welcome], Path], stack: ExitStack) -> Call
 
 
 async def _until_told(connection: Connection) -> str:
-    """Attend until the run ends, or a signal comes."""
+    """Serve until the run ends or a signal comes."""
     loop, told = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, told.set)
@@ -163,7 +163,7 @@ async def _until_told(connection: Connection) -> str:
 
 
 def _source(options: DeviceOptions, welcome: pb.Welcome, watching: Watching) -> DataSource:
-    """Where the rows come from; a share of a built-in set is this client's own, unless told otherwise."""
+    """Say where the rows come from; a share of a built-in set is this client's own, unless told otherwise."""
     client, clients = welcome.client, welcome.clients
     partition, partitions = options.partition, options.partitions
     builtin = is_builtin(options.data)
@@ -178,15 +178,15 @@ def _source(options: DeviceOptions, welcome: pb.Welcome, watching: Watching) -> 
 
 
 def _name(welcome: pb.Welcome) -> str:
-    """The folder of one run of one device: another client on this machine has another."""
+    """Name the folder of one run of one device; other clients on this machine have others."""
     return f"{welcome.run.hex()}-client-{welcome.client}"
 
 
 def _locked(folder: Path) -> BufferedWriter:
-    """Hold a device's folder for as long as the file is open.
+    """Lock a device's folder for as long as the file is open.
 
     Raises:
-        RunDirectoryError: if another process has it, or it cannot be made.
+        RunDirectoryError: if another process holds the lock, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,7 @@
-"""A device's half of one run: what it holds, what it has answered, and how far it can go back.
+"""A device's part of one run: its memory, its last answer, and its snapshots.
 
-A request that came again gets the answer that it had; one that is older than the last is not answered. State is written
-to the disk only when the server asks for a snapshot; after a death the device goes back to the last one that everyone
-has, and replays.
+A repeated request gets the answer that it had; one older than the last is not answered. State is written to disk only
+when the server asks for a snapshot; after a crash the device returns to the last snapshot that all have, and replays.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Standing(NamedTuple):
-    """How a device stands in a run; see `Ready` in the protocol."""
+    """A device's position in a run; see `Ready` in the protocol."""
 
     term: int
     live: bool
@@ -39,27 +38,26 @@ class Standing(NamedTuple):
 
 
 class Replica:
-    """What a device is in one run.
+    """A device in one run.
 
     Args:
-        folder: of this run, for snapshots.
-        run: 16 bytes.
+        folder: this run's, for snapshots.
+        run: the run's id, 16 bytes.
         experiment: the configuration.
-        index: which client.
-        n: how many there are.
-        data: its own.
+        index: the client's index.
+        n: number of clients.
+        data: the device's own data.
 
     Raises:
-        DataError: if the data are not those with which this device has taken part before. RunDirectoryError: if the
-            folder cannot be read.
+        DataError: if the data differ from those with which this device has taken part before.
+        RunDirectoryError: if the folder cannot be read.
     """
 
     def __init__(self, folder: Path, run: bytes, experiment: Experiment, index: int, n: int, data: DeviceData) -> None:
-        """Nothing is asked yet."""
         self.run, self.experiment, self.index, self.n, self.data = run, experiment, index, n, data
         self.trace = Trace(index)
         self.round = 0
-        # One more than the server, which writes last: if either end finds one damaged, both still have one in common.
+        # One more than the server, which writes last: if either side finds one damaged, both still share another.
         self._store = CheckpointStore(folder, digest=run.hex(), kept=KEPT + 1)
         self._fingerprint_file = folder / "data"
         self._device: MessageHandler | None = None
@@ -70,12 +68,12 @@ class Replica:
 
     @property
     def standing(self) -> Standing:
-        """What the server must know to go on with this device."""
+        """What the server must know to continue with this device."""
         snapshots = [round for round in self._store.rounds() if round in self._whole]
         return Standing(self._term, self._device is not None, snapshots, self.data.schema)
 
     def answer(self, message: Message) -> Message | None:
-        """The answer to a request; None to one that is older than what this device has heard since.
+        """Return the answer to a request; None: it is older than the latest request.
 
         Raises:
             DataError: if the request is not for this device or does not fit; other errors come from the model.
@@ -132,7 +130,7 @@ class Replica:
     def _snapshot(self, round: int, mark: int, device: MessageHandler) -> Parcel:
         self.trace.stage = "snapshot"
         if round in self._store.rounds():
-            self._store.rewind(round - 1)  # of a path that the run has left
+            self._store.rewind(round - 1)  # of a path that the run has abandoned
         tensors = {f"device.{name}": tensor for name, tensor in device.state().items()}
         tensors |= {f"score.{name}": tensor for name, tensor in self.data.state().items()}
         self._store.save(round, tensors, {"data": self.data.fingerprint, "mark": mark})
@@ -140,7 +138,7 @@ class Replica:
         return Parcel(header())
 
     def _rewind(self, round: int, head: Header, device: MessageHandler) -> Parcel:
-        """Back to a snapshot; a device that has none begins anew, and says so."""
+        """Return to a snapshot; a device that has none starts anew, and says so."""
         self.trace.stage = "rewind"
         if head.value("live") is True:
             return Parcel(header(held=True))
@@ -154,14 +152,14 @@ class Replica:
         return Parcel(header(held=kept is not None))
 
     def _kept(self, round: int) -> Checkpoint | None:
-        """A snapshot, if it is there and whole."""
+        """Read a snapshot; None: it is missing or damaged."""
         try:
             return self._store.at(round)
         except RunDirectoryError:
             return None
 
     def _check_data(self) -> set[int]:
-        """The rounds of snapshots that are whole: a damaged one is none, and an earlier one will do."""
+        """Check the data of the snapshots -> the rounds of those that are whole; damaged ones are ignored."""
         whole = {
             kept.round: kept.meta.get("data") for kept in map(self._kept, self._store.rounds()) if kept is not None
         }
@@ -174,7 +172,7 @@ class Replica:
         return set(whole)
 
     def _pin(self) -> None:
-        """Note which data this device takes part with: they count from here on, before there is any snapshot."""
+        """Store which data this device takes part with, before there is any snapshot."""
         if not self._fingerprint_file.exists():
             try:
                 self._fingerprint_file.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +181,7 @@ class Replica:
             write_atomic(self._fingerprint_file, self.data.fingerprint.encode())
 
     def _pinned(self) -> list[str]:
-        """What names the data with which this device has begun, if it has."""
+        """Read the stored fingerprint of the data with which this device began, if there is one."""
         try:
             return [self._fingerprint_file.read_text()]
         except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Flower apps on devices: a carrier over our streams, its host and its node."""
+"""Flower apps on devices: a carrier over gRPC streams, the server's side and the device's side."""

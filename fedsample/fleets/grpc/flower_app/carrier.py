@@ -1,8 +1,8 @@
-"""Messages of a Flower app to devices at the ends of gRPC streams, and their replies back: a `Carrier`.
+"""A `Carrier` of a Flower app's messages to devices over gRPC streams, and of their replies.
 
-Every node has a line and a thread that asks its messages one by one, so that all devices work at the same time. One
-more thread watches who comes and goes: a device is asked again when it is back, and is gone once it has been away for
-longer than anyone has patience for.
+Every node has a queue and a thread that sends its messages one by one, so that all devices work at the same time. One
+more thread watches connections: a device is asked again when it is back, and counts as gone once it has been away for
+longer than `patience`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedsample.fleets.grpc.server.streams import last_line
 from fedsample.protocol.wire import DENSE, Array, Header, Parcel, header
 
 FLOWER = "flower.message"
-_LOOK = 0.1  # seconds between two looks at who is here
+_LOOK = 0.1  # seconds between two checks for devices that came or went
 
 Job = tuple[Message, Callable[[Message], None]]
 
@@ -34,13 +34,12 @@ class Devices:
 
     Args:
         hub: their streams.
-        patience: seconds after which a device that is away is gone: what it was sent is answered with Flower's error 5
-            in its place, and it is no node until it is back.
-        say: told who comes and goes.
+        patience: seconds after which an absent device counts as gone: messages to it are answered with Flower's error
+            5, and it is not among the nodes until it is back.
+        say: called with messages about devices that come and go.
     """
 
     def __init__(self, hub: Hub, patience: float, say: Callable[[str], None] = lambda text: None) -> None:
-        """Devices may be asked from now on."""
         self._hub, self._patience, self._say = hub, patience, say
         self._nodes = [node_id(client) for client in range(hub.invitation.clients)]
         self._places = {node: client for client, node in enumerate(self._nodes)}
@@ -57,25 +56,25 @@ class Devices:
 
     @property
     def fixed(self) -> bool:
-        """Whether all are here: more will never come."""
+        """Whether no further nodes can ever come: all are here."""
         return len(self.nodes()) == len(self._nodes)
 
     def nodes(self) -> Sequence[int]:
-        """Ids of the nodes whose devices are here, or not away for long; the order of clients."""
+        """Ids of the nodes whose devices are connected, or not away for long; in client order."""
         return [node for client, node in enumerate(self._nodes) if not self._gone(client)]
 
     def carry(self, message: Message, deliver: Callable[[Message], None]) -> None:
-        """Put a message in its node's line."""
+        """Put a message in its node's queue."""
         self._lines[self._places[message.metadata.dst_node_id]].put((message, deliver))
 
     def hurry(self, seconds: float) -> None:
-        """No node holds up another here."""
+        """Do nothing: no node delays another here."""
 
     def give_up(self, message_id: str) -> None:
-        """As in Flower, the node goes on: its reply can be pulled until the message's time is over."""
+        """Do nothing: as in Flower, the reply can be pulled until the message expires."""
 
     def close(self) -> None:
-        """Ask nobody any longer; harmless a second time. The hub stays open."""
+        """Stop asking; may be called twice. The hub stays open."""
         self._closed.set()
         for line in self._lines:
             line.put(None)
@@ -93,7 +92,7 @@ class Devices:
         return record.stream is None and time.monotonic() - record.since > self._patience
 
     def _watch(self) -> None:
-        """Accept whoever is back, and give up who is gone."""
+        """Accept devices that are back, and mark those that are gone."""
         away: set[int] = set()
         while not self._closed.is_set():
             try:
@@ -108,7 +107,7 @@ class Devices:
                     self._hub.excuse(record.client)
 
     def _greet(self, client: int) -> None:
-        """A newcomer needs no telling: what its ClientApp remembers lies on its own disk."""
+        """Accept a newcomer; it needs no setup, as its ClientApp's memory is on its own disk."""
         record = self._hub.records[client]
         if record.stream is not None and record.stream.ready and not record.accepted:
             self._hub.accept(client, record.stream)
@@ -122,7 +121,7 @@ class Devices:
                 deliver(reply)
 
     def _asked(self, client: int, message: Message) -> Message | None:
-        """The reply to a message, in whoever's name; None: its time is over."""
+        """The reply to a message, the device's or an error in its place; None: the message has expired."""
         metadata = message.metadata
         left = metadata.created_at + metadata.ttl - time.time()
         if left <= 0:
@@ -141,10 +140,11 @@ class Devices:
         return adapter.unavailable("node", metadata.run_id, metadata.message_id, metadata)
 
     def _answer(self, client: int, data: bytes, seconds: float) -> bytes | None:
-        """What a device answers; None: nothing in that time, or it is gone.
+        """Ask a device; None: no answer in that time, or it is gone.
 
         Raises:
-            ClientError: if it failed. DataError: if it sent something else.
+            ClientError: if it failed.
+            DataError: if it sent something else.
         """
         parcel, number = parcel_of(data), next(self._count)
         digest = frames.Digests().of(FLOWER, parcel)
@@ -158,19 +158,19 @@ class Devices:
 
 
 def _checked(message: Message, data: bytes) -> Message:
-    """A device's reply, or an error in its place if it replies to something else."""
+    """Return a device's reply, or an error in its place if it replies to something else."""
     reply = adapter.unpacked(data)
     fault = adapter.mismatch(message, reply)
     return reply if fault is None else adapter.no_reply(message, fault)
 
 
 def parcel_of(data: bytes) -> Parcel:
-    """Flower's bytes as one array."""
+    """Wrap Flower's bytes as one array."""
     return Parcel(header(), {"message": Array("uint8", (len(data),), DENSE, data)})
 
 
 def message_in(parcel: Parcel) -> bytes:
-    """Back from `parcel_of`.
+    """Unwrap `parcel_of`.
 
     Raises:
         DataError: if there is no such array, or another version wrote it.

@@ -1,4 +1,4 @@
-"""A Flower app with real devices, from the server's side: its ServerApp here, stock ClientApps at the streams' ends."""
+"""A Flower app with real devices, the server's side: its ServerApp here, unchanged ClientApps on the devices."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ def serve_app(
     patience: float = PATIENCE,
     say: Callable[[str], None] = lambda text: None,
 ) -> FlowerRun:
-    """Wait for all devices, then run a ServerApp over them -> what is left, no client's context.
+    """Wait for all devices, then run a ServerApp over them -> the result, without clients' contexts.
 
     Args:
-        app: what devices are told of it.
-        server_app: what runs here.
-        clients: devices.
-        config: of the run.
+        app: the app's folder, which names the app to devices.
+        server_app: the ServerApp to run.
+        clients: number of devices.
+        config: the run configuration.
         host: where to listen.
         patience: see `Devices`.
-        say: told who is waited for, comes and goes.
+        say: called with messages about devices that are awaited, come and go.
 
     Raises:
-        FedSampleError: if the address or the certificates cannot be used. Whatever the ServerApp raises.
+        FedSampleError: if the address or the certificates cannot be used.
+        Exception: whatever the ServerApp raises.
     """
     hub = listening(_invitation(app, clients, config), host)
     hub.say, reason = say, "the Flower app was stopped"
@@ -60,11 +61,11 @@ def serve_app(
         reason = "the Flower app has ended"
         return run
     finally:
-        hub.stop(reason, finished=True)  # whatever happened: a ServerApp cannot be taken up again
+        hub.stop(reason, finished=True)  # in any case: a ServerApp cannot be resumed
 
 
 def _invitation(app: AppFolder, clients: int, config: Mapping[str, Value]) -> Invitation:
-    """Names a run anew; devices need neither the ServerApp nor anything of the app's folder."""
+    """Name a new run; devices need neither the ServerApp nor anything of the app's folder."""
     about = {"name": app.name, "version": app.version, "flwr": flwr.__version__}
     text, nonce = tomli_w.dumps({"flower": about, "config": dict(config)}), secrets.token_bytes(16)
     return Invitation(run_id(nonce, text), nonce, text, clients)

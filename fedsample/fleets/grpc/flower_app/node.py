@@ -1,7 +1,7 @@
-"""A device's half of a run of a Flower app: a stock ClientApp, and contexts that outlive its process.
+"""A device's part of a run of a Flower app: an unchanged ClientApp, and contexts that outlive its process.
 
-After each message what the app remembers and the reply lie on the disk, in one file that is either the old one or the
-new one. So a message that comes again is not handled twice, whether the connection broke or the process died.
+After each message the app's contexts and the reply are on disk, in one file that is replaced atomically. So a
+repeated message is not handled twice, whether the connection broke or the process died.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _CONTEXT = "context."
 
 
 class FlowerNode:
-    """What a device is in one run of a Flower app.
+    """A device in one run of a Flower app.
 
     Args:
-        folder: of this run, of this device alone.
-        run: 16 bytes.
-        index: which client.
-        n: how many there are.
-        app: what it runs.
-        run_config: the server's.
+        folder: this run's, of this device alone.
+        run: the run's id, 16 bytes.
+        index: the client's index.
+        n: number of clients.
+        app: the ClientApp.
+        run_config: the server's run configuration.
 
     Raises:
-        RunDirectoryError: if what lies in the folder cannot be read.
+        RunDirectoryError: if the content of the folder cannot be read.
     """
 
     def __init__(
         self, folder: Path, run: bytes, index: int, n: int, app: ClientApp, run_config: Mapping[str, Value]
     ) -> None:
-        """Go on from what the last process left in the folder."""
+        """Continue from what the last process left in the folder."""
         self.run, self.index, self.n = run, index, n
         self.trace = Trace(index, stage="Flower app")
         self.round = 0
@@ -58,15 +58,15 @@ class FlowerNode:
 
     @property
     def standing(self) -> Standing:
-        """There is nothing to go back to, and nothing to agree on."""
+        """Report no snapshots and no schema: none are needed."""
         return Standing(0 if self._answer is None else self._answer.name.term, True, [], "")
 
     def answer(self, message: Message) -> Message | None:
-        """The answer to a request; None to one that is older than the last.
+        """Return the answer to a request; None: it is older than the last.
 
         Raises:
-            DataError: if the request is not for this device, or no Flower message. RunDirectoryError: if what is to be
-                remembered cannot be written; then the message counts as not handled.
+            DataError: if the request is not for this device, or no Flower message.
+            RunDirectoryError: if contexts and reply cannot be written; then the message counts as not handled.
         """
         name = message.name
         if (name.run, name.client, message.kind) != (self.run, self.index, FLOWER):
@@ -91,7 +91,7 @@ class FlowerNode:
         return answered
 
     def _context(self, run_id: int, node: int) -> Context:
-        """What this node remembers of a run, at first nothing."""
+        """Return this node's context in a run, empty at first."""
         found = self._contexts.get(run_id)
         if found is not None:
             return found
@@ -101,7 +101,7 @@ class FlowerNode:
     # --- the disk -----------------------------------------------------------------------------------------------------
 
     def _save(self, answered: Message, contexts: Mapping[int, Context]) -> None:
-        """The answer and all contexts as one message in pieces, each with its checksum, behind their lengths."""
+        """Store the answer and all contexts as one message in pieces, each with its checksum, behind their lengths."""
         arrays = dict(answered.parcel.arrays)
         for run_id, context in contexts.items():
             data = adapter.packed_context(context)
@@ -132,7 +132,7 @@ class FlowerNode:
 
 
 def _whole(data: memoryview) -> Message:
-    """The message in a file.
+    """Read the message in a file.
 
     Raises:
         Damaged: if a part is missing or wrong.
@@ -142,7 +142,7 @@ def _whole(data: memoryview) -> Message:
         size = int.from_bytes(data[at : at + 4], "little")
         try:
             piece = pb.Piece.FromString(bytes(data[at + 4 : at + 4 + size]))
-        except Exception as error:  # protobuf's own, which is none of Python's
+        except Exception as error:  # protobuf's own exception, not one of Python's
             raise Damaged(f"no piece at byte {at}: {error}") from None
         if assembler.expected is None:
             assembler.begin(piece)
@@ -153,7 +153,7 @@ def _whole(data: memoryview) -> Message:
 
 
 def run_config_in(config: str) -> dict[str, Value] | None:
-    """The run configuration of a Flower app in what a server invites to; None: it invites to something else.
+    """Read the run configuration of a Flower app from a server's invitation; None: it invites to something else.
 
     Raises:
         ConfigError: if it cannot be read.

@@ -1,1 +1,1 @@
-"""Messages as frames on a stream: headers, zero-copy packing, versions and the probe that compares them."""
+"""Messages as frames on a stream: headers, zero-copy packing, versions, and the probe for connection tests."""

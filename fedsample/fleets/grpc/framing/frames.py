@@ -1,8 +1,8 @@
-"""Parcels as pieces of at most 1 MiB, and back: whole and valid, or not at all.
+"""Split parcels into pieces of at most 1 MiB and join them again: whole and valid, or not at all.
 
-A message's head holds its name, its kind, its header and the forms of its arrays; the arrays' bytes follow in their
-order. A piece carries a checksum; a message that does not fit its head, or a piece out of order, is `Damaged`: the
-stream is given up and the request asked again.
+A message's head holds its name, its kind, its header and the forms of its arrays; the arrays' bytes follow in order.
+A piece carries a checksum; a message that does not fit its head, or a piece out of order, raises `Damaged`: the stream
+is closed and the request asked again.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from fedsample.fleets.grpc.framing.headers import Name as Name
 from fedsample.fleets.grpc.framing.zero_copy import Data, Piece, checksum, write
 from fedsample.protocol.wire import Array, Parcel
 
-PIECE = 1 << 20  # bytes of data in a piece
-HEAD = 1 << 21  # bytes of a head, at most
-SMALL = 1 << 16  # below this, arrays are copied out of the message; above, they are views of it
+PIECE = 1 << 20  # bytes of data per piece
+HEAD = 1 << 21  # largest head in bytes
+SMALL = 1 << 16  # bytes from which arrays are views of the message; smaller ones are copied
 
 
 class Message(NamedTuple):
-    """A parcel with its name, ready to travel or whole on arrival.
+    """A parcel with its name, ready to be sent or received whole.
 
     Attributes:
-        sealed: what it shares with other messages of the same content; None: nothing.
+        sealed: the part shared with other messages of the same content; None: nothing is shared.
     """
 
     name: Name
@@ -46,16 +46,16 @@ class Message(NamedTuple):
 
 
 class Sealed:
-    """The content of messages, ready to travel: what does not depend on their names is made once for all of them.
+    """The content of messages, serialised once for all names.
 
     Args:
-        kind, parcel: the content.
-        digests: where the arrays' checksums are kept; None: no digest is wanted.
+        kind: the type of message.
+        parcel: its content.
+        digests: caches the arrays' checksums; None: no digest is needed.
     """
 
     def __init__(self, kind: str, parcel: Parcel, digests: Digests | None = None) -> None:
-        """Make the head, but for the name."""
-        self.parcel = parcel  # kept: `Digests` knows it by its id
+        self.parcel = parcel  # keeps the arrays alive: `Digests` knows them by id
         self._digests = digests
         self._head = write_content(kind, parcel)
         self._arrays: list[Data] = [each.data for each in parcel.arrays.values()]
@@ -64,7 +64,7 @@ class Sealed:
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that stand for the content."""
+        """16 bytes that identify the content."""
         found = hashlib.blake2b(self._head, digest_size=16)
         for array in self.parcel.arrays.values():
             checksum = crc32(array.data) if self._digests is None else self._digests.checksum(array)
@@ -72,7 +72,7 @@ class Sealed:
         return found.digest()
 
     def frames(self, name: Name) -> Iterator[bytes]:
-        """The message of this name, in pieces."""
+        """Yield the message with this name, in pieces."""
         head = write_name(name) + self._head
         first = self._arrays if self._size <= PIECE else self._cut(0)
         yield write(head, 0, first, checksum(head, first))
@@ -83,7 +83,7 @@ class Sealed:
             yield write(b"", offset, parts, self._later[offset])
 
     def _cut(self, offset: int) -> list[Data]:
-        """`PIECE` bytes of the arrays from an offset; the last may be fewer."""
+        """Cut `PIECE` bytes of the arrays from an offset; the last piece may be shorter."""
         parts: list[Data] = []
         start, end = offset, offset + PIECE
         for array in self._arrays:
@@ -94,22 +94,21 @@ class Sealed:
 
 
 class Digests:
-    """Contents of requests; what many requests share is computed once."""
+    """Digests of contents; checksums of arrays that many requests share are computed once."""
 
     def __init__(self) -> None:
-        """Nothing known."""
-        self._known: dict[int, tuple[Array, int]] = {}  # the array itself is kept, or its id might be used again
+        self._known: dict[int, tuple[Array, int]] = {}  # the array is kept alive, or its id might be reused
         self._sealed: dict[tuple[str, int], Sealed] = {}
 
     def sealed(self, kind: str, parcel: Parcel) -> Sealed:
-        """A content, ready to travel."""
+        """Serialise a content."""
         name = kind, id(parcel)
         if name not in self._sealed:
             self._sealed[name] = Sealed(kind, parcel, self)
         return self._sealed[name]
 
     def of(self, kind: str, parcel: Parcel) -> bytes:
-        """16 bytes that name a request by its content."""
+        """Identify a request by 16 bytes of digest of its content."""
         return self.sealed(kind, parcel).digest
 
     def checksum(self, array: Array) -> int:
@@ -121,24 +120,23 @@ class Digests:
 
 
 def frames(message: Message) -> Iterator[bytes]:
-    """The message in parts as they travel in either direction, the first with the head."""
+    """Yield the message in frames, in either direction, the first with the head."""
     return (message.sealed or Sealed(message.kind, message.parcel)).frames(message.name)
 
 
 def pieces(message: Message) -> Iterator[pb.Piece]:
-    """The same as messages of the generated code."""
+    """Yield the same pieces as messages of the generated code."""
     return (pb.ServerFrame.FromString(frame).piece for frame in frames(message))
 
 
 class Assembler:
-    """Puts one message at a time together.
+    """Joins the pieces of one message at a time.
 
     Args:
-        limit: bytes of arrays that a message may have; checked before anything is stored.
+        limit: largest size of a message's arrays in bytes; checked before anything is stored.
     """
 
     def __init__(self, limit: int) -> None:
-        """Nothing has arrived."""
         self.limit = limit
         self._head: Head | None = None
         self._data = memoryview(b"")
@@ -146,11 +144,11 @@ class Assembler:
 
     @property
     def expected(self) -> tuple[Head, int] | None:
-        """The head and the size in bytes of the message that is on its way."""
+        """The head, and the size in bytes, of the message being received; None: none is."""
         return None if self._head is None else (self._head, self._size)
 
     def begin(self, piece: Piece | pb.Piece) -> int:
-        """Look at the first piece of a message -> the size in bytes of its arrays.
+        """Read the first piece of a message -> the size of its arrays in bytes.
 
         Raises:
             Damaged: if it is no valid first piece, or the message is larger than allowed.
@@ -166,7 +164,7 @@ class Assembler:
         return size
 
     def add(self, piece: Piece | pb.Piece) -> Message | None:
-        """One more piece, the first one after `begin` -> the message when it is whole.
+        """Add a piece, the first one after `begin` too -> the message when it is whole.
 
         Raises:
             Damaged: if it is not the next one.

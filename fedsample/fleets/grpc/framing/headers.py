@@ -1,7 +1,7 @@
-"""Heads of messages: name, kind, header and the forms of arrays, as bytes and back.
+"""Heads of messages: name, kind, header and the forms of arrays, to bytes and back.
 
-From round to round little of a head changes. Its fields are therefore written and read one by one by the generated
-code, and those that are short are remembered; how they stand one after the other is done by hand.
+From round to round little of a head changes. So its fields are written and read one by one by the generated code, and
+short ones are cached; their concatenation is written by hand.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.framing.zero_copy import cut, varint
 from fedsample.protocol.wire import Field, Parcel
 
-_SHORT = 96  # bytes of a field that is remembered
+_SHORT = 96  # longest field that is cached, in bytes
 _NAME, _KIND, _HEADER, _ARRAY = (number << 3 | 2 for number in (1, 2, 3, 4))
 _NAME_TAG, _KIND_TAG, _HEADER_TAG, _ARRAY_TAG = (bytes((tag,)) for tag in (_NAME, _KIND, _HEADER, _ARRAY))
 _LISTS = ("flags", "integers", "numbers", "texts")
 
 
 class Damaged(FedSampleError):
-    """A message that arrived in another shape than it was sent."""
+    """A message that did not arrive as it was sent."""
 
 
 class Name(NamedTuple):
-    """Which request, or the answer to which.
+    """Identifies a request, and the answer to it.
 
     Attributes:
-        run: 16 bytes.
-        term: rises when the run goes back or forks.
+        run: the run's id, 16 bytes.
+        term: increases when the run goes back or forks.
         round: 0 while the run is prepared.
-        client: index.
-        digest: 16 bytes that stand for the request's content.
-        sequence: rises from request to request within a term.
+        client: the client's index.
+        digest: 16 bytes that identify the request's content.
+        sequence: increases from request to request within a term.
     """
 
     run: bytes
@@ -48,7 +48,7 @@ class Name(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What an array is said to be; its bytes follow the head."""
+    """The declared form of an array; its bytes follow the head."""
 
     name: str
     dtype: str
@@ -58,7 +58,7 @@ class Form(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A head that has arrived."""
+    """A head, as read."""
 
     name: Name
     kind: str
@@ -66,14 +66,14 @@ class Head(NamedTuple):
     arrays: list[Form]
 
 
-# --- as bytes ---------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_content(kind: str, parcel: Parcel) -> bytes:
-    """A head without its name, which may stand before it."""
+    """Serialise a head without its name, which may be put before it."""
     parts = [_part(_KIND_TAG, kind.encode())]
     for key, value in parcel.header.items():
-        # True, 1 and 1.0 are equal and 0.0 is -0.0, so the type is part of what is remembered, and floats are not.
+        # True, 1 and 1.0 are equal and 0.0 is -0.0, so the cache key includes the type, and floats are not cached.
         plain = isinstance(value, bool | int) or (isinstance(value, str) and len(value) <= _SHORT)
         parts.append(_kept_field(key, type(value), value) if plain else _field(key, value))  # type: ignore[arg-type]
     for key, array in parcel.arrays.items():
@@ -82,7 +82,7 @@ def write_content(kind: str, parcel: Parcel) -> bytes:
 
 
 def write_name(name: Name) -> bytes:
-    """A name, to stand before the rest of a head."""
+    """Serialise a name, to be put before the rest of a head."""
     run, term, round, client, digest, sequence = name
     written = pb.Name(run=run, term=term, round=round, client=client, digest=digest, sequence=sequence)
     return _part(_NAME_TAG, written.SerializeToString())
@@ -98,7 +98,7 @@ def _kept_field(key: str, kind: type, value: bool | int | str) -> bytes:
 
 
 def _field(key: str, value: Field) -> bytes:
-    """Write a value; a truth value is an integer too, so it is asked for first."""
+    """Serialise a value; bool is tested first, because it is an int too."""
     field = pb.Field(name=key)
     if isinstance(value, bool):
         field.flag = value
@@ -130,18 +130,18 @@ def _form(key: str, dtype: str, shape: tuple[int, ...], stype: str, size: int) -
     return _part(_ARRAY_TAG, array.SerializeToString())
 
 
-# --- and back ---------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_head(octets: bytes) -> Head:
-    """A head from its bytes.
+    """Read a head from its bytes.
 
     Raises:
-        Damaged: if it is none, or a field has no value that this version knows.
+        Damaged: if it is no head, or a field has no value that this version knows.
     """
     try:
         parts = cut(octets)
-        if parts is None:  # written in another way, or by a later version
+        if parts is None:  # written differently, or by a later version
             head = pb.Head.FromString(octets)
             named, kind = head.name, head.kind
             header = dict(map(_valued, head.header))
@@ -151,7 +151,7 @@ def read_head(octets: bytes) -> Head:
             for tag, part in parts:
                 if tag == _HEADER:
                     key, value = (_kept_value if len(part) <= _SHORT else _value)(part)
-                    header[key] = copy(value) if isinstance(value, list) else value  # lists are the receiver's own
+                    header[key] = copy(value) if isinstance(value, list) else value  # the receiver may change lists
                 elif tag == _ARRAY:
                     arrays.append((_kept_array if len(part) <= _SHORT else _array)(part))
                 elif tag == _NAME:

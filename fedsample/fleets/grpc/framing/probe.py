@@ -1,4 +1,4 @@
-"""The probe: one unary call that says who answers, when, in which protocol, and who the caller is to the server.
+"""The probe: one unary call that returns who answers, when, in which protocol, and the caller's identity.
 
 `fedsample doctor net` asks; any server of the fleet answers with `probe_handler`.
 """
@@ -25,13 +25,13 @@ DIRECT = (("grpc.enable_http_proxy", 0),)
 
 
 def probe_handler(clients: Callable[[], int] = lambda: 0, clock: Callable[[], float] = time.time) -> Any:
-    """The server's half: register it with `server.add_generic_rpc_handlers((probe_handler(...),))` of `grpc.aio`.
+    """Make the server's handler: `server.add_generic_rpc_handlers((probe_handler(...),))` of `grpc.aio`.
 
     It answers a caller of any protocol version, so that the caller can say what differs.
 
     Args:
-        clients: how many clients the server expects; 0 where it does not know.
-        clock: seconds since 1970.
+        clients: returns the number of clients that the server expects; 0: not known.
+        clock: returns the time, in seconds since 1970.
 
     Returns:
         `grpc.GenericRpcHandler`; it leaves the service's other methods to other handlers.
@@ -53,7 +53,7 @@ def probe_handler(clients: Callable[[], int] = lambda: 0, clock: Callable[[], fl
 
 
 def caller(context: Any) -> str:
-    """Who calls: the identity's URI, or "" over plaintext.
+    """Identify the caller by the URI in its certificate; "" over plaintext.
 
     Raises:
         CertificateError: TLS without a certificate of ours.
@@ -63,7 +63,7 @@ def caller(context: Any) -> str:
 
 
 def probe_call(channel: Any) -> Callable[..., Any]:
-    """The client's half, on a channel of `grpc` or of `grpc.aio`: a function of (ProbeRequest, timeout=seconds)."""
+    """Make the client's call on a channel of `grpc` or `grpc.aio`: a function of (ProbeRequest, timeout=seconds)."""
     call: Callable[..., Any] = channel.unary_unary(
         f"/{SERVICE}/{METHOD}",
         request_serializer=ProbeRequest.SerializeToString,

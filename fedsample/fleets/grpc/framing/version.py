@@ -1,4 +1,4 @@
-"""What server and devices speak, and how a run is named; light to import."""
+"""The protocol's version, and the id of a run; light to import."""
 
 import hashlib
 
@@ -7,5 +7,5 @@ SERVICE = "fedsample.v1.Fleet"
 
 
 def run_id(nonce: bytes, config: str) -> bytes:
-    """16 bytes that name a run, bound to its configuration."""
+    """Make the id of a run, 16 bytes, bound to its configuration."""
     return hashlib.blake2b(nonce + config.encode(), digest_size=16).digest()

@@ -1,7 +1,7 @@
-"""Frames that hold a piece, written and read by hand: the bytes of `fedsample.proto`, with a single copy of the data.
+"""Frames that hold a piece, written and read by hand: the bytes of `fedsample.proto`, with one copy of the data.
 
-Generated code copies the data of a piece four times on its way out and three times on its way in, and takes longer for
-the fields than a small request takes on the wire. What is not written as here is left to the generated code.
+Generated code copies the data of a piece four times when sending and three times when receiving, and its handling of
+fields takes longer than a small request on the wire. Frames not written as here are left to the generated code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedsample.fleets.grpc import fedsample_pb2 as pb
 Data = bytes | memoryview
 Frame = TypeVar("Frame", pb.DeviceFrame, pb.ServerFrame)
 
-# Tags: a field's number, then how it is written: 0 a varint, 2 a length and so many bytes, 5 four bytes.
+# Tags: a field's number, then its wire type: 0 a varint, 2 a length and that many bytes, 5 four bytes.
 _FRAME = 3 << 3 | 2  # `piece`, in a frame of either direction
 _HEAD, _OFFSET, _DATA, _CRC = 1 << 3 | 2, 2 << 3 | 0, 3 << 3 | 2, 4 << 3 | 5
 _FRAME_TAG, _HEAD_TAG, _OFFSET_TAG, _DATA_TAG, _CRC_TAG = (
@@ -28,7 +28,10 @@ class Piece(NamedTuple):
     """A part of a message; see the message of this name in `fedsample.proto`.
 
     Attributes:
-        head, offset, data, crc: as there.
+        head: see `fedsample.proto`.
+        offset: see `fedsample.proto`.
+        data: see `fedsample.proto`.
+        crc: see `fedsample.proto`.
         size: bytes of the whole frame.
     """
 
@@ -40,7 +43,7 @@ class Piece(NamedTuple):
 
 
 def varint(value: int) -> bytes:
-    """An unsigned integer, seven bits a byte, the lowest first."""
+    """Encode an unsigned integer, seven bits per byte, the lowest first."""
     if value < 0x80:
         return bytes((value,))
     octets = bytearray()
@@ -52,7 +55,7 @@ def varint(value: int) -> bytes:
 
 
 def checksum(head: bytes, parts: Sequence[Data]) -> int:
-    """CRC-32 of a head and of data, one after the other."""
+    """CRC-32 of a head followed by data."""
     crc = crc32(head)
     for part in parts:
         crc = crc32(part, crc)
@@ -60,7 +63,7 @@ def checksum(head: bytes, parts: Sequence[Data]) -> int:
 
 
 def write(head: bytes, offset: int, parts: Sequence[Data], crc: int) -> bytes:
-    """A frame with a piece whose data are these parts, one after the other."""
+    """Write a frame with a piece whose data are the concatenated parts."""
     size = sum(map(len, parts))
     fields: list[Data] = []
     if head:
@@ -75,7 +78,7 @@ def write(head: bytes, offset: int, parts: Sequence[Data], crc: int) -> bytes:
 
 
 def read(frame: bytes) -> Piece | None:
-    """The piece in a frame, its data a view of the frame; None: the frame holds something else, or in another way."""
+    """Read the piece in a frame, its data a view of the frame; None: something else, or encoded differently."""
     try:
         if frame[0] != _FRAME:
             return None
@@ -107,7 +110,7 @@ def read(frame: bytes) -> Piece | None:
 
 
 def cut(message: bytes) -> list[tuple[int, bytes]] | None:
-    """The fields of a message all of which are written with their lengths, by tag; None: another one is among them."""
+    """Split a message whose fields all have lengths into (tag, bytes); None: it has another field."""
     parts, at, end = [], 0, len(message)
     try:
         while at < end:
@@ -123,30 +126,30 @@ def cut(message: bytes) -> list[tuple[int, bytes]] | None:
 
 
 def device_frame(frame: bytes) -> Piece | pb.DeviceFrame:
-    """What a device has sent.
+    """Read a frame that a device has sent.
 
     Raises:
-        DecodeError: if it is no frame.
+        DecodeError: if it is not a frame.
     """
     return read(frame) or _plain(pb.DeviceFrame.FromString(frame), len(frame))
 
 
 def server_frame(frame: bytes) -> Piece | pb.ServerFrame:
-    """What the server has sent.
+    """Read a frame that the server has sent.
 
     Raises:
-        DecodeError: if it is no frame.
+        DecodeError: if it is not a frame.
     """
     return read(frame) or _plain(pb.ServerFrame.FromString(frame), len(frame))
 
 
 def written(frame: bytes | pb.DeviceFrame | pb.ServerFrame) -> bytes:
-    """A frame as it travels."""
+    """Serialise a frame."""
     return frame if isinstance(frame, bytes) else frame.SerializeToString()
 
 
 def _plain(frame: Frame, size: int) -> Piece | Frame:
-    """A piece that was written in an unusual way: in another order is no reason, but with fields of a later version."""
+    """Convert a piece read by generated code, such as one with fields of a later version; return other frames as is."""
     if frame.WhichOneof("frame") != "piece":
         return frame
     piece = frame.piece
@@ -154,7 +157,7 @@ def _plain(frame: Frame, size: int) -> Piece | Frame:
 
 
 def _varint(octets: bytes, at: int) -> tuple[int, int]:
-    """(value, where it ends) of the integer that begins there; at most 64 bits."""
+    """Read a varint -> (value, where it ends); at most 64 bits."""
     value = octets[at]
     at += 1
     if value < 0x80:

@@ -1,1 +1,1 @@
-"""Addresses, certificates and identities, and what diagnoses the way to a server."""
+"""Addresses, certificates, identities, and diagnosis of the connection to a server."""

@@ -24,7 +24,7 @@ class Address(NamedTuple):
 
     Attributes:
         host: DNS name in lower case, or an IP address without brackets.
-        port: 1 to 65535; 0 only to listen.
+        port: 1 to 65535; 0, only for listening: a free port is chosen.
     """
 
     host: str
@@ -39,10 +39,10 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
 
     Args:
         text: the address.
-        listen: allow port 0, by which a server has a free one chosen.
+        listen: allow port 0, for which a free port is chosen.
 
     Raises:
-        AddressError: no port, a port out of range, IPv6 without brackets, a URL, or a host that is no name.
+        AddressError: no port, a port out of range, IPv6 without brackets, a URL, or an invalid host.
     """
     if "://" in text or "/" in text:
         raise AddressError(f"address {text!r}: looks like a URL or a path; {_SHAPES}")
@@ -64,7 +64,7 @@ def parse_address(text: str, *, listen: bool = False) -> Address:
 
 
 def parse_host(host: str, where: str) -> str:
-    """The host in its one spelling: a DNS name in lower case, or an IP address.
+    """Normalise a host: a DNS name in lower case, or an IP address.
 
     Args:
         host: a name, or an address without brackets.
@@ -88,13 +88,13 @@ def parse_host(host: str, where: str) -> str:
 
 
 def is_loopback(address: IPAddress) -> bool:
-    """Whether packets to it stay on this machine; an IPv4 address mapped into IPv6 counts as what it maps."""
+    """Whether packets to it stay on this machine; an IPv4 address mapped into IPv6 counts as that address."""
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
 
 
 def check_free(address: Address) -> None:
-    """Refuse an address at which nothing can listen, with the system's reason; gRPC's says little.
+    """Refuse an address that cannot be listened at, with the operating system's reason; gRPC's says little.
 
     Raises:
         FedSampleError: another process listens there, it is not this machine's, or the port is reserved.
@@ -126,15 +126,15 @@ def _occupied(address: Address, error: OSError) -> FedSampleError:
 
 
 def check_insecure(address: Address | str, *, listen: bool = False) -> Address:
-    """Refuse plaintext anywhere but on loopback, and say where exactly it is allowed.
+    """Refuse plaintext anywhere but on loopback, and say where it is allowed.
 
     Args:
         address: as given to `--insecure`.
         listen: allow port 0.
 
     Returns:
-        The same place with its host as an IP address (IPv4 where a name has both): use this one, because a name may
-        resolve to something else the next time.
+        The address with its host as an IP address (IPv4 if a name has both): use this one, because a name may resolve
+        to something else the next time.
 
     Raises:
         AddressError: the host is, or one of the addresses of its name is, not loopback; or the name has no address.

@@ -1,8 +1,8 @@
-"""The certificate authority of one fleet, in memory: make it, request from it, sign with it.
+"""The certificate authority of one fleet, in memory: create it, request certificates, sign them.
 
-Keys are ECDSA on P-256 and signatures use SHA-256: what every device's TLS knows. The authority signs leaves only (path
-length 0). A leaf carries one identity (`identity.py`), one extended key usage, and for a server the names by which it
-is reached. Nothing but the public key, the identity and the server's names is ever taken from a request.
+Keys are ECDSA on P-256 and signatures use SHA-256, which every device's TLS supports. The authority signs leaves only
+(path length 0). A leaf carries one identity (`identity.py`), one extended key usage, and for a server the names by
+which it is reached. Only the public key, the identity and the server's names are ever taken from a request.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ BACKDATED = timedelta(hours=1)
 
 
 class Authority(NamedTuple):
-    """A certificate that signs others, and its key, which stays where it was made."""
+    """A certificate that signs others, and its private key, which stays where it was made."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
-    """A fresh private key on P-256."""
+    """Make a private key on P-256."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
 def server_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names of a server in one spelling, in order, each once; this machine's own are added.
+    """Normalise the names of a server, in order, each once; this machine's own are added.
 
     Raises:
         AddressError: one is neither a DNS name nor an IP address (a port, a URL or a `*` is not part of a name).
@@ -53,10 +53,10 @@ def server_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def create(*, days: int = MAX_DAYS, now: datetime | None = None) -> Authority:
-    """Make an authority that lasts `days` from now."""
+    """Make an authority that is valid for `days` from now."""
     key, now = new_key(), _clock(now)
     serial = x509.random_serial_number()
-    # Two authorities of one name would make a wrong one look like a broken signature.
+    # With equal names, a certificate of the wrong authority would look like a broken signature.
     name = _common_name(f"fedsample CA {serial % 16**8:08x}")
     builder = x509.CertificateBuilder(name, name, key.public_key(), serial, now - BACKDATED, now + timedelta(days=days))
     own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
@@ -77,15 +77,15 @@ def sign(
     """Certify that a key belongs to an identity.
 
     Args:
-        authority: who signs.
-        public_key: of the holder.
-        identity: who the holder is.
-        names: DNS names and IP addresses of a server, as `server_names` gives them; none for a client.
-        days: how long it lasts.
-        now: when it starts; the clock's time by default.
+        authority: the signer.
+        public_key: the holder's.
+        identity: the holder's.
+        names: DNS names and IP addresses of a server, as `server_names` returns them; none for a client.
+        days: how long the certificate is valid.
+        now: when it starts; None: now.
 
     Raises:
-        CertificateError: days out of range, or beyond the life of the authority.
+        CertificateError: days are out of range, or end after the authority does.
     """
     now = _clock(now)
     if not 1 <= days <= MAX_DAYS:
@@ -122,7 +122,7 @@ def sign(
 def request(
     key: ec.EllipticCurvePrivateKey, identity: Identity, names: Sequence[str] = ()
 ) -> x509.CertificateSigningRequest:
-    """Ask for a certificate, signed with the key that it is for; the key itself is not in it."""
+    """Request a certificate, signed with the key that it is for; the private key is not in it."""
     builder = x509.CertificateSigningRequestBuilder(_common_name(f"fedsample {identity}"))
     return builder.add_extension(_alternative_names(identity, names), critical=False).sign(key, hashes.SHA256())
 
@@ -130,7 +130,7 @@ def request(
 def check_request(
     asked: x509.CertificateSigningRequest, identity: Identity, names: Sequence[str] = ()
 ) -> ec.EllipticCurvePublicKey:
-    """Check a request against what the one who signs was told out of band.
+    """Check a request against what the signer was told out of band.
 
     Returns:
         The public key to certify.
@@ -166,7 +166,7 @@ def check_request(
 
 
 def names_of(alternatives: x509.SubjectAlternativeName) -> tuple[str, ...]:
-    """DNS names and IP addresses among a certificate's alternative names, in order."""
+    """List the DNS names and IP addresses among a certificate's alternative names, in order."""
     return tuple(str(name.value) for name in alternatives if isinstance(name, x509.DNSName | x509.IPAddress))
 
 

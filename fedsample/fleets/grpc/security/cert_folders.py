@@ -1,4 +1,4 @@
-"""Folders of keys and certificates: made, extended, requested and signed.
+"""Folders of keys and certificates: create, extend, request and sign.
 
 ```
 certs/ca/        ca.pem  ca-key.pem                 signs; stays where it was made
@@ -6,8 +6,8 @@ certs/server/    ca.pem  cert.pem  key.pem          the server's
 certs/client-0/  ca.pem  cert.pem  key.pem          client 0's, which holds partition 0
 ```
 
-Private keys have mode 600 and lie in folders of mode 700. No file is ever overwritten: a folder is made whole beside
-its place and then moved there, so that what exists is complete.
+Private keys have mode 600 and lie in folders of mode 700. No file is ever overwritten: a folder is made whole under a
+temporary name beside its place and then renamed, so that what exists is complete.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CA, CA_KEY, CERTIFICATE, KEY, REQUEST = "ca.pem", "ca-key.pem", "cert.pem", "key
 
 
 class Made(NamedTuple):
-    """What was made: where it lies, who it is for ("certificate authority", "client 0"), and when it ends."""
+    """What was made: its path, its holder ("certificate authority", "client 0"), and when it expires."""
 
     path: Path
     holder: str
@@ -49,15 +49,16 @@ def init(
 
     Args:
         folder: where; it must not exist.
-        names: of the server, beside this machine's own.
-        clients: how many, with indices 0, 1, ...
-        days: how long server and clients last; the authority: 3650.
-        now: when they start; the clock's time by default.
+        names: names of the server, besides this machine's own.
+        clients: number of clients, with indices 0, 1, ...
+        days: how long server and clients are valid; the authority: 3650.
+        now: when they start; None: now.
 
     Raises:
-        CertificateError: the folder exists, or a number is out of range. AddressError: a name is none.
+        CertificateError: the folder exists, or a number is out of range.
+        AddressError: a name is invalid.
     """
-    if os.path.lexists(folder):  # even if empty: a mount point, or the folder one stands in, cannot be moved onto
+    if os.path.lexists(folder):  # even an empty one: a mount point, or the current folder, cannot be replaced
         raise CertificateError(
             f"{folder}: exists and is left as it is; name a new folder, or add clients to this one: "
             f"fedsample certs issue {folder} --clients N --first FIRST"
@@ -95,7 +96,7 @@ def issue(folder: Path, first: int, clients: int, *, days: int = DEFAULT_DAYS) -
 
 
 def request(folder: Path, identity: Identity, names: Sequence[str] = ()) -> Path:
-    """Make a key, which stays in the folder, and a request for its certificate, which is sent. Returns the request.
+    """Make a key, which stays in the folder, and a request for its certificate, which is sent; return the request.
 
     Raises:
         CertificateError: the folder holds a key, a request or a certificate.
@@ -115,17 +116,18 @@ def request(folder: Path, identity: Identity, names: Sequence[str] = ()) -> Path
 def sign(
     ca: Path, asked: Path, identity: Identity, names: Sequence[str], out: Path, *, days: int = DEFAULT_DAYS
 ) -> list[Made]:
-    """Sign a request that a device sent; the certificate and the authority's own, beside it, go back.
+    """Sign a device's request; the certificate, and the authority's own beside it, go back to the device.
 
     Args:
         ca: folder with ca.pem and ca-key.pem.
         asked: the request.
-        identity, names: what it must ask for.
+        identity: the identity that it must ask for.
+        names: the names that it must ask for.
         out: where to write the certificate; it must not exist, and a ca.pem beside it must be this authority's.
-        days: how long it lasts.
+        days: how long it is valid.
 
     Raises:
-        CertificateError: the request is not what was expected, or a file is in the way.
+        CertificateError: the request is not as expected, or a file already exists.
     """
     made = load_authority(ca)
     try:
@@ -165,7 +167,7 @@ def load_authority(folder: Path) -> Authority:
 
 
 def holders(folder: Path) -> list[Path]:
-    """The folders of authority, server and clients in a folder that `init` made, in this order; else itself."""
+    """List the folders of authority, server and clients in a folder that `init` made, in this order; else itself."""
     found = [folder / name for name in ("ca", "server") if (folder / name).is_dir()]
     found += sorted(folder.glob("client-*"), key=lambda path: (len(path.name), path.name))
     return found if found and not (folder / KEY).exists() else [folder]
@@ -184,7 +186,7 @@ def _folder_name(identity: Identity) -> str:
 
 
 def _spelled(identity: Identity, names: Sequence[str]) -> tuple[str, ...]:
-    """The names that a certificate carries: a server's and this machine's; a client is reached by none."""
+    """The names in a certificate: a server's and this machine's; none for a client."""
     return server_names(names) if isinstance(identity, ServerIdentity) else ()
 
 
@@ -206,7 +208,7 @@ def _issue(
 
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """A folder beside the given one that takes its place at the end, or vanishes on an error."""
+    """Yield a temporary folder that replaces the given one at the end, or is deleted on an error."""
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=".certs-", dir=folder.absolute().parent))
     try:

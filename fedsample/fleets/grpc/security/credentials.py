@@ -1,6 +1,6 @@
-"""A folder's ca.pem, cert.pem and key.pem: read, examined, and turned into gRPC credentials for mutual TLS.
+"""A folder's ca.pem, cert.pem and key.pem: read, checked, and turned into gRPC credentials for mutual TLS.
 
-A folder that cannot work is refused here, with the reason, rather than in a handshake that says "handshake failed".
+A folder that cannot work is refused here, with the reason; the handshake would only say "handshake failed".
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ _log = logging.getLogger(__name__)
 
 
 class Material(NamedTuple):
-    """What a folder holds, and what is wrong with it.
+    """The content of a folder, and its problems.
 
     Attributes:
-        folder: where.
-        authorities: those of ca.pem; several while an old one is being replaced.
+        folder: its path.
+        authorities: the certificates of ca.pem; several while an old one is being replaced.
         certificate: of cert.pem.
         key: of key.pem.
-        ca_pem, certificate_pem, key_pem: the files' bytes.
-        identity: who it says; None where that is one of the problems.
-        problems: why it cannot be used now, the first to mend first; empty: it can.
-        warning: it ends soon, or "".
+        ca_pem: bytes of ca.pem.
+        certificate_pem: bytes of cert.pem.
+        key_pem: bytes of key.pem.
+        identity: the holder's; None: that is one of the problems.
+        problems: why the folder cannot be used now, in the order to fix them; empty: it can.
+        warning: that it expires soon; empty: it does not.
     """
 
     folder: Path
@@ -53,7 +55,7 @@ class Material(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """DNS names and IP addresses of a server; none of a client."""
+        """DNS names and IP addresses of a server; none for a client."""
         return certificate_names(self.certificate)
 
     @property
@@ -63,7 +65,7 @@ class Material(NamedTuple):
 
 
 def server_credentials(folder: Path | str) -> Any:
-    """Credentials of a gRPC server that talks to clients with certificates of its authority, and to no one else.
+    """Make credentials of a gRPC server that accepts only clients with certificates of its authority.
 
     Args:
         folder: with ca.pem, cert.pem and key.pem of the server.
@@ -83,7 +85,7 @@ def server_credentials(folder: Path | str) -> Any:
 
 
 def client_credentials(folder: Path | str) -> Any:
-    """Credentials of a gRPC client, which talks to a server with a certificate of its authority and no other.
+    """Make credentials of a gRPC client that accepts only a server with a certificate of its authority.
 
     Args:
         folder: with ca.pem, cert.pem and key.pem of the client.
@@ -101,10 +103,10 @@ def client_credentials(folder: Path | str) -> Any:
 
 
 def load(folder: Path, role: type[Identity], now: datetime | None = None) -> Material:
-    """Read a folder that must be usable now by a client or by a server; one that ends soon is logged as a warning.
+    """Read a folder that must be usable now by a client or a server; if it expires soon, log a warning.
 
     Raises:
-        CertificateError: it is not; says the first reason.
+        CertificateError: it is not usable; gives the first reason.
     """
     material = examine(folder, now)
     if material.identity is not None and not isinstance(material.identity, role):
@@ -118,10 +120,10 @@ def load(folder: Path, role: type[Identity], now: datetime | None = None) -> Mat
 
 
 def examine(folder: Path, now: datetime | None = None) -> Material:
-    """Read a folder and say all that is wrong with it.
+    """Read a folder and list all its problems.
 
     Raises:
-        CertificateError: a file is missing or not what its name says, or the key is readable by others.
+        CertificateError: a file is missing or invalid, or the key is readable by others.
     """
     now = now or datetime.now(UTC)
     if not folder.is_dir():
@@ -186,7 +188,7 @@ def _problems(
 
 
 def signs(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
-    """Whether the authority is one, and signed the certificate."""
+    """Whether a certificate is an authority's, and signed the other."""
     try:
         if not authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
             return False
@@ -226,7 +228,7 @@ def private_key(path: Path, advice: str) -> ec.EllipticCurvePrivateKey:
 
 
 def read(path: Path, advice: str) -> bytes:
-    """Read a file, or say that it is missing and where it comes from.
+    """Read a file; if it is missing, say where it comes from.
 
     Raises:
         CertificateError: it is missing or cannot be read.
@@ -240,5 +242,5 @@ def read(path: Path, advice: str) -> bytes:
 
 
 def day(moment: datetime) -> str:
-    """A moment as people read it, in UTC."""
+    """Format a time in UTC for people to read."""
     return f"{moment:%Y-%m-%d %H:%M} UTC"

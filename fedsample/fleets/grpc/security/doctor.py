@@ -1,8 +1,8 @@
-"""Why a device cannot reach its server: one step after the other, each with what it found and what to do.
+"""Diagnosis of the connection to a server: steps, each with what it found and what to do.
 
     certificates -> dns -> tcp -> tls -> service -> clock -> identity -> protocol -> round trip
 
-A step whose ground is missing is skipped and says which. The TLS step uses Python's own `ssl`, not gRPC, because gRPC
+A step that depends on a failed one is skipped and says which. The TLS step uses Python's own `ssl`, not gRPC, which
 says "handshake failed" and nothing more (`handshake.py`).
 """
 
@@ -33,7 +33,7 @@ PROBES = 5
 
 
 class Step(NamedTuple):
-    """One line: its name, "ok", "failed" or "skipped", what was found and what to do, and how long it took (ms)."""
+    """One line: its name, "ok", "failed" or "skipped", what was found and what to do, and its duration (ms)."""
 
     name: str
     state: str
@@ -42,25 +42,25 @@ class Step(NamedTuple):
 
 
 class _Failed(Exception):
-    """A step found something wrong; the text says what, and what to do."""
+    """A step failed; the text says why, and what to do."""
 
 
 class _Skipped(Exception):
-    """A step has nothing to look at; the text says why."""
+    """A step does not apply; the text says why."""
 
 
 def examine_net(address: str, certs: Path | None, *, insecure: bool = False, timeout: float = 5.0) -> Iterator[Step]:
-    """Walk from this machine to the server, step by step, as each ends.
+    """Check the connection to the server, step by step; yield each step as it ends.
 
     Args:
         address: `host:port` of the server.
-        certs: this client's folder; not asked for over plaintext.
+        certs: this client's folder; not used over plaintext.
         insecure: plaintext, on loopback only.
         timeout: seconds that each step may wait for the network.
 
     Raises:
-        AddressError: the address cannot be meant, plaintext is asked for beyond loopback, or neither `certs` nor
-            `insecure` is given.
+        AddressError: the address is invalid, plaintext is asked for beyond loopback, or neither `certs` nor `insecure`
+            is given.
     """
     where = check_insecure(address) if insecure else parse_address(address)
     if (certs is None) != insecure:
@@ -70,7 +70,7 @@ def examine_net(address: str, certs: Path | None, *, insecure: bool = False, tim
 
 
 class _Walk:
-    """What the steps learn from each other."""
+    """State shared by the steps."""
 
     def __init__(self, host: str, port: int, target: str, certs: Path | None, timeout: float) -> None:
         self.host, self.port, self.target, self.certs, self.timeout = host, port, target, certs, timeout
@@ -80,7 +80,7 @@ class _Walk:
         self.replies: list[tuple[float, float, ProbeReply]] = []  # (wall clock in the middle, seconds, answer)
 
     def steps(self) -> Iterator[Step]:
-        """Every step, in order; one whose ground failed is skipped."""
+        """Run every step, in order; one that depends on a failed one is skipped."""
         table: list[tuple[str, tuple[str, ...], Callable[[], str]]] = [
             ("certificates", (), self.certificates),
             ("dns", (), self.dns),
@@ -111,14 +111,14 @@ class _Walk:
             yield Step(name, state, detail, (time.perf_counter() - start) * 1000)
 
     def certificates(self) -> str:
-        """Whether this client's own folder can be used at all."""
+        """Check that this client's own folder can be used."""
         assert self.certs is not None
         self.material = examine(self.certs)
         load(self.certs, ClientIdentity)
         return f"{self.certs}: key, certificate and authority belong together, until {day(self.material.expires)}"
 
     def dns(self) -> str:
-        """Name to addresses."""
+        """Resolve the name to addresses."""
         try:
             entries = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError as error:
@@ -130,7 +130,7 @@ class _Walk:
         return f"{self.host} is {', '.join(self.found)}"
 
     def tcp(self) -> str:
-        """The first address that accepts a connection."""
+        """Find the first address that accepts a connection."""
         failures = []
         for host in self.found:
             try:
@@ -151,13 +151,13 @@ class _Walk:
         raise _Failed(" | ".join(failures))
 
     def tls(self) -> str:
-        """A handshake with this client's certificate."""
+        """Shake hands with this client's certificate."""
         assert self.certs is not None
         assert self.peer is not None
         return handshake(self.peer, self.host, self.certs, self.timeout)
 
     def service(self) -> str:
-        """The probe over gRPC, several times on one connection."""
+        """Call the probe over gRPC, several times on one connection."""
         if self.certs is None:
             channel = grpc.insecure_channel(self.target, options=DIRECT)
         else:
@@ -190,7 +190,7 @@ class _Walk:
         return f"no gRPC answer: {code.name}: {details}; {advice}"
 
     def clock(self) -> str:
-        """This machine's clock against its certificate, and against the server's where that answered."""
+        """Compare this machine's clock with its certificate, and with the server's if that answered."""
         now, said = datetime.now(UTC), []
         if self.material is not None:
             certificate = self.material.certificate
@@ -215,7 +215,7 @@ class _Walk:
         return "; ".join(said)
 
     def identity(self) -> str:
-        """Who this certificate says we are, and who the server takes us for."""
+        """Compare the identity in this certificate with that which the server sees."""
         assert self.material is not None
         ours = self.material.identity
         assert ours is not None
@@ -232,7 +232,7 @@ class _Walk:
         return f"{ours} ({ours.uri}), to the server too"
 
     def protocol(self) -> str:
-        """Whether both speak the same version."""
+        """Check that both speak the same version."""
         server = self.replies[0][2]
         if server.protocol != PROTOCOL:
             raise _Failed(
@@ -242,6 +242,6 @@ class _Walk:
         return f"version {PROTOCOL} on both sides"
 
     def round_trip(self) -> str:
-        """How long a call takes on an open connection."""
+        """Measure a call on an open connection."""
         times = sorted(seconds * 1000 for _, seconds, _ in self.replies)
         return f"median {statistics.median(times):.2f} ms, worst {times[-1]:.2f} ms of {len(times)}"

@@ -1,7 +1,7 @@
-"""One TLS handshake by hand, to say why it fails.
+"""One TLS handshake by hand, to find out why it fails.
 
 Under TLS 1.3 a server refuses a client's certificate after the client's half is done, and gRPC's server then closes
-without an alert. So the first bytes of HTTP/2 are exchanged too: only they show that the client was let in.
+without an alert. So the first bytes of HTTP/2 are exchanged too: only they show that the client was accepted.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class HandshakeFailed(Exception):
 
 
 def handshake(peer: tuple[str, int], name: str, certs: Path, timeout: float) -> str:
-    """Shake hands as a client of the fleet does, and say with whom.
+    """Shake hands as a client of the fleet does, and describe the server.
 
     Args:
         peer: IP address and port to connect to.
-        name: what the server's certificate must be for: a DNS name, or an IP address.
-        certs: folder of the client.
+        name: the DNS name or IP address that the server's certificate must be for.
+        certs: the client's folder.
         timeout: seconds to wait for each answer.
 
     Returns:
@@ -109,7 +109,7 @@ def _describe(secure: ssl.SSLSocket, der: bytes | None) -> str:
 
 
 def _no_tls(error: OSError, peer: tuple[str, int], timeout: float) -> str:
-    """A handshake that failed before any certificate was judged."""
+    """Describe a handshake that failed before any certificate was checked."""
     reason = _reason(error)
     if "ALERT" in reason and "VERSION" not in reason and "HANDSHAKE_FAILURE" not in reason:
         return _REFUSED.format(f"alert {reason}")
@@ -123,7 +123,7 @@ def _no_tls(error: OSError, peer: tuple[str, int], timeout: float) -> str:
 
 
 def _explain(error: ssl.SSLCertVerificationError, peer: tuple[str, int], name: str, timeout: float) -> str:
-    """Why the server's certificate was not accepted, with what it says of itself."""
+    """Say why the server's certificate was not accepted, with what it contains."""
     certificate = _certificate_of(peer, name, timeout)
     shown = _summary(certificate) if certificate else "unknown"
     if error.verify_code in _NAME:
@@ -149,7 +149,7 @@ def _explain(error: ssl.SSLCertVerificationError, peer: tuple[str, int], name: s
 
 
 def _certificate_of(peer: tuple[str, int], name: str, timeout: float) -> x509.Certificate | None:
-    """The certificate that a server shows, whatever it is worth; nothing is sent to it. None: it shows none."""
+    """Fetch the certificate that a server shows, without verifying it or sending one; None: it shows none."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])

@@ -1,8 +1,8 @@
-"""Who a certificate says its holder is.
+"""The identity in a certificate.
 
-The client is who its certificate says. The identity is one URI among the certificate's alternative names:
-`fedsample:client:<index>` or `fedsample:server`. The extended key usage must agree with it, so that no client can pose
-as the server and the other way round. The common name (`fedsample client 0`) is for people, and nothing reads it.
+A client is identified by its certificate: by one URI among its alternative names, `fedsample:client:<index>` or
+`fedsample:server`. The extended key usage must agree with it, so that no client can pose as the server or the other way
+round. The common name (`fedsample client 0`) is for people, and no code reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _URI = re.compile(r"fedsample:(?:server|client:(0|[1-9][0-9]{0,5}))")
 
 @dataclass(frozen=True)
 class ClientIdentity:
-    """A client. `client` is its index, 0 <= client < 1,000,000, and the partition whose rows it holds."""
+    """A client: `client` is its index, 0 <= client < 1,000,000, and the partition whose rows it holds."""
 
     client: int
 
@@ -33,12 +33,12 @@ class ClientIdentity:
 
     @property
     def uri(self) -> str:
-        """The identity as its certificate carries it."""
+        """The URI in its certificate."""
         return f"fedsample:client:{self.client}"
 
     @property
     def usage(self) -> ObjectIdentifier:
-        """What its key may do in a handshake."""
+        """The key usage that its certificate must have."""
         return ExtendedKeyUsageOID.CLIENT_AUTH
 
     def __str__(self) -> str:
@@ -51,12 +51,12 @@ class ServerIdentity:
 
     @property
     def uri(self) -> str:
-        """The identity as its certificate carries it."""
+        """The URI in its certificate."""
         return "fedsample:server"
 
     @property
     def usage(self) -> ObjectIdentifier:
-        """What its key may do in a handshake."""
+        """The key usage that its certificate must have."""
         return ExtendedKeyUsageOID.SERVER_AUTH
 
     def __str__(self) -> str:
@@ -73,8 +73,8 @@ def identity_of(source: bytes | x509.Certificate | Mapping[str, Iterable[bytes]]
         source: a certificate, its PEM or DER bytes, or gRPC's `context.auth_context()` of a call over mutual TLS.
 
     Raises:
-        CertificateError: no certificate, one that cannot be read, or one without exactly one identity of ours whose
-            key usage agrees with it.
+        CertificateError: there is no certificate, it cannot be read, or it lacks exactly one identity of ours whose key
+            usage agrees with it.
     """
     if isinstance(source, x509.Certificate):
         return _of_certificate(source)
@@ -117,7 +117,7 @@ def _of_certificate(certificate: x509.Certificate) -> Identity:
 
 
 def parse_uri(uris: Iterable[str]) -> Identity:
-    """The identity among the URIs of a certificate or a request.
+    """Find the identity among the URIs of a certificate or a request.
 
     Raises:
         CertificateError: there is not exactly one URI, or it is none of ours.

@@ -1,1 +1,1 @@
-"""The server's side of the streams: who is connected, what each was asked, and the fleet over them."""
+"""The server's side of the streams: connections, requests, and the fleet over them."""

@@ -1,6 +1,6 @@
-"""Backpressure for large answers that wait to be added to a sum: so many bytes, whoever sends them.
+"""Backpressure for large answers that wait to be added to a sum: a limit in bytes over all clients.
 
-A device whose answer has no room is not read from, and so cannot send on: the network holds its answer, not the server.
+A device whose answer has no room is not read from, and so cannot send on: its answer waits in the network.
 """
 
 from __future__ import annotations
@@ -9,25 +9,24 @@ import asyncio
 
 from fedsample.fleets.grpc.server.stream import Stream
 
-STAGE, ANSWERS = 16 << 20, 2  # bytes of large answers that may wait, all clients together; or so many answers
+STAGE, ANSWERS = 16 << 20, 2  # bytes of large answers that may wait, over all clients; or this many answers
 
 
 class Backpressure:
-    """Lives in the thread of the streams' loop.
+    """Room for large answers; used in the thread of the streams' loop.
 
     Attributes:
-        taken: bytes of answers that have arrived or are arriving, and are not yet added.
+        taken: bytes of answers that are arriving, or have arrived and are not yet added.
         wanted: the client whose answer is added next, which always has room; any thread may set it, and then `knock`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Nothing is taken."""
         self.taken = 0
         self.wanted = -1
         self._loop, self._changed = loop, asyncio.Condition()
 
     async def take(self, client: int, stream: Stream, size: int) -> None:
-        """Wait until there is room for so many bytes of a client's answer."""
+        """Wait until there is room for `size` bytes of a client's answer."""
         async with self._changed:
             while self.taken and self.taken + size > max(STAGE, ANSWERS * size) and self.wanted != client:
                 stream.blocked = True
@@ -36,13 +35,13 @@ class Backpressure:
             self.taken += size
 
     def release(self, size: int) -> None:
-        """An answer was added, or is not wanted."""
+        """Free the room of an answer that was added, or is no longer wanted."""
         self.taken -= size
         self._look()
 
     def knock(self) -> None:
-        """Whoever waits looks again, as another client is wanted; from any thread."""
-        if self.taken:  # else nobody waits, and to wake the loop for nothing costs a tenth of a small round
+        """Wake those that wait for room, as `wanted` has changed; may be called from any thread."""
+        if self.taken:  # else nobody waits, and waking the loop in vain costs a tenth of a small round
             self._loop.call_soon_threadsafe(self._look)
 
     def _look(self) -> None:

@@ -1,4 +1,4 @@
-"""One client as the server sees it: its stream, what it is asked, and how it has behaved."""
+"""One client as the server sees it: its stream, its open request, and its counts of traffic and failures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedsample.fleets.grpc import fedsample_pb2 as pb
 from fedsample.fleets.grpc.framing.frames import Message
 from fedsample.fleets.grpc.server.stream import Stream
 
-LATENCIES = 256  # answers whose times are kept
+LATENCIES = 256  # number of answers whose latencies are kept
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Asked:
     Attributes:
         message: the request.
         limit: bytes that the answer's arrays may have.
-        batch: where the answer goes.
+        batch: collects the answers.
         since: when it was asked, seconds of `time.monotonic`.
     """
 
@@ -33,18 +33,18 @@ class Asked:
 
 
 class Batch:
-    """Requests that are asked together. The loop's thread fills in answers, the chain's thread waits for them."""
+    """Requests asked together. The loop's thread fills in answers, the chain's thread waits for them."""
 
     def __init__(self, clients: list[int], *, private: bool = False, spare: int = 0) -> None:
-        """Nobody has answered; a private one is given up when its client leaves, `spare` need not answer."""
+        """Start without answers; a private batch ends when its client leaves, `spare` clients need not answer."""
         self.private, self.spare = private, spare
         self.left = set(clients)
         self.answers: dict[int, Message | pb.Failure] = {}
         self.wake = threading.Event()
 
     def put(self, client: int, answer: Message | pb.Failure, *, soon: bool) -> None:
-        """One answer; wakes the chain's thread when it is the last, or when it should make room `soon`."""
-        self.answers[client] = answer  # first: who is no longer left has an answer here
+        """Store an answer; wake the chain's thread if it is the last, or if the thread should make room `soon`."""
+        self.answers[client] = answer  # before the client is removed from `left`: the reader relies on this order
         self.left.discard(client)
         if soon or len(self.left) <= self.spare:
             self.wake.set()
@@ -52,20 +52,24 @@ class Batch:
 
 @dataclass
 class ClientRecord:
-    """What the server knows of one client.
+    """The server's record of one client.
 
     Attributes:
         client: its index.
-        stream: the open one.
+        stream: the open stream.
         member: the process that was accepted last.
-        accepted: whether it is asked; a newcomer is not until the chain says so.
-        asked: what it has not answered.
+        accepted: whether it is asked; a newcomer is not until the chain accepts it.
+        asked: the request that it has not answered.
         ready: its last Ready.
-        sent, received: bytes on the wire, (payload, all).
-        answers, late, failed, connections: counts.
-        latencies: seconds from request to answer, the last few.
-        error: the last thing that went wrong.
-        since: when it came or went.
+        sent: bytes sent on the wire, (payload, all).
+        received: bytes received on the wire, (payload, all).
+        answers: number of answers.
+        late: number of late answers.
+        failed: number of failures.
+        connections: number of connections.
+        latencies: seconds from request to answer, of the last ones.
+        error: the last error.
+        since: when it connected or disconnected.
     """
 
     client: int
@@ -87,11 +91,11 @@ class ClientRecord:
 
     @property
     def counts(self) -> list[int]:
-        """What has been counted since the run began."""
+        """Everything counted since the run began."""
         return [*self.sent, *self.received, self.answers, self.late, self.failed, self.connections]
 
     def add(self, counts: Sequence[int]) -> None:
-        """Go on from the `counts` of an earlier server."""
+        """Add the `counts` of an earlier server."""
         sent, every_sent, received, every_received, answers, late, failed, connections = counts
         self.sent[0], self.sent[1] = self.sent[0] + sent, self.sent[1] + every_sent
         self.received[0], self.received[1] = self.received[0] + received, self.received[1] + every_received
@@ -100,7 +104,7 @@ class ClientRecord:
 
     @property
     def state(self) -> str:
-        """In a word or two."""
+        """Describe the state in a word or two."""
         if self.stream is None:
             return "away" if self.connections else "not here yet"
         if not self.accepted:
@@ -108,7 +112,7 @@ class ClientRecord:
         return "working" if self.asked is not None else "idle"
 
     def account(self, now: float) -> str:
-        """What is waited for, in words."""
+        """Describe what is waited for."""
         if self.stream is None:
             last = f"; {self.error}" if self.error else ""
             return f"client {self.client} ({self.state}, {now - self.since:.0f} s{last})"

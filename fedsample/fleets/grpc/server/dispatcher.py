@@ -1,4 +1,4 @@
-"""Asking the devices of a run, and telling newcomers what the others know."""
+"""Asking the devices of a run, and giving newcomers the setup that the others have."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from fedsample.fleets.grpc.server.hub import Hub
 from fedsample.fleets.grpc.server.streams import last_line
 from fedsample.protocol.wire import Parcel
 
-SLACK = 1 << 16  # bytes of an answer beyond what its arrays must have
-_ANSWER = 1 << 24  # bytes of an answer of a newcomer to what it is told
+SLACK = 1 << 16  # bytes of an answer beyond its arrays
+_ANSWER = 1 << 24  # bytes of a newcomer's answer to a setup message
 
 
 class Dispatcher:
-    """Names requests, asks them, and keeps what every newcomer is told first.
+    """Names requests, asks devices, and keeps the setup messages for newcomers.
 
     Args:
-        hub: the streams.
+        hub: the streams of the devices.
 
     Attributes:
-        told: (kind, content) of what every device was told, in order.
-        welcome: what is done with a newcomer while others are asked; by default it is told what they know, and then
-            asked too.
+        told: (kind, content) of the messages that every device was sent, in order.
+        welcome: handles a newcomer while others are asked; by default it gets the setup of the others and is then asked
+            too.
     """
 
     def __init__(self, hub: Hub) -> None:
-        """Nothing is told yet."""
         self.hub, self.n = hub, hub.invitation.clients
         self.told: list[tuple[str, Parcel]] = []
         self.welcome: Callable[[int], None] = self.equip
@@ -42,12 +41,13 @@ class Dispatcher:
         """Ask devices, and yield their answers in the order of clients.
 
         Args:
-            kind: of message.
-            parcels: by client.
-            round: of the request.
-            limit: bytes of an answer.
-            deadline, quorum: see `Hub.ask`.
-            welcome: in place of the desk's.
+            kind: the type of message.
+            parcels: messages by client.
+            round: the round of the request.
+            limit: largest size of an answer in bytes.
+            deadline: see `Hub.ask`.
+            quorum: see `enough` of `Hub.ask`.
+            welcome: used in place of the dispatcher's own.
         """
         digests = Digests()
         asked = {client: self._message(client, kind, parcel, round, digests) for client, parcel in parcels.items()}
@@ -66,11 +66,11 @@ class Dispatcher:
 
     def tell(self, kind: str, parcel: Parcel, limit: int = SLACK) -> list[Parcel]:
         """Ask every device the same, and every newcomer from now on."""
-        self.told.append((kind, parcel))  # first: one that dies after its answer must be told again
+        self.told.append((kind, parcel))  # before asking: a device that dies after its answer must be told again
         return self.broadcast(kind, parcel, limit=limit)
 
     def equip(self, client: int) -> None:
-        """Tell a newcomer what the others know; from then on it is asked. One that cannot use it is sent away."""
+        """Give a newcomer the setup of the others, then accept it; one that cannot use it is refused."""
         stream, digests = self.hub.records[client].stream, Digests()
         if stream is None:
             return
@@ -78,7 +78,7 @@ class Dispatcher:
         try:
             self.hub.converse(client, stream, parts, _ANSWER)
         except Damaged:
-            return  # it left again; when it comes back it is a newcomer again
+            return  # it left again; when it is back it is a newcomer again
         except ClientError as error:
             self.hub.say(f"client {client} is back, but cannot take part: {last_line(error.detail)}")
             self.hub.refuse(client, stream, last_line(error.detail), retry=False)

@@ -1,9 +1,9 @@
-"""A federation of devices at the ends of gRPC streams, as a `Fleet`: the same draws as in one process.
+"""A federation of devices over gRPC streams, as a `Fleet`: the same draws as in one process.
 
-Preparing, a newcomer is told what the others know and then asked what they are asked. Once the chain runs, a device
-that comes back without its memory sends everyone back to the last snapshot that all have (`Rollback`), and the rounds
+During preparation a newcomer is told what the others know and then asked what they are asked. Once the chain runs, a
+device that comes back without its memory returns all to the last snapshot that all have (`Rollback`), and the rounds
 since are replayed, which is exact because every draw is keyed. One that has lost its snapshots too forks the chain
-(`Fork`): another path of the same law.
+(`Fork`): another path with the same law.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class GrpcFleet(RemoteFleet):
     """The devices of a run.
 
     Args:
-        dispatcher: where they are asked.
-        federation: who they are.
-        quorum: answers after which a round goes on; None: all.
-        deadline: seconds that it waits for all the same; None: none.
+        dispatcher: asks the devices.
+        federation: the clients and their links.
+        deadline: seconds to wait for all clients before `quorum` answers suffice; None: none.
+        quorum: number of answers after which a round goes on; None: all.
         snapshot_rounds: see `Recovers`.
     """
 
@@ -57,7 +57,7 @@ class GrpcFleet(RemoteFleet):
         quorum: int | None = None,
         snapshot_rounds: int = 500,
     ) -> None:
-        """Devices that are here have been told the setup."""
+        """Start with devices that have been sent the setup."""
         super().__init__(federation)
         self.dispatcher, self.hub, self.deadline = dispatcher, dispatcher.hub, deadline
         self.quorum = self.n if quorum is None else quorum
@@ -65,7 +65,7 @@ class GrpcFleet(RemoteFleet):
         self.snapshot_rounds = snapshot_rounds
         self.scores: Callable[[Tensor], dict[str, float]] = lambda counts: {}
         self._round = self._mark = 0
-        self._counting = False  # whether what an earlier server counted is known
+        self._counting = False  # whether the counts of an earlier server have been added
         d, dtype = len(self.like), self.like.dtype
         uploads = [self.uplink.bits(self.chains, dense, d, dtype) for dense in (0, self.chains)]
         self._upload = max(uploads) // 8
@@ -73,17 +73,19 @@ class GrpcFleet(RemoteFleet):
     # --- the Fleet protocol --------------------------------------------------------------------------------------
 
     def exchange(self, request: Request) -> Aggregate:
-        """One round trip.
+        """Make one round trip.
 
         Raises:
-            Rollback, Fork: if a device is back that has lost its memory. ClientError: if one failed.
+            Rollback, Fork: if a device has come back without its memory.
+            ClientError: if one failed.
         """
         parcels, dispatch = self.compose(request)
         kind = protocol.TRAIN if ESTIMATE in request.outputs else protocol.EXACT_QUERY
-        hasty = self._allows_stragglers(request)
+        allows_stragglers = self._allows_stragglers(request)
         answers = self.dispatcher.ask(
-            kind, parcels, request.round, self._limit(request), deadline=self.deadline if hasty else None,
-            quorum=self.quorum if hasty else None,
+            kind, parcels, request.round, self._limit(request),
+            deadline=self.deadline if allows_stragglers else None,
+            quorum=self.quorum if allows_stragglers else None,
         )  # fmt: skip
         with closing(answers):
             aggregate = self.collect(dispatch, answers)
@@ -91,7 +93,7 @@ class GrpcFleet(RemoteFleet):
         return aggregate
 
     def set_metric(self, metric: Metric) -> Traffic:
-        """Send m and S to every device, which forgets what it remembered in other coordinates."""
+        """Send m and S to every device, which discards what it remembered in other coordinates."""
         parcel = protocol.pack_metric(metric)
         self.tag = protocol.metric_tag(parcel)
         self.forget()
@@ -100,9 +102,9 @@ class GrpcFleet(RemoteFleet):
         return Traffic(down=self.n * parcel.bits)
 
     def state(self) -> dict[str, Tensor]:
-        """Every device takes a snapshot of its memory; the server's is who holds which points.
+        """Let every device take a snapshot of its memory; return which client holds which points.
 
-        Both carry a mark, drawn anew: a snapshot of the same round may be of a path that the run has left.
+        Both carry a random mark: a snapshot of the same round may be of a path that the run has abandoned.
         """
         self._mark = secrets.randbits(62)
         self.dispatcher.broadcast(SNAPSHOT, Parcel(header(mark=self._mark)), self._round)
@@ -111,22 +113,22 @@ class GrpcFleet(RemoteFleet):
         return self.links_state() | {"mark": torch.tensor(self._mark), "counts": counts}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Back to a `state`, see `rewind`."""
+        """Restore a `state`, see `rewind`."""
         self.restore_links(state)
         self._mark = int(state["mark"])
-        if not self._counting and "counts" in state:  # of the server before this one; what it replays travels again
+        if not self._counting and "counts" in state:  # of the server before this one; replayed traffic is counted again
             self.hub.recount(state["counts"].tolist())
         self._counting = True
 
     # --- going back -----------------------------------------------------------------------------------------------
 
     def keep(self, rounds: Callable[[], list[int]]) -> None:
-        """From now on there is a memory to lose: `rounds` tells which snapshots the server can go back to."""
+        """Call once sampling starts: clients now hold state. `rounds` lists the snapshots the server can restore."""
         self._kept = rounds
         self.dispatcher.welcome = self._welcome
 
     def common(self, kept: Sequence[int]) -> int | None:
-        """The latest of the server's snapshots that every device has which has any of them; None: nobody has one."""
+        """The latest of the server's snapshots that all devices with any snapshot have; None: no device has one."""
         held = []
         for record in self.hub.records:
             ready = record.ready
@@ -135,7 +137,7 @@ class GrpcFleet(RemoteFleet):
         return max(set.intersection(*held), default=None) if held else None
 
     def rewind(self, round: int) -> list[int]:
-        """Everyone back to a snapshot -> who had none, and begins with an empty memory."""
+        """Return all devices to a snapshot -> those that had none, and start with an empty memory."""
         self._round = round
         lost = self._regroup(round, live=False)
         for client in lost:
@@ -143,13 +145,13 @@ class GrpcFleet(RemoteFleet):
         return lost
 
     def resume_without(self, lost: Sequence[int]) -> list[int]:
-        """Everyone goes on from where they are, `lost` and whoever else is new with an empty memory -> who that is."""
+        """Continue without going back, `lost` and other newcomers with an empty memory -> all of these."""
         gone = sorted({*lost, *self._regroup(self._round, live=True)})
         self.forget()
         return gone
 
     def _regroup(self, round: int, *, live: bool) -> list[int]:
-        """A new term, in which all are here and stand at a round; who does not remember it."""
+        """Start a new term, with all devices connected and at a round; return those that do not remember it."""
         parcel = Parcel(header(live=True) if live else header(live=False, mark=self._mark))
         fresh: set[int] = set()
         again = True
@@ -157,7 +159,7 @@ class GrpcFleet(RemoteFleet):
         def welcome(client: int) -> None:
             nonlocal again
             fresh.add(client)
-            again = again or self.hub.records[client].asked is None  # its answer was of a process that is gone
+            again = again or self.hub.records[client].asked is None  # its answer was of a process that has ended
             self.dispatcher.equip(client)
 
         while again:
@@ -170,12 +172,12 @@ class GrpcFleet(RemoteFleet):
     # --- who comes ------------------------------------------------------------------------------------------------
 
     def _welcome(self, client: int) -> None:
-        """A newcomer, while the chain runs.
+        """Handle a newcomer while the chain runs.
 
         Raises:
             Rollback, Fork: always.
         """
-        self.hub.newcomers.put(client)  # it is not dealt with here
+        self.hub.newcomers.put(client)  # it is dealt with later
         ready = self.hub.records[client].ready
         mine = set(self._kept()) & set(ready.snapshots if ready and ready.run == self.hub.invitation.run else ())
         if mine:
@@ -183,13 +185,13 @@ class GrpcFleet(RemoteFleet):
         raise Fork([client])
 
     def _limit(self, request: Request) -> int:
-        """Bytes that an answer to a request may have."""
+        """Largest size in bytes of an answer to a request."""
         forms = protocol.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
         upload = self._upload if ESTIMATE in request.outputs else 0
         return sum(-(-form.bits // 8) for form in forms.values()) + upload + SLACK
 
     def _allows_stragglers(self, request: Request) -> bool:
-        """Whether a round may go on without who is slow."""
+        """Whether a round may go on without slow devices."""
         return ESTIMATE in request.outputs and self.quorum < self.n and not self._whole(request)
 
     def _allow_missing(self, missing: list[int], request: Request) -> None:
@@ -201,14 +203,14 @@ class GrpcFleet(RemoteFleet):
     # --- monitoring -----------------------------------------------------------------------------------------------
 
     def score(self, draws: Tensor, round: int) -> dict[str, float]:
-        """Every device adds draws (S, d), in the model's parameters, to the predictions of its rows aside."""
+        """Let every device add draws (S, d), in the model's parameters, to the predictions of its held-out rows."""
         counts = sums_of(
             self.dispatcher.broadcast(SCORE, Parcel(header(), pack_tensors({"draws": draws})), round), "counts"
         )
         return self.scores(counts)
 
     def scalars(self) -> dict[str, float]:
-        """Bytes on the wire a device, latencies, and who was late or failed."""
+        """Bytes on the wire per device, latencies, and counts of late and failed answers."""
         records = self.hub.records
         times = torch.tensor([each for record in records for each in record.latencies], dtype=torch.float64)
         result = {
@@ -224,7 +226,7 @@ class GrpcFleet(RemoteFleet):
 
 
 def gather(hub: Hub) -> dict[int, str]:
-    """Wait until every device is here -> their schemas."""
+    """Wait until every device is connected -> their schemas."""
     here: dict[int, tuple[Stream, str]] = {}
 
     def welcome(client: int) -> None:
@@ -247,7 +249,7 @@ def gather(hub: Hub) -> dict[int, str]:
 
 
 def sums_of(replies: Iterable[Parcel], name: str) -> Tensor:
-    """A vector summed over devices, in client order."""
+    """Sum a vector over devices, in client order."""
     total = TreeSum()
     for reply in replies:
         total.add(protocol.unpack_vector(reply, name, "sums over clients"))
@@ -255,7 +257,7 @@ def sums_of(replies: Iterable[Parcel], name: str) -> Tensor:
 
 
 def fleet_on(dispatcher: Dispatcher, experiment: Experiment, clients: Clients, links: Links) -> GrpcFleet:
-    """The devices of an experiment, once the data are agreed on."""
+    """Make the fleet of an experiment's devices, once the data are agreed on."""
     section = experiment.fleet
     share = section.quorum
     quorum = share if isinstance(share, int) else math.ceil(share * clients.n)

@@ -1,4 +1,4 @@
-"""A run with real devices, from the server's side: listen, gather everyone, agree on the data, then sample."""
+"""A run with real devices, the server's side: listen, wait for all, agree on the data, then sample."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _SUMS = 1 << 24  # bytes of sums over rows that one device may send
 
 @dataclass(frozen=True)
 class Host:
-    """Where a server listens, and how.
+    """Where a server listens, and with which certificate.
 
     Attributes:
-        address: to listen at.
+        address: the address to listen at.
         certs: folder of the server's certificate; None: plaintext, on loopback only.
         opened: called with the hub once it listens.
     """
@@ -56,7 +56,7 @@ class Host:
     opened: Callable[[Hub], None] = lambda hub: None
 
     def open(self, run: Opening, progress: Progress, stack: ExitStack) -> tuple[Problem, GrpcFleet]:
-        """Listen, wait for everyone, agree on the data -> the server's problem, and the fleet.
+        """Listen, wait for all devices, agree on the data -> the server's problem, and the fleet.
 
         Raises:
             FedSampleError: if the address, the certificates or the devices' data cannot be used.
@@ -105,7 +105,7 @@ class Host:
 
 
 def listening(invitation: Invitation, host: Host) -> Hub:
-    """A hub that will listen where a host says, once it is started.
+    """Make a hub that will listen at the host's address once it is started.
 
     Raises:
         FedSampleError: if the address or the certificates cannot be used.
@@ -119,10 +119,10 @@ def listening(invitation: Invitation, host: Host) -> Hub:
 
 
 def _invitation(run: Opening) -> Invitation:
-    """The run's identity: made when it begins, and kept beside it.
+    """Make the run's identity, or read that of a resumed run.
 
     Raises:
-        RunDirectoryError: if the configuration is no longer that which devices are told; they would go by the old one.
+        RunDirectoryError: if the configuration differs from that which devices are sent; they would use the old one.
     """
     path = run.path / _RUN
     kept = _read(path)
@@ -149,7 +149,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _agree(dispatcher: Dispatcher, agreed: Schema) -> dict[str, list[float]]:
-    """Round 0: columns and labels; means and squares as sums over clients, if rows are standardised -> the sums."""
+    """Round 0: agree on columns and labels -> sums over clients for means and squares, if rows are standardised."""
     fit = Parcel(header(schema=agreed.to_json(), sums=True if agreed.standardize else None))
     answers = dispatcher.tell(FIT, fit, _SUMS)
     sums = {}
@@ -173,7 +173,7 @@ def _scores(counts: torch.Tensor, likelihood: str | None) -> dict[str, float]:
 
 
 def _farewell(error: BaseException | None) -> str:
-    """What devices are told in the end; other errors may hold what is none of their business."""
+    """The farewell to devices; the text of unexpected errors is withheld, as it may hold private details."""
     if error is None:
         return "the run has ended"
     if isinstance(error, Interrupted):
@@ -184,12 +184,12 @@ def _farewell(error: BaseException | None) -> str:
 
 
 def _claimed(context: Any, claimed: int) -> Identified:
-    """On a plaintext connection a client is who it says."""
+    """On a plaintext connection a client's index is the one it claims."""
     return Identified(claimed)
 
 
 def _certified(context: Any, claimed: int) -> Identified:
-    """A client is who its certificate says."""
+    """Over TLS a client's index is the one in its certificate."""
     try:
         identity = identity_of(context.auth_context())
     except CertificateError as error:

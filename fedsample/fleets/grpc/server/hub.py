@@ -1,4 +1,4 @@
-"""The devices as the chain's thread sees them: it asks, waits for answers, and decides about newcomers.
+"""The devices as the chain's thread sees them: it asks, waits for answers, and decides on newcomers.
 
 The streams themselves live in the thread of a loop; see `Streams`.
 """
@@ -27,8 +27,8 @@ from fedsample.fleets.grpc.server.stream import Stream
 from fedsample.fleets.grpc.server.streams import LEAVE, Identified, Invitation, Streams
 from fedsample.protocol.recovery import Abandoned
 
-COMPLAIN = 10.0  # seconds of waiting after which it is said what is waited for
-_WINDOW = 1 << 20  # bytes that a device may send before they are read; gRPC's own guess takes several times that
+COMPLAIN = 10.0  # seconds of waiting after which the user is told what is waited for
+_WINDOW = 1 << 20  # bytes that a device may send before they are read; gRPC's own estimate takes several times that
 _OPTIONS = [
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", _WINDOW),
@@ -46,10 +46,10 @@ class Hub:
     """The streams of n devices.
 
     Args:
-        invitation: what devices are told.
+        invitation: sent to each device that connects.
         address: host:port to listen at; port 0 takes a free one.
-        credentials: of the server; None: plaintext.
-        identify: who a connection's peer is, from its call's context and what its Hello claims.
+        credentials: the server's; None: plaintext.
+        identify: identifies a connection's peer, from its call's context and the claim in its Hello.
     """
 
     def __init__(
@@ -59,7 +59,6 @@ class Hub:
         credentials: grpc.ServerCredentials | None,
         identify: Callable[[grpc.aio.ServicerContext, int], Identified],
     ) -> None:
-        """Nothing is open yet; see `start`."""
         self.invitation, self.address = invitation, address
         self._loop = asyncio.new_event_loop()
         self.streams = Streams(invitation, identify, self._loop)
@@ -67,7 +66,7 @@ class Hub:
         self.port = 0
         self.say: Callable[[str], None] = lambda text: None
         self.streams.say = lambda text: self.say(text)
-        self.remind: Callable[[str], None] = lambda text: self.say(text)  # of who is waited for, again and again
+        self.remind: Callable[[str], None] = lambda text: self.say(text)  # called repeatedly with who is waited for
         self.stopping: Callable[[], bool] = lambda: False
         self._credentials = credentials
         self._thread = threading.Thread(target=self._loop.run_forever, name="streams", daemon=True)
@@ -75,17 +74,17 @@ class Hub:
 
     @property
     def term(self) -> int:
-        """Rises whenever all go back; devices hear nothing of a lower one."""
+        """The term, which increases whenever the run goes back; devices ignore requests of a lower one."""
         return self.streams.term
 
     @term.setter
     def term(self, value: int) -> None:
         self.streams.term = value
 
-    # --- life -------------------------------------------------------------------------------------------------------
+    # --- start and stop ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Listen.
+        """Start to listen.
 
         Raises:
             FedSampleError: if the address cannot be listened at.
@@ -116,7 +115,7 @@ class Hub:
         await self._server.start()
 
     def stop(self, reason: str, *, finished: bool) -> None:
-        """Say farewell to everyone and close; harmless a second time."""
+        """Say farewell to all devices and close; may be called twice."""
         if self._server is not None:
             asyncio.run_coroutine_threadsafe(self._close(reason, finished), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -131,7 +130,7 @@ class Hub:
                 record.stream.close(reason)
         if self._server is not None:
             await self._server.stop(LEAVE)
-        if calls := asyncio.all_tasks() - {asyncio.current_task()}:  # gRPC's own too, which may have a step to go
+        if calls := asyncio.all_tasks() - {asyncio.current_task()}:  # gRPC's own too, which may have a step left to run
             _, late = await asyncio.wait(calls, timeout=LEAVE)
             for task in late:
                 task.cancel()
@@ -148,17 +147,18 @@ class Hub:
         deadline: float | None = None,
         enough: int | None = None,
     ) -> Generator[tuple[int, Message]]:
-        """Ask clients, and yield their answers in the order of clients.
+        """Ask clients, and yield their answers in client order.
 
         Args:
             messages: by client.
-            limit: bytes that the arrays of one answer may have.
+            limit: largest size of one answer's arrays in bytes.
             welcome: called with each newcomer while waiting; may raise. None: newcomers wait.
-            enough: answers after which nobody else is waited for; None: all are.
-            deadline: seconds that all are waited for all the same; None: none.
+            deadline: seconds to wait for all clients before `enough` answers suffice; None: none.
+            enough: number of answers after which no other is waited for; None: all.
 
         Raises:
-            ClientError: if a client failed. Abandoned: if the run is to stop while someone is away.
+            ClientError: if a client failed.
+            Abandoned: if the run is to stop while a client is away.
         """
         batch = Batch(list(messages), spare=0 if enough is None else len(messages) - enough)
         asked = {client: Asked(message, limit, batch) for client, message in messages.items()}
@@ -179,13 +179,13 @@ class Hub:
         self, client: int, batch: Batch, welcome: Callable[[int], None] | None, until: float | None,
         enough: int | None, total: int,
     ) -> Message | None:  # fmt: skip
-        """The answer of a client; None if it is left out."""
+        """Wait for a client's answer; None: the client is left out."""
         said = time.monotonic()
         stop: float | None = None
         self._greet(welcome)
         while True:
             self._want(client)
-            gone = client not in batch.left  # looked at first: an answer is there before its client is gone
+            gone = client not in batch.left  # read first: an answer is stored before its client leaves
             if (answer := batch.answers.pop(client, None)) is not None:
                 break
             now = time.monotonic()
@@ -193,7 +193,7 @@ class Hub:
                 return None
             if enough is not None and (until is None or now >= until) and total - len(batch.left) >= enough:
                 if (answer := batch.answers.pop(client, None)) is not None:
-                    break  # it is one of them
+                    break  # it is among the answers that came
                 self.records[client].late += 1
                 return None
             if not batch.wake.wait(0.5 if until is None or until <= now else min(0.5, until - now)):
@@ -216,14 +216,14 @@ class Hub:
         return answer
 
     def _want(self, client: int) -> None:
-        """The answer of this client has room from now on."""
+        """Give room to this client's answer from now on."""
         gate = self.streams.backpressure
         if gate.wanted != client:
             gate.wanted = client
             gate.knock()
 
     def _greet(self, welcome: Callable[[int], None] | None) -> None:
-        """Let the chain decide about newcomers."""
+        """Let the chain decide on newcomers."""
         while welcome is not None:
             try:
                 client = self.newcomers.get_nowait()
@@ -233,12 +233,12 @@ class Hub:
                 welcome(client)
 
     def _waits(self, client: int) -> bool:
-        """Whether a newcomer is here and waits for a word."""
+        """Whether a newcomer is connected and waits for a decision."""
         stream = self.records[client].stream
         return stream is not None and stream.ready and not self.records[client].accepted
 
     def gather(self, missing: Callable[[], list[int]], welcome: Callable[[int], None]) -> None:
-        """Wait until nobody is missing; newcomers are welcomed.
+        """Wait until no client is missing; newcomers are welcomed.
 
         Raises:
             Abandoned: if the run is to stop meanwhile.
@@ -259,12 +259,13 @@ class Hub:
                 raise Abandoned("stopped while waiting for clients")
 
     def converse(self, client: int, stream: Stream, messages: list[Message], limit: int) -> list[Message]:
-        """Ask one client several things over one stream, one after the other, accepted or not; its answers.
+        """Ask one client several things over one stream, one after the other, accepted or not -> its answers.
 
-        What it was asked before stays asked.
+        Its earlier request stays open.
 
         Raises:
-            Damaged: if the stream ends meanwhile. ClientError, Abandoned: see `ask`.
+            Damaged: if the stream ends meanwhile.
+            ClientError, Abandoned: see `ask`.
         """
         answers = []
         for message in messages:
@@ -283,25 +284,25 @@ class Hub:
         return answers
 
     def accept(self, client: int, stream: Stream, sequence: int = 0) -> None:
-        """From now on the client at the end of a stream is asked; also what it had not answered.
+        """Accept the client at the end of a stream: it is asked from now on, and its unanswered request is sent again.
 
         Args:
-            client: which.
-            stream: nothing happens if it has ended.
-            sequence: a new number for what it had not answered, after what it was told since; 0: it keeps its name.
+            client: the client's index.
+            stream: its stream; nothing happens if it has ended.
+            sequence: a new number for the unanswered request, after messages sent since; 0: its name is unchanged.
         """
         self._call(self.streams.accept, client, stream, sequence)
 
     def refuse(self, client: int, stream: Stream, reason: str, *, retry: bool) -> None:
-        """End a newcomer's stream."""
+        """Refuse a newcomer, and end its stream."""
         self._call(self.streams.refuse, client, stream, reason, retry)
 
     def excuse(self, client: int) -> None:
-        """What a client was asked is no longer wanted: `ask` goes on without its answer."""
+        """Drop a client's open request: `ask` goes on without its answer."""
         self._call(self.streams.excuse, client)
 
     def recount(self, counts: list[list[int]]) -> None:
-        """Go on from what an earlier server has counted, by client; see `ClientRecord.counts`."""
+        """Add the counts of an earlier server, by client; see `ClientRecord.counts`."""
 
         def add() -> None:
             for record, each in zip(self.records, counts, strict=True):
@@ -310,7 +311,7 @@ class Hub:
         self._call(add)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a function in the loop's thread and wait for it."""
+        """Run a function in the loop's thread and wait for its result."""
 
         async def run() -> Any:
             return function(*arguments)

@@ -9,24 +9,23 @@ from fedsample.fleets.grpc.framing.frames import Message
 
 
 class Stream:
-    """One connection of a device; lives in the loop's thread."""
+    """One connection of a device; used in the loop's thread."""
 
     def __init__(self, instance: bytes) -> None:
-        """Nothing is queued."""
         self.instance = instance
         self.queue: asyncio.Queue[pb.ServerFrame | Message | None] = asyncio.Queue()
         self.pong: asyncio.Event = asyncio.Event()
-        self.pinged = 0.0  # when the first ping was sent that nothing has followed; 0: none
+        self.pinged = 0.0  # when the first ping was sent that no frame has followed; 0: none
         self.busy = False
-        self.ready = False  # whether it has said what it holds
-        self.request: Message | None = None  # the one in the queue, or its successor
-        self.staged = 0  # bytes that the answer which is arriving was given room for
-        self.blocked = False  # whether nothing is read from it, for want of room
+        self.ready = False  # whether it has sent Ready
+        self.request: Message | None = None  # the request in the queue, or its successor
+        self.staged = 0  # bytes of room taken by the answer that is arriving
+        self.blocked = False  # whether reading is paused for lack of room
         self.reader: asyncio.Task[None] | None = None
-        self.reason = ""  # why it was closed, if this side did it
+        self.reason = ""  # why this side closed it
 
     def send(self, frame: pb.ServerFrame | Message) -> None:
-        """Queue a frame, or a message in pieces; what was asked before and is not yet on its way is not wanted now."""
+        """Queue a frame, or a message in pieces; an earlier request that is still in the queue is dropped."""
         if isinstance(frame, Message):
             queued, self.request = self.request, frame
             if queued is not None:
@@ -45,7 +44,7 @@ class Stream:
             self.reader.cancel()
 
     async def alive(self, seconds: float) -> bool:
-        """Whether the device answers a ping in that time, or would if this side read what it sends."""
+        """Whether the device answers a ping in that time, or would if this side were reading what it sends."""
         if self.blocked:
             return True
         self.pong.clear()

@@ -1,7 +1,7 @@
-"""The server's end of all streams, in the thread of their loop: who comes, what is sent, what arrives.
+"""The server's end of all streams, in their loop's thread: connections, sending and receiving.
 
-A device that lost its connection and comes back as the same process, with its state in memory, is asked again what it
-had not answered. Any other newcomer is announced to the chain's thread, which decides how the run goes on with it.
+A device that lost its connection and comes back as the same process, with its state in memory, is sent its unanswered
+request again. Any other newcomer is announced to the chain's thread, which decides how the run goes on with it.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from fedsample.fleets.grpc.server.backpressure import Backpressure
 from fedsample.fleets.grpc.server.client_record import Asked, Batch, ClientRecord
 from fedsample.fleets.grpc.server.stream import Stream
 
-_LINE = 500  # characters of a device's own words that are shown
+_LINE = 500  # characters of a device's error message that are shown
 _HELLO, _PONG, _REPLACE = 30.0, 30.0, 5.0  # seconds for a first frame, an overdue pong, a rival's pong
-LEAVE = 2.0  # seconds that a device has to read the last word and go
-_TERMS = 1 << 62  # no run goes back so often
+LEAVE = 2.0  # seconds for a device to read the last frame and leave
+_TERMS = 1 << 62  # largest term: no run goes back so often
 
 
 class Identified(NamedTuple):
-    """Who is at the other end of a connection: a client, or why not."""
+    """The peer of a connection: a client's index, or why it is refused."""
 
     client: int
     refusal: str = ""
 
 
 class Invitation(NamedTuple):
-    """What every device is told when it comes.
+    """What each device is sent when it connects.
 
     Attributes:
-        run, nonce: 16 bytes each.
-        config: TOML.
-        clients: n.
+        run: the run's id, 16 bytes.
+        nonce: 16 random bytes, from which the id is made.
+        config: the configuration as TOML.
+        clients: n, the number of clients.
     """
 
     run: bytes
@@ -56,17 +57,17 @@ class Streams:
     """The streams of n devices. All methods run in the loop's thread.
 
     Args:
-        invitation: what devices are told.
-        identify: who a connection's peer is, from its call's context and what its Hello claims.
-        loop: in which all happens.
+        invitation: sent to each device that connects.
+        identify: identifies a connection's peer, from its call's context and the claim in its Hello.
+        loop: the loop in whose thread all methods run.
 
     Attributes:
-        records: of the clients.
-        newcomers: who waits for the chain's word.
-        term: devices in a lower one hear nothing.
-        room: for large answers.
-        batch: asked last, of everyone.
-        say: tells whoever watches.
+        records: the clients' records.
+        newcomers: clients that wait for the chain's decision.
+        term: requests of a lower term are ignored by devices.
+        room: limits large answers.
+        batch: the last one that was asked of all.
+        say: prints a message for the user.
     """
 
     def __init__(
@@ -75,7 +76,6 @@ class Streams:
         identify: Callable[[grpc.aio.ServicerContext, int], Identified],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        """Nobody is here."""
         self.invitation, self._identify = invitation, identify
         self.records = [ClientRecord(client) for client in range(invitation.clients)]
         self.newcomers: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -84,10 +84,10 @@ class Streams:
         self.batch: Batch | None = None
         self.say: Callable[[str], None] = lambda text: None
 
-    # --- what is asked ------------------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------------
 
     def post(self, batch: Batch, asked: dict[int, Asked]) -> None:
-        """Ask clients; who is not here is asked when it is accepted."""
+        """Ask clients; those not connected are asked when they are accepted."""
         self.batch = batch
         for client, each in asked.items():
             record = self.records[client]
@@ -96,7 +96,7 @@ class Streams:
                 self._send(record, each.message)
 
     def post_private(self, client: int, stream: Stream, asked: Asked) -> Asked | None:
-        """Ask one client over one stream, accepted or not -> what it was asked before."""
+        """Ask one client over one stream, accepted or not -> its open request."""
         record = self.records[client]
         before, record.asked = record.asked, asked
         if record.stream is not stream:
@@ -107,11 +107,11 @@ class Streams:
         return before
 
     def restore_private(self, client: int, before: Asked | None) -> None:
-        """After `post_private`: what it was asked before is asked again."""
+        """Ask the request from before `post_private` again."""
         self.records[client].asked = before
 
     def excuse(self, client: int) -> None:
-        """What a client was asked is no longer wanted."""
+        """Drop a client's open request."""
         record = self.records[client]
         if record.asked is not None and not record.asked.batch.private:
             record.asked.batch.left.discard(client)
@@ -119,7 +119,7 @@ class Streams:
             record.asked = None
 
     def withdraw(self, batch: Batch) -> None:
-        """Nobody waits for these answers any more."""
+        """Drop all open requests of a batch."""
         for record in self.records:
             if record.asked is not None and record.asked.batch is batch:
                 record.asked = None
@@ -128,7 +128,7 @@ class Streams:
                 self.backpressure.release(answer.size)
 
     def nudge(self, batch: Batch) -> None:
-        """Ask who has not answered for long whether it is there; who never answers has lost its connection."""
+        """Ping clients that have not answered for long; one that does not reply has lost its connection."""
         for client in batch.left:
             record = self.records[client]
             stream, now = record.stream, time.monotonic()
@@ -141,7 +141,7 @@ class Streams:
                 stream.send(pb.ServerFrame(ping=pb.Ping(number=2)))
 
     def accept(self, client: int, stream: Stream, sequence: int = 0) -> None:
-        """A newcomer is asked from now on, also what it had not answered, under a new number if one is given."""
+        """Accept a newcomer, and send its unanswered request again, under a new number if one is given."""
         record = self.records[client]
         if record.stream is not stream:
             return  # it left again, and will be a newcomer
@@ -153,7 +153,7 @@ class Streams:
             self._send(record, record.asked.message)
 
     def refuse(self, client: int, stream: Stream, reason: str, retry: bool) -> None:
-        """End a newcomer's stream."""
+        """Refuse a newcomer, and end its stream."""
         stream.send(pb.ServerFrame(refusal=pb.Refusal(reason=reason, retry=retry)))
         stream.close(reason)
         self._leave(self.records[client], stream)
@@ -162,10 +162,10 @@ class Streams:
         if record.stream is not None:
             record.stream.send(message)
 
-    # --- who comes ----------------------------------------------------------------------------------------------------
+    # --- connections --------------------------------------------------------------------------------------------------
 
     async def connect(self, frames: Any, context: grpc.aio.ServicerContext) -> None:
-        """One stream from its Hello to its end."""
+        """Handle one stream, from its Hello to its end."""
         try:
             first = await asyncio.wait_for(context.read(), _HELLO)
         except TimeoutError:
@@ -195,7 +195,7 @@ class Streams:
         await self._serve(record, Stream(hello.instance), context)
 
     async def _vacant(self, record: ClientRecord, instance: bytes) -> bool:
-        """Whether a newcomer may have the record: who sits there is the same process, or does not answer."""
+        """Whether a newcomer may take the record: its holder is the same process, or does not answer."""
         stream = record.stream
         if stream is None:
             return True
@@ -222,7 +222,7 @@ class Streams:
         try:
             done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             if writer in done and not writer.cancelled() and writer.exception() is None:
-                # What the device still writes would fail if the call were over, and with it what it has not yet read.
+                # If the call were over, what the device still writes would fail, and what it has not read be lost.
                 await asyncio.wait({reader}, timeout=LEAVE)
             for task in done:
                 if not task.cancelled() and (error := task.exception()) is not None and record.stream is stream:
@@ -236,7 +236,7 @@ class Streams:
                 self._leave(record, stream)  # also if the call is cancelled just now: its device has closed both ways
 
     def _leave(self, record: ClientRecord, stream: Stream) -> None:
-        """A stream is over, whoever ended it; what was asked over it alone is given up."""
+        """Handle the end of a stream, whichever side ended it; requests asked over it alone are given up."""
         if record.stream is not stream:
             return
         record.stream, record.accepted, record.since = None, False, time.monotonic()
@@ -245,7 +245,7 @@ class Streams:
             record.asked.batch.left.discard(record.client)
             record.asked.batch.wake.set()
 
-    # --- what travels -------------------------------------------------------------------------------------------------
+    # --- frames -------------------------------------------------------------------------------------------------------
 
     async def _write(self, record: ClientRecord, stream: Stream, context: grpc.aio.ServicerContext) -> None:
         while (item := await stream.queue.get()) is not None:
@@ -266,7 +266,7 @@ class Streams:
         try:
             await self._listen(record, stream, context, assembler)
         finally:
-            if stream.staged:  # half of a large answer
+            if stream.staged:  # part of a large answer
                 self.backpressure.release(stream.staged)
 
     async def _listen(
@@ -289,7 +289,7 @@ class Streams:
                 asked = record.asked
                 if frame.pong.number == 2 and not frame.pong.busy and asked is not None:
                     if record.accepted or asked.batch.private:
-                        self._send(record, asked.message)  # it got lost
+                        self._send(record, asked.message)  # it was lost
             elif kind == "ready":
                 self._ready(record, stream, frame.ready)
             elif kind == "failure":
@@ -313,9 +313,9 @@ class Streams:
         message = assembler.add(piece)
         if message is None:
             return
-        stream.staged = 0  # it is released when it has been added
+        stream.staged = 0  # the room is released when the answer has been added
         asked = record.asked
-        if asked is None or message.name != asked.message.name:  # it was answered, or is no longer asked
+        if asked is None or message.name != asked.message.name:  # already answered, or no longer asked
             if message.size > PIECE:
                 self.backpressure.release(message.size)
             return
@@ -334,7 +334,7 @@ class Streams:
             self.accept(record.client, stream)
         else:
             if mine and ready.term > self.term:
-                self.term = ready.term + 1  # it hears nothing of a lower one
+                self.term = ready.term + 1  # it ignores requests of a lower term
             self.newcomers.put(record.client)
             if record.asked is not None:
                 record.asked.batch.wake.set()
@@ -343,7 +343,7 @@ class Streams:
 
 
 def last_line(detail: str) -> str:
-    """What a traceback says in the end."""
+    """The last line of a traceback."""
     return (detail.strip().splitlines() or ["failed"])[-1]
 
 
