@@ -36,7 +36,7 @@ Array = NDArray[np.float64]
 Spread = Callable[[Array], Array]  # D (d, d) -> sum_i diag(H_i D H_i) (d,)
 
 UPLINKS = ("dense", "direct", "marina", "diana")
-_SWEEPS, _ENOUGH = 200, 1e-5
+_MAX_ITERATIONS, _TOLERANCE = 200, 1e-5
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,14 @@ class Covariance:
             return infinite, infinite
         force = self.force if self.uplink == "direct" else 0.0
         noise = noisy(spread(base) + force) / own
-        for _ in range(_SWEEPS):
+        for _ in range(_MAX_ITERATIONS):
             with np.errstate(over="ignore"):
                 renewed = noisy(spread(base + self._respond(lagged, noise)) + force) / own
             change = float(np.abs(renewed - noise).sum())
             if not change < 1e6 * float(np.abs(noise).sum() + 1e-300):
                 return infinite, infinite
             noise = renewed
-            if change <= _ENOUGH * float(noise.sum()):
+            if change <= _TOLERANCE * float(noise.sum()):
                 added = self._respond(moved, noise)
                 vectors = self._spectrum[1]
                 if vectors is None:  # all curvatures are equal: one mean serves all eigenvectors
