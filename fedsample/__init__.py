@@ -1,4 +1,4 @@
-"""Federated posterior sampling on Flower: `fedsample.run(config) -> Run`, and what goes into it.
+"""Federated posterior sampling on Flower: `fedsample.run(config) -> Run`, its configuration and its errors.
 
 Names are resolved on first use, so that `import fedsample` loads nothing but the standard library.
 """

@@ -1,4 +1,4 @@
-"""The exception tree: every error a user can meet says what was got, what was expected and what to do."""
+"""The exception tree: errors say what was got, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ class FedSampleError(Exception):
     """Base of every error that fedsample raises on purpose; the command line prints it without a traceback.
 
     Attributes:
-        exit_code: what the command line exits with: 1 failed, 2 usage, 3 quorum lost, 130 interrupted.
+        exit_code: exit code of the command line: 1 failed, 2 usage, 3 quorum lost, 130 interrupted.
     """
 
     exit_code = 1
 
 
 class ConfigError(FedSampleError):
-    """A configuration that cannot be meant: unknown key, wrong type, value out of range."""
+    """An invalid configuration: unknown key, wrong type, value out of range."""
 
     exit_code = 2
 
@@ -24,7 +24,7 @@ class UnsoundError(ConfigError):
 
 
 class DataError(FedSampleError):
-    """Data that cannot be used: a missing file or column, NaN, labels out of range."""
+    """Invalid data: a missing file or column, NaN, labels out of range."""
 
 
 class RunDirectoryError(FedSampleError):
@@ -32,33 +32,33 @@ class RunDirectoryError(FedSampleError):
 
 
 class AddressError(ConfigError):
-    """An address that cannot be meant, or one on which plaintext is refused."""
+    """An invalid address, or one on which plaintext is refused."""
 
 
 class CertificateError(FedSampleError):
-    """A key, certificate or request that cannot be used: missing, expired, of the wrong role, readable by others."""
+    """An unusable key, certificate or request: missing, expired, of the wrong role, readable by others."""
 
 
 class DivergenceError(FedSampleError):
-    """A chain left every bounded region: the step is too large for the curvature that it met."""
+    """A chain diverged: the step is too large for the curvature at its positions, or for the compression noise."""
 
 
 class QuorumError(FedSampleError):
-    """Too few clients answered for the round to count."""
+    """Too few clients answered to complete a round."""
 
     exit_code = 3
 
 
 class CompileError(FedSampleError):
-    """Gradients that cannot be compiled or recorded: no compiler or GPU, it fails, or other clients."""
+    """Gradients cannot be compiled or recorded: no compiler or GPU, a failure of either, or unsupported clients."""
 
 
 class DeviceMemoryError(FedSampleError):
-    """A device whose memory does not hold what one client needs, or what all of them keep."""
+    """A device's memory is too small for one client's computation, or for what all clients keep."""
 
 
 class ClientError(FedSampleError):
-    """A client failed; carries which one, in which round and stage, and the client's own traceback.
+    """A client failed; names the client, round and stage, and carries the client's own traceback.
 
     Args:
         client: index of the client, 0 <= client < n.

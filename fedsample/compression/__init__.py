@@ -1,4 +1,4 @@
-"""Compressors: what a vector loses on the wire, by how much, and what it costs."""
+"""Compressors: lossy encodings of vectors, with their error constants and exact sizes on the wire."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ _SPARSIFIERS: dict[str, type[RandK] | type[RandBlock] | type[TopK]] = {
     "randblock": RandBlock,
     "topk": TopK,
 }
-_PLAIN: dict[str, type[Identity] | type[Natural] | type[ScaledSign] | type[Bfloat16]] = {
+_WITHOUT_SETTINGS: dict[str, type[Identity] | type[Natural] | type[ScaledSign] | type[Bfloat16]] = {
     "identity": Identity,
     "natural": Natural,
     "sign": ScaledSign,
     "bf16": Bfloat16,
 }
-_EACH: tuple[type[Compressor], ...] = (
+_CLASSES: tuple[type[Compressor], ...] = (
     Identity,
     RandK,
     RandBlock,
@@ -86,15 +86,15 @@ def build(
     clients: int | None = None,
     blocks: Sequence[Tensor] | None = None,
 ) -> Compressor:
-    """The compressor of a configuration.
+    """Build a compressor from its configured name and settings.
 
     Args:
-        name: of the table; `outer+inner` composes a selection and a quantiser (randk+natural, topk+bf16); `scaled-`
-            before an unbiased one makes it contractive (scaled-randk, scaled-randk+qsgd, topk+scaled-qsgd).
-        k: of randk, randblock, topk: coordinates (int) or a fraction of them (float).
-        levels: s of qsgd.
-        rank: of lowrank.
-        clients: n, for permk.
+        name: a name in `table`; `outer+inner` composes a selection and a quantiser (randk+natural, topk+bf16);
+            `scaled-` before an unbiased one makes it contractive (scaled-randk, scaled-randk+qsgd, topk+scaled-qsgd).
+        k: number of coordinates (int), or a fraction of them (float), for randk, randblock and topk.
+        levels: s, for qsgd.
+        rank: r, for lowrank.
+        clients: number of clients n, for permk.
         blocks: the parameter matrices as flat positions, for lowrank.
 
     Raises:
@@ -108,8 +108,8 @@ def build(
             build(part, k, levels=levels, rank=rank, clients=clients, blocks=blocks) for part in name.split("+", 1)
         )
         return Composed(outer, inner)
-    if name in _PLAIN:
-        return _PLAIN[name]()
+    if name in _WITHOUT_SETTINGS:
+        return _WITHOUT_SETTINGS[name]()
     if name in _SPARSIFIERS:
         if k is None:
             raise ConfigError(f"compressor {name} needs k: an integer number of coordinates, or a fraction in (0, 1]")
@@ -124,7 +124,7 @@ def build(
         if blocks is None:
             raise ConfigError("compressor lowrank needs the parameter matrices: build('lowrank', blocks=...)")
         return LowRank(rank, blocks)
-    known = ", ".join(each.name for each in _EACH)
+    known = ", ".join(each.name for each in _CLASSES)
     raise ConfigError(
         f"compressor {name!r} is not known; choose one of {known}; a selection and a quantiser compose "
         "(randk+natural), and scaled- makes an unbiased one contractive (scaled-randk)"
@@ -132,7 +132,7 @@ def build(
 
 
 def table() -> list[dict[str, str]]:
-    """The rows of `fedsample list compressors`."""
+    """Return the rows of `fedsample list compressors`."""
     rows = [
         {
             "name": each.name,
@@ -142,7 +142,7 @@ def table() -> list[dict[str, str]]:
             "clients": each.independence,
             "wire": each.summary,
         }
-        for each in _EACH
+        for each in _CLASSES
     ]
     unbiased = "omega = (1 + w1)(1 + w2) - 1, or alpha = a1 a2 of topk"
     pair = ("A+B", "as A", unbiased, "B's of A's K values", "as A", "a selection A, its values by the quantiser B")

@@ -1,4 +1,4 @@
-"""What every compressor is: a random map of vectors, its constant, its exact wire bits and its byte codec."""
+"""The compressor interface: a random map of vectors, its error constant, exact wire bits and byte codec."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fedsample.random import Key, key
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
 Independence = Literal["deterministic", "independent", "shared-permutation", "partition"]
-_BLOCK = 16  # rounds whose keys are made at once
+_BLOCK = 16  # rounds whose keys are made together
 
 
 class Packet(NamedTuple):
     """One compressed vector, or a batch of them.
 
     Attributes:
-        values: (..., K), what travels: numbers, or integer codes of a compressor that quantises.
+        values: (..., K), what travels: numbers, or the integer codes of a quantiser.
         indices: (..., K) int64 coordinates of the values: rebuilt by the receiver from the shared key, or sent along;
             None when the values are the whole vector.
-        side: (..., m) the few numbers beside them, such as a norm; None: none.
-        length: d, where the wire form depends on it and the values do not tell it.
+        side: (..., m) the few numbers sent beside them, such as a norm; None: none.
+        length: d, set if the wire form depends on it and the values do not tell it.
     """
 
     values: Tensor
@@ -44,9 +44,10 @@ class PacketKeys:
     Attributes:
         own: (...) keys of this client, chain and round: independent between clients.
         common: one key for all clients, chains and rounds of the run.
-        round: the round, from which `common` is refreshed where a compressor wants that.
-        client, chain: their indices, integers or int64 tensors that broadcast to the shape of `own`, for compressors
-            whose packets depend on each other across clients; None where a link does not say.
+        round: the round, for compressors that refresh `common` with it.
+        client: index of the client, an integer or an int64 tensor that broadcasts to the shape of `own`, for
+            compressors whose packets depend on each other across clients; None if the link does not give it.
+        chain: index of the chain, likewise.
     """
 
     own: Key
@@ -56,18 +57,19 @@ class PacketKeys:
     chain: Tensor | int | None = None
 
     def inner(self) -> PacketKeys:
-        """Keys for a second compressor behind a first one, independent of its draws."""
+        """Keys for a second compressor applied after the first, independent of its draws."""
         return replace(self, own=self.own.fold("inner"))
 
 
 class LinkKeys:
-    """Makes the `PacketKeys` of a link, round after round.
+    """Makes the `PacketKeys` of one link, round by round.
 
     Args:
         seed: the experiment's seed.
         clients: one index (a device), or (n,) indices (a fleet, for all at once).
-        chains: how many chains.
-        purpose: the link, so that uplink and downlink never share a draw.
+        chains: number of chains C.
+        purpose: name of the link, so that uplink and downlink never share a draw.
+        device: where the keys are.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class LinkKeys:
         self._block: tuple[int, Tensor] | None = None
 
     def at(self, round: int, clients: Tensor | int | None = None) -> PacketKeys:
-        """The keys of one round: own (n, C) or (C,); `clients` picks rows of a fleet's keys, or one."""
+        """Keys of one round: `own` is (n, C) or (C,); `clients` selects rows of a fleet's keys, or one."""
         own = self._round_words(round)
         client = self._client
         if clients is not None:
@@ -90,7 +92,7 @@ class LinkKeys:
         return PacketKeys(Key(own, self._own.device), self._common, round, client, self._chain)
 
     def _round_words(self, round: int) -> Tensor:
-        """The folded keys of one round; those of `_BLOCK` rounds are made at once, for one launch of each operation."""
+        """Folded keys of one round; made for `_BLOCK` rounds together, with one launch of each operation."""
         index = round // _BLOCK
         if self._block is None or self._block[0] != index:
             rounds = torch.arange(index * _BLOCK, (index + 1) * _BLOCK, device=self._own.device)
@@ -107,13 +109,15 @@ class Compressor(ABC):
 
     Attributes:
         name: as in a configuration.
-        kind: which of the two holds.
+        kind: which of the two bounds holds.
         summary: what travels.
-        constant, formula: omega or alpha, and the idealised bits of a float32 vector, as printed.
-        independence: what binds the packets of different clients: "deterministic" draws nothing; "independent" draws
-            for each client, chain and round; "shared-permutation" is independent given a permutation that all share;
-            "partition" splits the coordinates among the clients, so that every one of them must be heard.
-        everyone: whether all clients must be present.
+        constant: omega or alpha as a formula, for printing.
+        formula: the idealised bits of a float32 vector, for printing.
+        independence: how the packets of different clients depend on each other: "deterministic" draws nothing;
+            "independent" draws for each client, chain and round; "shared-permutation" is independent given a
+            permutation that all share; "partition" splits the coordinates among the clients, so that every one of them
+            must be heard.
+        everyone: whether all clients must take part.
     """
 
     name: ClassVar[str]
@@ -126,14 +130,14 @@ class Compressor(ABC):
 
     @abstractmethod
     def omega(self, d: int) -> float:
-        """The constant of unbiasedness for vectors of d entries.
+        """The constant omega for vectors of d entries.
 
         Raises:
             ConfigError: if the compressor is contractive, not unbiased; or if its settings do not fit d.
         """
 
     def alpha(self, d: int) -> float:
-        """The constant of contraction for vectors of d entries; of an unbiased compressor that of `Scaled` around it.
+        """The constant alpha for vectors of d entries; for an unbiased compressor, that of `Scaled` around it.
 
         Raises:
             ConfigError: if its settings do not fit d.
@@ -142,46 +146,46 @@ class Compressor(ABC):
 
     @abstractmethod
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
-        """Compress (..., d) with keys of the same leading shape; NaN passes through and is caught by the chain."""
+        """Compress (..., d) with keys of the same leading shape; NaN passes through, to be found as divergence."""
 
     @abstractmethod
     def decompress(self, packet: Packet, d: int) -> Tensor:
         """The vectors (..., d) that the receiver sees."""
 
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """Memory += scale * decompress(packet), in place; compressors that select make no dense vector for it."""
+        """Add scale * decompress(packet) to memory, in place; a selection makes no dense vector for it."""
         memory.add_(self.decompress(packet, memory.shape[-1]), alpha=scale)
 
     @abstractmethod
     def count(self, d: int) -> int:
-        """How many values of a d-vector travel."""
+        """Number of values that travel for a d-vector."""
 
     def support(self, keys: PacketKeys, d: int) -> Tensor | None:
-        """(..., K) the coordinates that travel, where both ends derive them from the keys; None otherwise."""
+        """Coordinates (..., K) that travel, if both ends derive them from the keys; None otherwise."""
         return None
 
     def inclusion(self, d: int) -> float:
-        """The probability q that a given coordinate travels or, of quantisers, the q with their constant: 1/q - 1."""
+        """Probability q that a given coordinate travels; for quantisers, the q whose 1/q - 1 is their constant."""
         return self.alpha(d)
 
     def typical(self, d: int) -> float:
-        """The q that predictions go by: `inclusion`, or where that is a worst case, its mean over normal entries.
+        """The q that predictions use: `inclusion` or, if that is a worst case, its mean over normal entries.
 
-        Of a contractive compressor (1 - q) / q are the rounds by which a memory lags behind a walk of normal steps.
+        For a contractive compressor, a memory lags (1 - q) / q rounds behind a random walk of normal steps.
         """
         return self.inclusion(d)
 
     def lags(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(d,) rounds by which a memory lags behind a walk whose steps have these mean squares (d,)."""
+        """Rounds (d,) by which a memory lags behind a random walk whose steps have these mean squares (d,)."""
         return np.full(len(squares), 1 / self.typical(len(squares)) - 1)
 
     def noise(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(d,) mean variance that it adds to normal entries of these mean squares (d,)."""
+        """Mean variance (d,) that it adds to normal entries of these mean squares (d,)."""
         result: NDArray[np.float64] = (1 / self.typical(len(squares)) - 1) * squares
         return result
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
-        """The packets of zero vectors (..., d), with the shapes and dtypes of all others: what a memory begins with."""
+        """Packets of zero vectors (..., d), with the usual shapes and dtypes: the initial value of a memory."""
         values = torch.zeros((*shape[:-1], self.count(shape[-1])), dtype=dtype, device=device)
         return Packet(values, None)
 
@@ -190,20 +194,20 @@ class Compressor(ABC):
         """Exact bits on the wire of one compressed d-vector, padding included: 8 * len(to_bytes(...))."""
 
     def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
-        """The bits that papers count: no padding to bytes."""
+        """Bits as papers count them, without padding to bytes."""
         return float(self.bits(d, dtype))
 
     @abstractmethod
     def to_bytes(self, packet: Packet) -> bytes:
-        """The wire form of one packet, little endian. Indices that follow from the keys never travel.
+        """Encode one packet, little endian. Indices that follow from the keys never travel.
 
         Raises:
-            DataError: if a value is NaN or infinite: nothing of the kind may enter another party's sum.
+            DataError: if a value is NaN or infinite, which must not enter another party's sum.
         """
 
     @abstractmethod
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
-        """The packet that `to_bytes` wrote, without the indices that follow from keys.
+        """Decode what `to_bytes` wrote, without the indices that follow from keys.
 
         Raises:
             DataError: if the length is not that of a packet for d, a value is not finite, or a code or index is out of
@@ -211,7 +215,7 @@ class Compressor(ABC):
         """
 
     def from_bytes(self, data: bytes, keys: PacketKeys, d: int, dtype: torch.dtype) -> Packet:
-        """The packet that `to_bytes` wrote, its indices rebuilt from the keys (of one client and chain).
+        """Decode what `to_bytes` wrote, with its indices rebuilt from the keys (of one client and chain).
 
         Raises:
             DataError: as `parse` does.
@@ -226,7 +230,7 @@ def float_bits(dtype: torch.dtype) -> int:
 
 
 def contractive_only(name: str) -> ConfigError:
-    """What `omega` of a contractive compressor raises."""
+    """Make the error that `omega` of a contractive compressor raises."""
     return ConfigError(
         f"compressor {name} is contractive, not unbiased: it has no omega; use it where alpha is asked for (ef21, "
         "ef21-p), or choose an unbiased one such as randk, qsgd or natural"
@@ -244,12 +248,16 @@ def require_length(data: bytes, want: int, what: str) -> None:
 
 
 def finite(values: Tensor) -> bool:
-    """Whether all values are; by their sum first, which is finite only if they are."""
+    """Whether all values are finite; checks their sum first, which is finite only if they are."""
     return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def values_to_bytes(values: Tensor) -> bytes:
-    """Little-endian bytes of a float32 or float64 tensor; refuses values that are not finite."""
+    """Encode a float32 or float64 tensor, little endian.
+
+    Raises:
+        DataError: if a value is not finite.
+    """
     if not finite(values):
         raise DataError("a packet holds NaN or infinite values; the gradient that made it is not finite")
     plain: bytes = values.detach().cpu().contiguous().numpy().astype(_NUMPY[values.dtype], copy=False).tobytes()
@@ -257,12 +265,16 @@ def values_to_bytes(values: Tensor) -> bytes:
 
 
 def values_from_bytes(data: bytes, count: int, dtype: torch.dtype) -> Tensor:
-    """(count,) values from little-endian bytes; refuses a wrong length and values that are not finite."""
+    """Decode (count,) values from little-endian bytes.
+
+    Raises:
+        DataError: if the length is wrong or a value is not finite.
+    """
     form = _NUMPY[dtype]
     if len(data) != count * form.itemsize:
         raise DataError(f"a packet of {len(data)} bytes, expected {count * form.itemsize} ({count} values of {form})")
     array = np.frombuffer(data, dtype=form)
-    if not array.flags.writeable or not form.isnative:  # bytes are shared; what may be written is the receiver's own
+    if not array.flags.writeable or not form.isnative:  # bytes are read-only and shared; the receiver needs a copy
         array = array.astype(form.newbyteorder("="))
     values = torch.from_numpy(array)
     if not finite(values):
@@ -271,7 +283,7 @@ def values_from_bytes(data: bytes, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def resolve_count(k: int | float, d: int, what: str) -> int:
-    """How many coordinates `k` means: an integer counts them, a float is a fraction of d (at least one).
+    """Convert `k` to a number of coordinates: an integer is a count, a float a fraction of d (at least one).
 
     Raises:
         ConfigError: if k is outside 1..d or (0, 1].

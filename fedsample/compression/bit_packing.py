@@ -22,12 +22,12 @@ _CHUNK = 1 << 16
 
 
 def width_of(values: int) -> int:
-    """Bits that tell `values` codes apart, ceil(log2 values); 0 for one."""
+    """Bits that distinguish `values` codes: ceil(log2 values), 0 for one."""
     return (values - 1).bit_length()
 
 
 def size_of(count: int, width: int) -> int:
-    """Bytes of `count` codes of `width` bits."""
+    """Bytes that `count` codes of `width` bits take."""
     return (count * width + 7) // 8
 
 
@@ -39,17 +39,17 @@ def pack(
     check: Callable[[Codes], None] | None = None,
     low: bool = False,
 ) -> bytes:
-    """`head`, then integer codes (n,) with codes + plus in 0, ..., 2^width - 1.
+    """Write `head`, then integer codes (n,), where codes + plus lie in 0, ..., 2^width - 1.
 
     Args:
-        codes: signed or unsigned.
-        width: bits of a code.
+        codes: (n,) integers, signed or unsigned.
+        width: bits per code.
         head: bytes in front.
         plus: what is added to every code.
-        check: called with the codes, piece by piece while they are in the cache, to raise what it finds.
-        low: it is shown the lowest bytes of the codes alone, which takes half the time; of codes of at least 8 bits.
+        check: called with the codes, piece by piece while they are in the cache; raises if one is not allowed.
+        low: whether `check` gets only the lowest byte of each code, in half the time; for codes of at least 8 bits.
     """
-    # The stream's own bytes are filled in place and handed out: no second copy, which costs more than the packing.
+    # The stream's own buffer is filled in place and returned: a second copy would cost more than the packing.
     stream = io.BytesIO(bytes(len(head) + size_of(len(codes), width)))
     _fill(stream.getbuffer(), codes, width, head, plus, check, low)
     return stream.getvalue()
@@ -70,7 +70,7 @@ def _fill(
     planes, used = _planes(raw, whole, width)
     unsigned = np.dtype(f"u{codes.itemsize}")
     add = unsigned.type(plus)
-    # Results of a piece go to these: memory that the system hands out anew for each costs more than the arithmetic.
+    # Scratch for every piece: allocating it anew for each would cost more than the arithmetic.
     length = min(whole // 8, _CHUNK)
     sums, fields = np.empty(length, unsigned), np.empty(length, unsigned)
     eights, narrow = _bytes(length)
@@ -114,14 +114,16 @@ def unpack(
     minus: int = 0,
     low: bool = False,
 ) -> Codes:
-    """(count,) codes of `dtype` (unsigned, wide enough) from the bytes that `pack` made.
+    """Read (count,) codes of `dtype` (unsigned, wide enough) from the bytes that `pack` wrote.
 
     Args:
-        data: what it wrote, without the head.
-        count, width: as there.
-        check: sees the codes, piece by piece while they are in the cache.
-        minus: what is taken off every code afterwards, modulo the dtype's range.
-        low: as there.
+        data: what `pack` wrote, without the head.
+        count: number of codes n.
+        width: bits per code.
+        dtype: of the result.
+        check: as for `pack`.
+        minus: what is subtracted from every code after the check, modulo the dtype's range.
+        low: as for `pack`.
 
     Raises:
         DataError: if the length is wrong or the padding is not zero.
@@ -170,7 +172,7 @@ def unpack(
 
 
 def _last(octets: Codes, count: int, width: int) -> Codes:
-    """(count,) int64, fewer than eight codes, which lie bit by bit."""
+    """Read the last codes (count,) int64, fewer than eight, which are stored bit by bit."""
     string = np.unpackbits(octets, bitorder="little")
     if string[count * width :].any():
         raise DataError("the padding of a packet's last byte is not zero; the bytes are damaged")
@@ -180,9 +182,9 @@ def _last(octets: Codes, count: int, width: int) -> Codes:
 
 
 def _bytes(count: int) -> tuple[Codes, Codes]:
-    """At least `count` bytes as words of 64 bits and as what they are: numpy shifts words ten times as fast as bytes.
+    """Allocate `count` bytes or a few more, as 64-bit words and as bytes: numpy shifts words ten times as fast.
 
-    Where bits stay within their bytes both shifts are the same.
+    As long as no bit leaves its byte, both shifts give the same.
     """
     words = np.zeros((count + 7) // 8, dtype=np.uint64)
     return words, words.view(np.uint8)
@@ -200,7 +202,7 @@ def _planes(raw: Codes, whole: int, width: int) -> tuple[list[tuple[int, int, Co
 
 
 def _rows(whole: int) -> Iterator[tuple[int, int, int]]:
-    """(row, from, to): pieces of the eight rows, those of the same columns one after the other."""
+    """Yield (row, from, to), the pieces of the eight rows; pieces of the same columns follow one another."""
     length = whole // 8
     for column in range(0, length, _CHUNK):
         for row in range(8):
@@ -208,6 +210,6 @@ def _rows(whole: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _columns(row: int, start: int, end: int, size: int, whole: int) -> slice:
-    """Where codes `start` to `end` of a row lie in the plane of `size` bits: 8 / size codes share a byte."""
+    """Slice of the plane of `size` bits that holds codes `start` to `end` of a row; 8 / size codes share a byte."""
     before = row // size * (whole * size // 8)
     return slice(start - before, end - before)

@@ -1,4 +1,4 @@
-"""Long vectors in pieces that stay in the cache, arrays that are cheap to allocate, and sums of one fixed order."""
+"""Work on long vectors in pieces that fit the cache, allocate large arrays cheaply, and sum in a fixed order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 16  # entries worked on at once on a CPU
-_LARGE = 1 << 20  # bytes from which an array is taken from numpy
+_LARGE = 1 << 20  # bytes from which numpy allocates an array
 
 
 def pieces(d: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -38,7 +38,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def times(codes: Tensor, unit: Tensor) -> Tensor:
-    """Integers (..., d) times unit (..., 1), of unit's dtype: converted and multiplied where they are to lie."""
+    """Multiply integers (..., d) by unit (..., 1) into a new array of unit's dtype, without a temporary one."""
     out = empty(tuple(codes.shape), unit.dtype, unit.device)
     for start, end in pieces(codes.shape[-1], unit.device):
         out[..., start:end].copy_(codes[..., start:end]).mul_(unit)
@@ -81,10 +81,10 @@ def one_norm(vector: Tensor) -> Tensor:
 
 
 def two_norm(vector: Tensor) -> Tensor:
-    """Euclidean norm of (..., d) -> (...) of its dtype; neither squares of large nor of small entries are lost."""
+    """Euclidean norm of (..., d) -> (...) of its dtype; squares neither overflow nor underflow."""
     if vector.dtype == torch.float64:
         size = vector.abs().amax(-1, keepdim=True)
         safe = torch.where(size > 0, size, 1.0)
         return total(vector, lambda piece: piece.div_(safe).square_()).sqrt() * size.squeeze(-1)
-    # Squares of float32 are exact in float64: added in one step or two, with or without a fused one, they are the same.
+    # Squares of float32 are exact in float64, so that a fused multiply-add gives the same sum as two operations.
     return total(vector, Tensor.square_, lambda sums, piece: sums.addcmul_(piece, piece)).sqrt().to(vector.dtype)

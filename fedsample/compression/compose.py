@@ -1,4 +1,4 @@
-r"""Compressors made of compressors: a selection whose kept values are quantised, and the scaling to a contraction.
+r"""Compressors built from others: a selection whose kept values are quantised, and scaling to a contraction.
 
 `Composed(outer, inner)` sends inner's packet of outer's K kept values. With Q the selection, constants at K:
 
@@ -57,7 +57,7 @@ class Composed(Compressor):
         self.independence, self.everyone = outer.independence, outer.everyone  # type: ignore[misc]
 
     def count(self, d: int) -> int:
-        """How many values travel."""
+        """Number of values that `inner` sends of the kept ones."""
         return self.inner.count(self.outer.count(d))
 
     def omega(self, d: int) -> float:
@@ -86,13 +86,13 @@ class Composed(Compressor):
         return self.outer.alpha(d) * (1 - loss)
 
     def typical(self, d: int) -> float:
-        """The product of both, where both are unbiased; of topk the inner one's loss makes it lag longer."""
+        """Product of both, if both are unbiased; for topk, inner's loss lengthens the lag of outer."""
         if self.kind == "contractive":
             return 1 / (1 + (1 / self.outer.typical(d) - 1) * self.outer.alpha(d) / self.alpha(d))
         return self.outer.inclusion(d) * self.inner.typical(self.outer.count(d))
 
     def lags(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Those of outer, lengthened by inner's loss."""
+        """Lags of `outer`, lengthened by the loss of `inner`."""
         if self.kind == "unbiased":
             return super().lags(squares)
         d = len(squares)
@@ -100,7 +100,7 @@ class Composed(Compressor):
         return result
 
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
-        """Inner's packet of the kept values, with outer's coordinates."""
+        """Select with `outer`, compress the kept values with `inner`."""
         d = vector.shape[-1]
         if self.kind == "contractive":
             self.alpha(d)
@@ -109,42 +109,42 @@ class Composed(Compressor):
         return packet._replace(indices=indices, length=d)
 
     def support(self, keys: PacketKeys, d: int) -> Tensor | None:
-        """Outer's."""
+        """As for `outer`."""
         return self.outer.support(keys, d)
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
-        """The quantised values in place, zero elsewhere."""
+        """The quantised values at their coordinates, zero elsewhere."""
         return self.outer.place(self._values(packet, d), required_indices(packet), d)
 
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """Touch the kept coordinates only."""
+        """Add at the kept coordinates only."""
         self.outer.accumulate(memory, self._values(packet, memory.shape[-1]) * scale, required_indices(packet))
 
     def _values(self, packet: Packet, d: int) -> Tensor:
         return self.inner.decompress(packet._replace(indices=None), self.outer.count(d))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
-        """Inner's empty packet at the first K coordinates."""
+        """Empty packet of `inner`, at the first K coordinates."""
         packet = self.inner.empty((*shape[:-1], self.outer.count(shape[-1])), dtype, device)
         return packet._replace(indices=self.outer.empty_indices(shape, device), length=shape[-1])
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
-        """Inner's of K values, and outer's coordinates where they travel."""
+        """Bits of `inner` for K values, plus the coordinates of `outer` if they travel."""
         return self.inner.bits(self.outer.count(d), dtype) + 8 * self.outer.index_bytes(d)
 
     def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
-        """Inner's of K values, and outer's coordinates."""
+        """Idealised bits of `inner` for K values, plus the coordinates of `outer` if they travel."""
         k = self.outer.count(d)
         identity = torch.empty((), dtype=dtype).element_size() * 8 * k
         coordinates = self.outer.idealised_bits(d, dtype) - identity if self.outer.index_bytes(d) else 0.0
         return self.inner.idealised_bits(k, dtype) + coordinates
 
     def to_bytes(self, packet: Packet) -> bytes:
-        """Inner's bytes, then outer's coordinates."""
+        """Bytes of `inner`, then the coordinates of `outer` if they travel."""
         return self.inner.to_bytes(packet._replace(indices=None)) + self.outer.pack_indices(packet)
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
-        """Inner's packet, and coordinates where they travel."""
+        """Decode the packet of `inner`, and the coordinates if they travel."""
         k = self.outer.count(d)
         size = self.inner.bits(k, dtype) // 8
         if len(data) != size + self.outer.index_bytes(d):
@@ -156,10 +156,10 @@ class Composed(Compressor):
 
 
 class Scaled(Compressor):
-    """An unbiased compressor shrunk by 1 / (1 + omega), which makes it contractive; the wire is the same.
+    """An unbiased compressor scaled by 1 / (1 + omega), which makes it contractive; the bytes are the same.
 
     Args:
-        inner: unbiased.
+        inner: an unbiased compressor.
 
     Raises:
         ConfigError: if it is contractive already.
@@ -179,11 +179,11 @@ class Scaled(Compressor):
         self.independence, self.everyone = inner.independence, inner.everyone  # type: ignore[misc]
 
     def count(self, d: int) -> int:
-        """Inner's."""
+        """As for `inner`."""
         return self.inner.count(d)
 
     def omega(self, d: int) -> float:
-        """None: the shrinking is a bias."""
+        """Raise `ConfigError`: scaled, it is biased."""
         raise contractive_only(self.name)
 
     def alpha(self, d: int) -> float:
@@ -191,37 +191,37 @@ class Scaled(Compressor):
         return 1.0 / (1.0 + self.inner.omega(d))
 
     def compress(self, vector: Tensor, keys: PacketKeys) -> Packet:
-        """Inner's packet."""
+        """Compress with `inner`; the receiver scales."""
         return self.inner.compress(vector, keys)
 
     def support(self, keys: PacketKeys, d: int) -> Tensor | None:
-        """Inner's."""
+        """As for `inner`."""
         return self.inner.support(keys, d)
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
-        """Inner's vector, shrunk."""
+        """The vector of `inner`, times alpha."""
         return self.inner.decompress(packet, d) * self.alpha(d)
 
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """As inner does, shrunk."""
+        """Add as `inner` does, times alpha."""
         self.inner.add_to(memory, packet, scale * self.alpha(memory.shape[-1]))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
-        """Inner's."""
+        """As for `inner`."""
         return self.inner.empty(shape, dtype, device)
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
-        """Inner's."""
+        """As for `inner`."""
         return self.inner.bits(d, dtype)
 
     def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
-        """Inner's."""
+        """As for `inner`."""
         return self.inner.idealised_bits(d, dtype)
 
     def to_bytes(self, packet: Packet) -> bytes:
-        """Inner's."""
+        """As for `inner`."""
         return self.inner.to_bytes(packet)
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
-        """Inner's."""
+        """As for `inner`."""
         return self.inner.parse(data, d, dtype)

@@ -45,7 +45,7 @@ class Identity(Compressor):
         return packet.values
 
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """Memory += scale * vector."""
+        """Add scale * vector to memory, in place."""
         memory.add_(packet.values * scale)
 
     def bits(self, d: int, dtype: torch.dtype) -> int:

@@ -79,7 +79,7 @@ class LowRank(Compressor):
         ]
 
     def count(self, d: int) -> int:
-        """Numbers that travel: r (m + n) for each factored matrix, m n for the others.
+        """Number of values that travel: r (m + n) for each factored matrix, m n for the others.
 
         Raises:
             ConfigError: if the matrices do not hold d parameters together.
@@ -91,11 +91,11 @@ class LowRank(Compressor):
         return sum(self._sizes())
 
     def omega(self, d: int) -> float:
-        """None: it is biased."""
+        """Raise `ConfigError`: it is biased."""
         raise contractive_only(self.name)
 
     def alpha(self, d: int) -> float:
-        """The least r / min(m, n) over the factored matrices, in expectation over the start; 1 if there are none."""
+        """Smallest r / min(m, n) of the factored matrices, in expectation over the start; 1 if there are none."""
         self.count(d)
         return min((self.rank / min(block.shape) for block in self.blocks if self._factored(block)), default=1.0)
 
@@ -133,7 +133,7 @@ class LowRank(Compressor):
         return out
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
-        """All factors as they are."""
+        """All factors, uncompressed."""
         return float_bits(dtype) * self.count(d)
 
     def to_bytes(self, packet: Packet) -> bytes:

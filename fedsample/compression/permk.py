@@ -1,4 +1,4 @@
-r"""PermK: the clients share the coordinates out among themselves.
+r"""PermK: a common random permutation assigns each coordinate to one client.
 
     C_i(v)_j = n v_j  if coordinate j falls to client i in a common random permutation, else 0
     omega_i = n - 1;   (1/n) sum_i C_i(v_i) = v exactly when all v_i are equal to v.
@@ -32,7 +32,7 @@ class PermK(Selector):
     """Client i's share of a common permutation, drawn anew for each chain and round.
 
     Attributes:
-        clients: n >= 1, how many clients there are.
+        clients: number of clients n >= 1.
     """
 
     clients: int
@@ -50,7 +50,7 @@ class PermK(Selector):
             raise ConfigError(f"compressor permk: clients = {self.clients}; give the number of clients, at least 1")
 
     def count(self, d: int) -> int:
-        """Slots of a client, ceil(d / n)."""
+        """Slots per client, ceil(d / n)."""
         return -(-d // self.clients)
 
     def omega(self, d: int) -> float:
@@ -88,7 +88,7 @@ class PermK(Selector):
         return shares.gather(-2, wanted).squeeze(-2)
 
     def select(self, vector: Tensor, keys: PacketKeys) -> Tensor:
-        """The share, whatever the vector."""
+        """The client's share; it does not depend on the vector."""
         indices = self.support(keys, vector.shape[-1])
         return indices.expand(*vector.shape[:-1], indices.shape[-1])
 
@@ -99,12 +99,12 @@ class PermK(Selector):
         return values.masked_fill_(indices >= d, 0.0)
 
     def place(self, values: Tensor, indices: Tensor, d: int) -> Tensor:
-        """The values in place; what a slot without a coordinate holds is dropped."""
+        """The values at their coordinates; those of slots without a coordinate are dropped."""
         dense = values.new_zeros((*values.shape[:-1], d + 1))
         return dense.scatter_(-1, indices, values)[..., :d].contiguous()
 
     def accumulate(self, memory: Tensor, values: Tensor, indices: Tensor) -> None:
-        """Add in place; what a slot without a coordinate holds is dropped."""
+        """Add in place; values of slots without a coordinate are dropped."""
         d = memory.shape[-1]
         memory.scatter_add_(-1, indices.clamp(max=d - 1), values.masked_fill(indices >= d, 0.0))
 

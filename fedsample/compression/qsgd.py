@@ -1,4 +1,4 @@
-r"""QSGD of fixed width: every entry becomes a random multiple of |v| / s.
+r"""QSGD with levels of fixed width: every entry becomes a random multiple of |v| / s.
 
     C(v)_j = (|v| / s) floor(s v_j / |v| + u_j),   u_j uniform on [0, 1),  |v| the Euclidean norm
     omega = min(d / s^2, sqrt(d) / s);  s = 1:  sqrt(d) - 1.
@@ -37,7 +37,7 @@ from fedsample.compression.cache_blocks import PIECE, empty, pieces, times, two_
 from fedsample.compression.random_bits import Coins
 from fedsample.errors import ConfigError, DataError
 
-_MOST = (1 << 15) - 1
+_MAX_LEVELS = (1 << 15) - 1
 _SMALL, _TERMS = 0.02, 64  # exp(-2 pi^2 0.02^2 64^2) is 1e-14
 
 
@@ -59,10 +59,10 @@ class QSGD(Compressor):
     independence: ClassVar[Independence] = "independent"
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 1 <= self.levels <= _MOST:
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 1 <= self.levels <= _MAX_LEVELS:
             raise ConfigError(
-                f"compressor qsgd: levels = {self.levels!r}; choose an integer in 1..{_MOST}, such as 127 (8 bits an "
-                "entry) or 7 (4 bits)"
+                f"compressor qsgd: levels = {self.levels!r}; choose an integer in 1..{_MAX_LEVELS}, such as 127 (8 "
+                "bits an entry) or 7 (4 bits)"
             )
 
     @property
@@ -80,7 +80,7 @@ class QSGD(Compressor):
         return math.sqrt(d) - 1.0 if s == 1 else min(d / s**2, math.sqrt(d) / s)
 
     def typical(self, d: int) -> float:
-        """Of d normal entries of one variance; of many levels a sixth of the bound."""
+        """For d normal entries of equal variance; with many levels, a sixth of the bound on omega."""
         mean = d / self.levels**2 * float(_rounding(np.array(self.levels / math.sqrt(d))))
         return 1 / (1 + min(mean, self.omega(d)))
 
@@ -117,7 +117,7 @@ class QSGD(Compressor):
         return times(packet.values, norm / self.levels)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Packet:
-        """Level and norm zero."""
+        """Zero levels and norm."""
         levels = torch.zeros(shape, dtype=self._dtype(), device=device)
         return Packet(levels, None, torch.zeros((*shape[:-1], 1), dtype=dtype, device=device))
 
@@ -164,9 +164,9 @@ class QSGD(Compressor):
 
 
 def _rounding(scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    """E f (1 - f), f the fraction of scale * z, z standard normal: a sixth where the scale is large.
+    """E f (1 - f), with f the fractional part of scale * z and z standard normal: 1 / 6 for large scales.
 
-    By its Fourier series, or where hardly any entry reaches a whole level as E|x| - E x^2.
+    Summed as a Fourier series; for small scales, where hardly any entry reaches a whole level, E|x| - E x^2.
     """
     k = np.arange(1, _TERMS + 1)
     series = 1 / 6 - (np.exp(-2 * np.square(np.pi * np.multiply.outer(scale, k))) / np.square(np.pi * k)).sum(-1)
@@ -181,7 +181,7 @@ def _fixed_point(dtype: torch.dtype, levels: int) -> tuple[torch.dtype, int]:
 
 
 def _draw(values: Tensor, safe: Tensor, top: int, fraction: int, random: Tensor, out: Tensor) -> None:
-    """Write the levels of some entries, using up their coins."""
+    """Write the levels of some entries; overwrites their random bits."""
     scaled = (values / safe).mul_(float(top)).round_()
     out.copy_(random.add_(scaled.to(random.dtype).clamp_(-top, top)).bitwise_right_shift_(fraction))
 

@@ -11,15 +11,15 @@ from fedsample.random import Key
 
 
 class Coins:
-    """The coins of a vector's entries, piece by piece, in one buffer.
+    """Random integers for the entries of a vector ("coins"), piece by piece, in one buffer.
 
-    Entry j's coin depends on j and its key alone: of int32 two share a word, of int64 each has its own. Coins of
+    Entry j's coin depends on j and its key alone: two int32 coins share a word, an int64 coin has its own. Coins of
     different entries are independent and uniform on 0, ..., 2^bits - 1.
 
     Args:
         key: (...) keys.
-        d: entries of a vector.
-        bits: at most 31 for int32, 63 for int64.
+        d: number of entries of a vector.
+        bits: random bits per coin, at most 31 for int32, 63 for int64.
         dtype: int32 or int64.
     """
 
@@ -32,7 +32,7 @@ class Coins:
         self._buffer = torch.empty((*key.shape, most), dtype=torch.int64) if plain else None
 
     def take(self, start: int, end: int) -> Tensor:
-        """(..., end - start) coins of the entries `start` (even) to `end`, to be used up before the next call."""
+        """(..., end - start) coins of the entries `start` (even) to `end`, valid until the next call."""
         count = (end - start + self._pair - 1) // self._pair
         buffer = None if self._buffer is None else self._buffer[..., :count]
         words = self._key.integers64(count, start // self._pair, out=buffer)

@@ -34,7 +34,7 @@ from fedsample.compression.random_bits import Coins
 from fedsample.errors import DataError
 from fedsample.random import Key
 
-_CODES = {torch.float32: torch.int16, torch.float64: torch.int32}  # so that a code's dtype tells the vector's
+_CODES = {torch.float32: torch.int16, torch.float64: torch.int32}  # the code's dtype tells the vector's
 _LOW = 0xFF  # an exponent that is the whole lowest byte of a code
 _FLOATS = {code: dtype for dtype, code in _CODES.items()}
 
@@ -46,7 +46,7 @@ class _Rounding(Compressor):
 
     @abstractmethod
     def _width(self, dtype: torch.dtype) -> int:
-        """Bits of a code."""
+        """Bits per code."""
 
     @abstractmethod
     def _exponent(self, dtype: torch.dtype) -> int:
@@ -54,11 +54,11 @@ class _Rounding(Compressor):
 
     @abstractmethod
     def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
-        """What the entries are rounded by."""
+        """Random bits that decide the rounding of each entry."""
 
     @abstractmethod
     def _encode(self, values: Tensor, random: Tensor, out: Tensor) -> None:
-        """Write the integer codes of some entries, using up their coins."""
+        """Write the integer codes of some entries; overwrites their random bits."""
 
     @abstractmethod
     def _decode(self, codes: Tensor, out: Tensor) -> None:
@@ -89,7 +89,7 @@ class _Rounding(Compressor):
         return Packet(torch.zeros(shape, dtype=_CODES[dtype], device=device), None)
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
-        """Codes packed, padded to bytes."""
+        """Bits of the packed codes, padded to bytes."""
         return 8 * bit_packing.size_of(d, self._width(dtype))
 
     def idealised_bits(self, d: int, dtype: torch.dtype) -> float:
@@ -126,7 +126,7 @@ class _Rounding(Compressor):
         return Packet(torch.from_numpy(codes.view(f"i{form}")), None)
 
     def _refuse(self, dtype: torch.dtype, why: str) -> Callable[[Codes], None]:
-        """What raises where codes, or their lowest bytes if the exponent is all of those, are not finite."""
+        """Make a check that raises if a code is not finite; given lowest bytes if the exponent fills them."""
         exponent = self._exponent(dtype)
 
         def check(codes: Codes) -> None:
@@ -211,7 +211,7 @@ class Bfloat16(_Rounding):
 
 
 def _shift_up(codes: Tensor, by: int, out: Tensor) -> None:
-    """Codes shifted left where they are to lie; by numpy on a CPU, whose shifts use its vectors."""
+    """Write codes, shifted left, into `out`; by numpy on a CPU, whose shifts use vector instructions."""
     out.copy_(codes)
     if codes.device.type == "cpu":
         np.left_shift(out.numpy(), by, out=out.numpy())
@@ -220,13 +220,13 @@ def _shift_up(codes: Tensor, by: int, out: Tensor) -> None:
 
 
 def _cut(values: Tensor, random: Tensor, low: int, out: Tensor) -> None:
-    """Floats as integers whose `low` last bits are rounded away at random; NaN and infinity stay what they are."""
+    """Write floats as integers with their `low` last bits rounded away at random; NaN and infinity stay."""
     whole = torch.int32 if values.dtype == torch.float32 else torch.int64
     infinite = 0x7F800000 if whole == torch.int32 else 0x7FF0000000000000
     on_cpu = values.device.type == "cpu"
-    if not on_cpu or not math.isfinite(values.sum().item()):  # an infinite sum may be of finite values
+    if not on_cpu or not math.isfinite(values.sum().item()):  # finite values may have an infinite sum
         random.masked_fill_((values.view(whole) & infinite) == infinite, 0)
-    if on_cpu:  # numpy's shifts use the CPU's vectors and, unsigned, drag no sign along
+    if on_cpu:  # numpy's shifts use vector instructions and, unsigned, do not extend the sign
         unsigned = np.uint32 if whole == torch.int32 else np.uint64
         bits = random.numpy().view(unsigned)
         np.add(bits, values.numpy().view(unsigned), out=bits)

@@ -1,4 +1,4 @@
-"""Compressors that keep K of d coordinates: what RandK, RandBlock, PermK and TopK have in common."""
+"""Base class of compressors that keep K of d coordinates: RandK, RandBlock, PermK and TopK."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ from fedsample.compression.cache_blocks import zeros
 class Selector(Compressor):
     """C(v)_j = scale * v_j on the selected coordinates, zero elsewhere.
 
-    The wire holds the K values, then the selected coordinates unless both ends derive them from the keys. What is done
-    to the K values is left apart (`gather`, `place`), so that another compressor may go between; see `compose.py`.
+    The wire holds the K values, then the selected coordinates unless both ends derive them from the keys. Taking
+    the K values and placing them are separate methods (`gather`, `place`), so that `compose.Composed` can put another
+    compressor between them.
     """
 
     @abstractmethod
     def select(self, vector: Tensor, keys: PacketKeys) -> Tensor:
-        """(..., K) int64: the coordinates of (..., d) that travel, in their order on the wire."""
+        """Select the coordinates (..., K) int64 of (..., d) that travel, in their order on the wire."""
 
     @abstractmethod
     def scale(self, d: int) -> float:
         """The factor on kept values."""
 
     def index_bytes(self, d: int) -> int:
-        """Bytes that the coordinates take; 0 where they follow from the keys."""
+        """Bytes that the coordinates take; 0 if they follow from the keys."""
         return 0
 
     def pack_indices(self, packet: Packet) -> bytes:
-        """The coordinates on the wire."""
+        """Encode the coordinates."""
         return b""
 
     def parse_indices(self, data: bytes, d: int) -> Tensor | None:
-        """(K,) from `pack_indices`; None where they follow from the keys."""
+        """Decode the coordinates (K,) that `pack_indices` wrote; None if they follow from the keys."""
         return None
 
     def inclusion(self, d: int) -> float:
@@ -69,11 +70,11 @@ class Selector(Compressor):
         memory.scatter_add_(-1, indices, values)
 
     def decompress(self, packet: Packet, d: int) -> Tensor:
-        """The kept values in place, zero elsewhere."""
+        """The kept values at their coordinates, zero elsewhere."""
         return self.place(packet.values, required_indices(packet), d)
 
     def add_to(self, memory: Tensor, packet: Packet, scale: float) -> None:
-        """Touch the kept coordinates only."""
+        """Add at the kept coordinates only."""
         self.accumulate(memory, packet.values * scale, required_indices(packet))
 
     def empty_indices(self, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
@@ -86,15 +87,15 @@ class Selector(Compressor):
         return super().empty(shape, dtype, device)._replace(indices=self.empty_indices(shape, device))
 
     def bits(self, d: int, dtype: torch.dtype) -> int:
-        """Of the values and, where they travel, the coordinates."""
+        """Bits of the values and, if they travel, the coordinates."""
         return float_bits(dtype) * self.count(d) + 8 * self.index_bytes(d)
 
     def to_bytes(self, packet: Packet) -> bytes:
-        """Values, then coordinates."""
+        """Encode the values, then the coordinates if they travel."""
         return values_to_bytes(packet.values) + self.pack_indices(packet)
 
     def parse(self, data: bytes, d: int, dtype: torch.dtype) -> Packet:
-        """Values, and coordinates where they travel."""
+        """Decode the values, and the coordinates if they travel."""
         size = float_bits(dtype) // 8 * self.count(d)
         if self.index_bytes(d):
             require_length(data, size + self.index_bytes(d), f"{self.count(d)} values and their coordinates")

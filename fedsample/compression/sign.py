@@ -1,10 +1,10 @@
-r"""Scaled sign: one bit an entry, and the mean magnitude.
+r"""Scaled sign: one bit per entry, and the mean magnitude.
 
     C(v) = (|v|_1 / d) sgn(v),     |C(v) - v|^2 = (1 - alpha(v)) |v|^2,   alpha(v) = |v|_1^2 / (d |v|_2^2) >= 1 / d
 
 Karimireddy et al., ICML 2019 (arXiv 1901.09847), Lemma 8. Deterministic and biased. A zero entry counts by its sign
-bit, which leaves the identity as it is. The constant is the worst case 1 / d, of a vector with one entry; for Gaussian
-entries alpha is near 2 / pi.
+bit, which leaves the equation above exact. The constant is the worst case 1 / d, of a vector with one nonzero entry;
+for Gaussian entries alpha is near 2 / pi.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fedsample.compression.base import (
 from fedsample.compression.cache_blocks import empty, one_norm, pieces, times
 from fedsample.errors import DataError
 
-_WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ScaledSign(Compressor):
         return d
 
     def omega(self, d: int) -> float:
-        """None: it is biased."""
+        """Raise `ConfigError`: it is biased."""
         raise contractive_only(self.name)
 
     def alpha(self, d: int) -> float:
@@ -63,7 +63,7 @@ class ScaledSign(Compressor):
         signs = empty(tuple(vector.shape), torch.int8, vector.device)
         for start, end in pieces(d, vector.device):
             piece = vector[..., start:end].contiguous()
-            signs[..., start:end] = piece.view(_WHOLE[vector.dtype]) >> 8 * vector.dtype.itemsize - 1  # 0, or -1
+            signs[..., start:end] = piece.view(_INTEGERS[vector.dtype]) >> 8 * vector.dtype.itemsize - 1  # 0, or -1
             signs[..., start:end].bitwise_or_(1)
         return Packet(signs, None, (one_norm(vector) / d).to(vector.dtype).unsqueeze(-1))
 
@@ -85,10 +85,10 @@ class ScaledSign(Compressor):
         return float(float_bits(dtype) + d)
 
     def to_bytes(self, packet: Packet) -> bytes:
-        """The scale, then one bit an entry, set where it is negative.
+        """Encode the scale, then one bit per entry, set if it is negative.
 
         Raises:
-            DataError: if the scale is not finite, as it is where an entry was not.
+            DataError: if the scale is not finite, because an entry was not.
         """
         negative = packet.values.detach().cpu().contiguous().numpy() < 0
         return values_to_bytes(_required(packet)) + np.packbits(negative, bitorder="little").tobytes()

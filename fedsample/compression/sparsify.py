@@ -24,7 +24,7 @@ from fedsample.compression.base import Independence, PacketKeys, resolve_count
 from fedsample.compression.select import Selector
 from fedsample.random import Key
 
-_ASCENDING = 1 << 16  # from this d on a block is sorted: memory is then read and written in order
+_ASCENDING = 1 << 16  # from this d on a block is sorted, so that memory is accessed in order
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Sparsifier(Selector):
         """(..., K) coordinates in the order in which they travel."""
 
     def select(self, vector: Tensor, keys: PacketKeys) -> Tensor:
-        """The support, whatever the vector."""
+        """The support; it does not depend on the vector."""
         indices = self.support(keys, vector.shape[-1])
         return indices.expand(*vector.shape[:-1], indices.shape[-1])
 
@@ -80,7 +80,7 @@ class RandK(_Sparsifier):
 
 @dataclass(frozen=True)
 class RandBlock(_Sparsifier):
-    """K successive coordinates, cyclically, of a permutation that all clients share for `refresh` rounds.
+    """K successive coordinates, cyclically, in a permutation that all clients share for `refresh` rounds.
 
     Given the permutation, the blocks of different clients, chains and rounds are independent.
 
@@ -108,7 +108,7 @@ class RandBlock(_Sparsifier):
 
 @lru_cache(maxsize=8)
 def _permutation(key: Key, d: int) -> Tensor:
-    """(2 d,) the permutation twice over, so that a block may run past the end; narrow where it is long."""
+    """The permutation twice over, (2 d,), so that a block may run past the end; int32 if it is long."""
     order = key.permutation(d)
     if _ASCENDING <= d < 1 << 31:
         order = order.to(torch.int32)

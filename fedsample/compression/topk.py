@@ -23,7 +23,7 @@ from fedsample.compression.base import Independence, Packet, PacketKeys, contrac
 from fedsample.compression.select import Selector, required_indices
 from fedsample.errors import DataError
 
-_ENOUGH = 1 << 16  # entries that tell the threshold of all
+_SAMPLED = 1 << 16  # entries from which the threshold is estimated
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -53,7 +53,7 @@ class TopK(Selector):
         return resolve_count(self.k, d, "compressor topk")
 
     def omega(self, d: int) -> float:
-        """None: it is biased."""
+        """Raise `ConfigError`: it is biased."""
         raise contractive_only(self.name)
 
     def alpha(self, d: int) -> float:
@@ -61,12 +61,12 @@ class TopK(Selector):
         return self.count(d) / d
 
     def typical(self, d: int) -> float:
-        """An error goes when it exceeds a threshold: a memory lags at most a sixth as much as where chance decides."""
+        """Predicted inclusion; errors above a threshold travel, so a memory lags at most a sixth of randk's lag."""
         share = self.count(d) / d
         return 1 / (1 + (1 - share) ** 2 / (6 * share))
 
     def lags(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """One threshold for all: an entry of small steps waits long, and one that never moves lags behind nothing."""
+        """Lags (d,) under one common threshold: an entry of small steps waits long, one that never moves has lag 0."""
         scales = np.sqrt(squares)
         if self.count(len(squares)) >= np.count_nonzero(scales):
             return np.zeros(len(squares))
@@ -153,10 +153,10 @@ class TopK(Selector):
 
 
 def _shares(scales: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """(d,) how often entries with steps of these scales exceed the threshold that k of them exceed a round.
+    """Frequencies (d,) with which entries, with steps of these scales, exceed the threshold that k exceed per round.
 
-    A walk of steps s leaves (-t, t) after about 1 + 1.166 t / s + (t / s)^2 of them: 1.166 is twice the mean overshoot
-    of a normal walk, 0.583.
+    A random walk of steps s leaves (-t, t) after about 1 + 1.166 t / s + (t / s)^2 of them: 1.166 is twice the mean
+    overshoot of a normal walk, 0.583.
     """
     inverse = np.where(scales > 0, 1 / np.where(scales > 0, scales, 1.0), np.inf)
 
@@ -165,7 +165,7 @@ def _shares(scales: NDArray[np.float64], k: int) -> NDArray[np.float64]:
         result: NDArray[np.float64] = 1 / (1 + 1.166 * far + np.square(far))
         return result
 
-    some = inverse[:: max(1, len(scales) // _ENOUGH)]
+    some = inverse[:: max(1, len(scales) // _SAMPLED)]
     low, high = 0.0, float(scales.max()) * len(scales)
     for _ in range(60):
         middle = (low + high) / 2
@@ -174,7 +174,7 @@ def _shares(scales: NDArray[np.float64], k: int) -> NDArray[np.float64]:
 
 
 def _positions(keep: Tensor, k: int) -> Tensor:
-    """(..., k) int64: where the k marks of each row of (..., d) are."""
+    """Positions (..., k) int64 of the k marks in each row of (..., d)."""
     flat = keep.flatten()
     if keep.device.type == "cpu":
         marks = torch.from_numpy(np.flatnonzero(flat.numpy()))

@@ -1,4 +1,4 @@
-"""One experiment is one validated object: TOML in, TOML out.
+"""Configuration: an experiment is one validated object, read from and written as TOML.
 
 Precedence: defaults < preset < file or dict < `FEDSAMPLE_*` environment < `--set section.key=value`.
 """

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: every setting that cannot be used, in one error and in the words of its field."""
+"""Error messages for configurations: all invalid settings in one error, each in the words of its field."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from fedsample.errors import ConfigError
 
 
 class Problem(NamedTuple):
-    """One setting that cannot be used: its dotted path, and why."""
+    """An invalid setting: its dotted path, and the reason."""
 
     path: str
     text: str
 
 
 class SettingsError(ConfigError):
-    """Everything wrong with a configuration, one line a setting.
+    """All invalid settings of a configuration, one line per setting.
 
     Args:
-        problems: what is wrong, in the order of the settings.
-        origins: dotted path to who set it, where known.
+        problems: the invalid settings, in order.
+        origins: dotted path -> what set it, where known.
     """
 
     def __init__(self, problems: Sequence[Problem], origins: Mapping[str, str] | None = None) -> None:
-        """Write the message."""
         self.problems = problems
         by = origins or {}
         lines = []
@@ -42,12 +41,12 @@ class SettingsError(ConfigError):
 
 
 def problems_of(error: ValidationError) -> list[Problem]:
-    """Pydantic's findings, one a setting, in the words of the fields."""
+    """Translate pydantic's errors, one per setting, into the words of the fields."""
     found: dict[str, Problem] = {}
     for item in error.errors(include_url=False, include_context=False):
         first, *rest = (str(part) for part in item["loc"])
         if first in TABLES and isinstance(item["input"], Mapping) and rest and rest[0] != ScheduleConfig.__name__:
-            continue  # it is a table: what is wrong inside is found too
+            continue  # a table: the errors inside it are listed too
         path = f"{first}.{rest[0]}" if rest and first in sections() else first
         if item["type"] == "extra_forbidden":
             known = nearest(path, isinstance(item["input"], Mapping)) if path not in TABLES else _near(rest[-1])
@@ -61,7 +60,7 @@ def problems_of(error: ValidationError) -> list[Problem]:
 
 
 def _refused(path: str, below: Sequence[str], got: Any) -> str:
-    """What is wrong with a value, or with one inside a table that stands for one setting."""
+    """Explain why a value is invalid, or a value inside a table that is one setting."""
     inside = below[-1] if path in TABLES and below else ""
     field = ScheduleConfig.model_fields.get(inside) or next(
         (field for name, field in ScheduleConfig.model_fields.items() if path in TABLES and name in below), None
@@ -73,12 +72,12 @@ def _refused(path: str, below: Sequence[str], got: Any) -> str:
 
 
 def _near(name: str) -> str:
-    """The key of a schedule most like an unknown one."""
+    """The key of a schedule that is most similar to an unknown one."""
     return max(ScheduleConfig.model_fields, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
 
 
 def _hint(path: str, got: Any) -> str:
-    """What else to say about a value that was refused."""
+    """Advice on an invalid value, or an empty text."""
     if path == "fleet.name" and got == "ray":
         return f'; "{got}" is not part of this version, "local" runs the same chain in one process'
     if isinstance(got, str):
@@ -93,7 +92,7 @@ def _hint(path: str, got: Any) -> str:
 
 
 def _number(text: str) -> float | bool | None:
-    """The number or truth value that was written as text, if it is one."""
+    """Parse text as a number or truth value; None if it is neither."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:

@@ -1,6 +1,6 @@
-"""An experiment: settings that are complete, and do not contradict one another.
+"""An experiment: complete settings without contradictions.
 
-What a combination of settings samples is judged elsewhere.
+Whether a combination of settings samples the right law is checked in `estimators.soundness`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from fedsample.config.presets import DEFAULT, preset
 from fedsample.config.sections import Settings
 from fedsample.config.values import flatten, merge, plain
 
-_LARGEST = 2**63 - 1  # of a tensor's whole numbers
+_LARGEST = 2**63 - 1  # largest integer that a tensor holds
 _SCALES = (1e-18, 1e18)  # standard deviations whose precision a float32 holds
-# What other settings decide where nothing is said; of a complete experiment it is said, even where it is a default.
+# Settings that others imply if they are not given; a complete experiment gives them, even at their defaults.
 IMPLIED = {"data.name", "data.partition", "model.name", "model.prior_scale"}
 
 
 class Experiment(Settings):
-    """One experiment, complete: the preset's row fills what is not given.
+    """One complete experiment; the preset fills in what is not given.
+
+    Args:
+        **values: the settings, nested as the TOML is.
 
     Raises:
-        ConfigError: lists every setting that cannot be used.
+        ConfigError: lists all invalid settings.
     """
 
     def __init__(self, /, **values: Any) -> None:
-        """Check everything that is given, nested as the TOML is."""
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -39,17 +41,17 @@ class Experiment(Settings):
 
     @property
     def draws(self) -> int:
-        """Draws kept of each chain: one every `thin` rounds after the warm-up."""
+        """Number of draws kept per chain: one every `thin` rounds after the warm-up."""
         return (self.rounds - self.warmup) // self.thin
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """Lay what is given over the preset's row, and add what it implies."""
+        """Override the preset's row by the given settings, and add what they imply."""
         given = plain(values)
         name = given.get("preset", DEFAULT)
         uplink = given.get("uplink")
-        if isinstance(uplink, Mapping) and uplink.get("name") == "dense":  # a preset's compressor does not go with it
+        if isinstance(uplink, Mapping) and uplink.get("name") == "dense":  # the preset's compressor does not fit it
             given["uplink"] = {"compressor": "identity", **uplink}
         downlink = given.get("downlink")
         if isinstance(downlink, Mapping) and downlink.get("name") == "dense":
@@ -58,7 +60,7 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> Experiment:
-        """Refuse settings that are each allowed but contradict one another."""
+        """Refuse settings that contradict one another."""
         problems = list(_contradictions(self))
         if problems:
             raise SettingsError(problems)
@@ -66,7 +68,7 @@ class Experiment(Settings):
 
 
 def _imply(values: dict[str, Any]) -> dict[str, Any]:
-    """Add what the kind of data implies where the user said nothing, and make the path of the data absolute."""
+    """Add settings that the kind of data implies and the user left out; make the data's path absolute."""
     data = values.get("data")
     if not isinstance(data, Mapping):
         return values
@@ -86,7 +88,7 @@ def _imply(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _out_of_range(e: Experiment) -> Iterator[Problem]:
-    """Numbers that no computation holds."""
+    """Yield numbers that are too large or too small to compute with."""
     model = e.model
     for path, value in flatten(e.model_dump()):
         if isinstance(value, int) and value > _LARGEST:
@@ -101,7 +103,7 @@ def _out_of_range(e: Experiment) -> Iterator[Problem]:
 
 
 def _contradictions(e: Experiment) -> Iterator[Problem]:
-    """What no field can see alone."""
+    """Yield contradictions between settings."""
     data, model, fleet = e.data, e.model, e.fleet
     yield from _out_of_range(e)
     if e.warmup >= e.rounds:
@@ -134,10 +136,10 @@ def _contradictions(e: Experiment) -> Iterator[Problem]:
     if (data.kind == "quadratic") != (model.name == "quadratic"):
         advice = "drop model.name" if data.kind == "quadratic" else 'it needs data.kind = "quadratic"'
         yield Problem("model.name", f'got "{model.name}" with data.kind = "{data.kind}"; {advice}')
-    patient = fleet.quorum == 1.0 and isinstance(fleet.quorum, float)
-    if fleet.deadline is not None and patient:
+    waits_for_all = fleet.quorum == 1.0 and isinstance(fleet.quorum, float)
+    if fleet.deadline is not None and waits_for_all:
         yield Problem("fleet.deadline", "needs a fleet.quorum below all devices, such as 0.8, that is enough after it")
-    if fleet.name != "grpc" and not patient:
+    if fleet.name != "grpc" and not waits_for_all:
         yield Problem("fleet.quorum", f'simulated devices are never slow; drop it for fleet "{fleet.name}"')
     if isinstance(fleet.quorum, int) and fleet.quorum > data.clients:
         yield Problem("fleet.quorum", f"got {fleet.quorum} of {data.clients} clients; ask for fewer")

@@ -1,4 +1,4 @@
-"""Each setting by its dotted path: what it accepts, in words, and how TOML writes its value."""
+"""Settings by dotted path: what each accepts, in words, and its value in TOML."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pydantic.fields import FieldInfo
 from fedsample.config.sections import Section, Settings, Word
 
 PREFIX = "FEDSAMPLE_"
-OF_THE_MACHINE = frozenset({"FEDSAMPLE_CXXFLAGS"})  # variables that are no settings: see `targets.fused`
+OF_THE_MACHINE = frozenset({"FEDSAMPLE_CXXFLAGS"})  # environment variables that are not settings, see `targets.fused`
 
 
 def variable(path: str) -> str:
-    """The environment variable that sets a key: FEDSAMPLE_UPLINK__K for uplink.k."""
+    """Name the environment variable that sets a key: FEDSAMPLE_UPLINK__K for uplink.k."""
     return PREFIX + path.replace(".", "__").upper()
 
 
@@ -39,7 +39,7 @@ def fields() -> dict[str, FieldInfo]:
 
 
 def nearest(path: str, table: bool = False) -> str:
-    """The known key (or section, for a table) most like an unknown one: in whole, in its last part, in its section."""
+    """Find the known key (or section, for a table) most similar to an unknown one, in whole and in its last part."""
     section, _, last = path.rpartition(".")
 
     def score(known: str) -> float:
@@ -51,20 +51,20 @@ def nearest(path: str, table: bool = False) -> str:
 
 
 def word_for_none(path: str) -> str:
-    """What stands for None at this path; empty where it is left out."""
+    """The word for None at this path; empty if None is written by leaving the key out."""
     functions = (m.func for m in fields()[path].metadata if isinstance(m, BeforeValidator))
     return next((function.text for function in functions if isinstance(function, Word)), "")
 
 
 def written(path: str, value: Any) -> str:
-    """The value as TOML; empty for None that is said by leaving the key out."""
+    """Write a value as TOML; empty for None that is written by leaving the key out."""
     if value is None:
         return f'"{word_for_none(path)}"' if word_for_none(path) else ""
     return literal(value)
 
 
 def literal(value: Any) -> str:
-    """A value as TOML writes it, tables inline; as Python does where TOML cannot."""
+    """Write a value as inline TOML; as Python's `repr` if TOML cannot."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -76,14 +76,14 @@ def literal(value: Any) -> str:
 
 
 def allowed_at(path: str) -> str:
-    """What a setting accepts, in words, from its own annotation."""
+    """Describe in words what a setting accepts, from its annotation."""
     field = fields()[path]
     word = word_for_none(path)
     return allowed(field.annotation, field) + (f' or "{word}"' if word else "")
 
 
 def allowed(annotation: Any, field: FieldInfo | None = None) -> str:
-    """An annotation in words; `field` carries the bounds that stand beside it."""
+    """Describe an annotation in words; `field` carries its bounds."""
     kind, arguments = get_origin(annotation), get_args(annotation)
     if kind is Annotated:
         return allowed(arguments[0], next((a for a in arguments[1:] if isinstance(a, FieldInfo)), None))

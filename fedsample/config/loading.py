@@ -1,4 +1,4 @@
-"""Configurations that come from elsewhere: a Flower run's settings, a run directory's config.toml."""
+"""Load an experiment from a Flower run's configuration or a run directory's config.toml."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def of_run_config(run_config: Mapping[str, bool | float | int | str]) -> Experiment:
-    """The experiment of a Flower run, the same on server and clients: the environment is not asked.
+    """Load the experiment of a Flower run, the same on server and clients; environment variables are ignored.
 
     Args:
-        run_config: as `[tool.flwr.app.config]` and `flwr run --run-config` make it. `config-file` names a TOML file, or
-            `config` is its text; every other key is a setting, such as `uplink.k`, and is laid over it. Keys that begin
-            with `app.` are the app's own.
+        run_config: from `[tool.flwr.app.config]` and `flwr run --run-config`. `config-file` names a TOML file, or
+            `config` is its text; every other key is a setting, such as `uplink.k`, and overrides the file. Keys that
+            begin with `app.` belong to the app.
 
     Raises:
-        ConfigError: as for any configuration.
+        ConfigError: if both `config-file` and `config` are given, or the configuration is invalid.
     """
     import tomli_w
 
@@ -41,7 +41,7 @@ def of_run_config(run_config: Mapping[str, bool | float | int | str]) -> Experim
 
 
 def digest(experiment: Experiment) -> str:
-    """Names what a checkpoint depends on: everything but the number of rounds and what is written down."""
+    """Hash of the settings that a checkpoint depends on: all but `rounds` and the section `monitor`."""
     values = tomllib.loads(dump_toml(experiment))
     for free in ("rounds", "monitor"):
         values.pop(free, None)
@@ -56,10 +56,10 @@ def _leaves(values: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
 
 
 def reread(text: str) -> Experiment:
-    """The experiment of a run directory's config.toml, whatever the environment says now.
+    """Load the experiment from the text of a run directory's config.toml; environment variables are ignored.
 
     Raises:
-        RunDirectoryError: if it cannot be read.
+        RunDirectoryError: if the text is not a valid configuration.
     """
     try:
         return Experiment(**tomllib.loads(text))

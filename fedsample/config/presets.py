@@ -1,6 +1,6 @@
-"""Presets: a published name is a row of this table, not a class.
+"""Presets: published methods as rows of a table of settings.
 
-A row overrides the defaults of `fedsample.config.Experiment` and is itself overridden by whatever the user sets.
+A row overrides the defaults of `fedsample.config.Experiment`, and the user's settings override the row.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from fedsample.errors import ConfigError
 
 
 class Preset(NamedTuple):
-    """One row.
+    """One row of the table.
 
     Attributes:
         name: what a user writes after `preset =`.
         overrides: the settings that make the method, nested as in TOML.
-        reference: who published it.
-        summary: what it is, in one line.
-        guarantee: what its draws follow, and at which order in the step they miss it.
-        up, down: what travels a chain and round in each direction.
-        bits_up, bits_down: its bits in float32, padding to bytes left out: K, s, p, d as in the settings.
+        reference: publication.
+        summary: one-line description.
+        guarantee: law of its draws, and order in the step of their bias.
+        up: what a client sends per chain and round.
+        bits_up: its bits in float32, without padding to bytes, with K, s, p, d as in the settings.
+        down: what a client receives per chain and round.
+        bits_down: its bits in float32, likewise.
     """
 
     name: str
@@ -40,7 +42,7 @@ DEFAULT = "underdamped-diana"
 
 
 def _mcmc(uplink: dict[str, Any], sampler: str = "langevin", metric: str = "identity") -> dict[str, Any]:
-    """The settings that make a method, around its uplink."""
+    """Settings of a method that is defined by its uplink."""
     return {
         "temperature": 1.0,
         "step_size": "auto",
@@ -234,10 +236,10 @@ PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
 
 
 def preset(name: str) -> Preset:
-    """The row of that name.
+    """Return the row of this name.
 
     Raises:
-        ConfigError: there is none; names the nearest and all that there are.
+        ConfigError: if there is none; names the nearest and all known ones.
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name.lower().replace("_", "-"), PRESETS, n=1, cutoff=0.5)
@@ -247,7 +249,7 @@ def preset(name: str) -> Preset:
 
 
 def table() -> list[dict[str, str]]:
-    """The rows as text, for `fedsample list presets`."""
+    """Return the rows as text, for `fedsample list presets`."""
     return [
         {
             "name": row.name,

@@ -1,4 +1,4 @@
-"""An experiment, and all that could be set in one, as text: TOML, a template to fill in, the rows of a table."""
+"""Write experiments and settings as text: TOML, a template to fill in, the rows of a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Key(NamedTuple):
 
 
 def keys() -> list[Key]:
-    """Every setting, in the order of the TOML file."""
+    """List all settings, in the order of the TOML file."""
     defaults = dict(flatten(Experiment().model_dump()))
     return [
         Key(path, variable(path), allowed_at(path), written(path, defaults[path]), field.description or "")
@@ -31,11 +31,11 @@ def keys() -> list[Key]:
 
 
 def dump_toml(experiment: Experiment, origins: Mapping[str, str] | None = None) -> str:
-    """Every resolved value as TOML: `load(tomllib.loads(dump_toml(e))) == e`.
+    """Write every resolved value as TOML: `load(tomllib.loads(dump_toml(e))) == e`.
 
     Args:
-        experiment: what to write.
-        origins: path to remark, written as a comment behind the value (see `trace`).
+        experiment: the experiment to write.
+        origins: dotted path -> remark, written as a comment after the value (see `trace`).
     """
     lines = []
     section = ""
@@ -51,7 +51,7 @@ def dump_toml(experiment: Experiment, origins: Mapping[str, str] | None = None) 
 
 
 def template() -> str:
-    """A TOML file of the default job: the preset is set, every other key is there as a comment with its meaning."""
+    """Write a TOML file of the default job: the preset is set, all other keys are comments with their meaning."""
     lines = ["# An experiment of fedsample. Keys in comments show their defaults; uncomment one to change it.", ""]
     section = ""
     for key in keys():

@@ -1,4 +1,4 @@
-"""An experiment in which nothing is left open any more."""
+"""An experiment with every automatic choice made."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedsample.config.sections import ScheduleConfig
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a run goes by from its first round on, and what its config.toml holds; made once.
+    """The choices of a run, made once before its first round and stored in its config.toml.
 
     Attributes:
-        experiment: with the choices below in place of "auto".
-        engine: the path to the gradients; None where clients are not in this process.
+        experiment: the experiment with the choices below in place of "auto".
+        engine: the engine that computes gradients; None if clients are not in this process.
         threads: CPU threads of the chain.
         step_size: h > 0, the step of round 1.
     """
@@ -27,7 +27,7 @@ class Resolved:
 
     @classmethod
     def of(cls, asked: Experiment, engine: str | None, threads: int, step_size: float) -> Resolved:
-        """The experiment that was asked for, with what was chosen."""
+        """Put the choices into the experiment that was asked for."""
         section = asked.step_size
         step = section.model_copy(update={"initial": step_size}) if isinstance(section, ScheduleConfig) else step_size
         chosen = with_values(asked, fleet=_fleet(engine, threads), step_size=step)
@@ -35,12 +35,12 @@ class Resolved:
 
 
 def on_machine(asked: Experiment, engine: str | None, threads: int) -> Experiment:
-    """The experiment with the choices that are made before its step: what preparation is done for."""
+    """The experiment with the choices made before the step size, for preparation."""
     return with_values(asked, fleet=_fleet(engine, threads))
 
 
 def with_values(experiment: Experiment, **changes: Any) -> Experiment:
-    """The same experiment with other values; sections take a dict of keys."""
+    """Copy an experiment with other values; give sections as a dict of keys."""
     values = {
         name: getattr(experiment, name).model_copy(update=value) if isinstance(value, dict) else value
         for name, value in changes.items()

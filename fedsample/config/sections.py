@@ -1,4 +1,4 @@
-"""The settings of an experiment: every one with its default, its range and its meaning, described here and only here.
+"""The settings of an experiment: default, range and meaning of each, documented here and only here.
 
 Error messages, `config init` and `config show --help` are made from these classes.
 """
@@ -13,18 +13,17 @@ from fedsample.config.presets import DEFAULT
 
 
 class Word:
-    """The text that stands for None where TOML, which has no null, must say it.
+    """Validator for a word that means None, since TOML has no null.
 
     Args:
-        text: what to write; empty: None is written by leaving the key out.
+        text: the word; empty: None is written by leaving the key out.
     """
 
     def __init__(self, text: str) -> None:
-        """Remember the word."""
         self.text = text
 
     def __call__(self, value: Any) -> Any:
-        """None for the word, anything else as it came."""
+        """Return None for the word, anything else unchanged."""
         return None if value == self.text and isinstance(value, str) else value
 
 
@@ -37,18 +36,18 @@ Text = Annotated[str | None, BeforeValidator(Word(""))]
 
 
 def setting(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A field with its default, its meaning and its bounds."""
+    """Declare a field with its default, its meaning and its bounds."""
     return Field(default, description=meaning, **bounds)
 
 
 class Section(BaseModel):
-    """A table of settings: immutable, no unknown key, no silent conversion (true is no number, "5" is no 5)."""
+    """A table of settings: immutable, without unknown keys or silent conversion (true and "5" are not numbers)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
-    """What the clients hold."""
+    """The clients' data."""
 
     name: Text = setting("digits", "built-in data set, see `fedsample list datasets`; a label for a file")
     kind: Literal["builtin", "npz", "csv", "parquet", "quadratic"] = setting(
@@ -94,7 +93,7 @@ class ModelConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """A step that changes from round to round."""
+    """Step-size schedule."""
 
     schedule: Literal["constant", "polynomial", "cyclical"] = setting("polynomial", "how the step changes")
     initial: Positive | Literal["auto"] = setting("auto", "the step of round 1; auto: from the curvature")
@@ -104,7 +103,7 @@ class ScheduleConfig(Section):
 
 
 class SamplerConfig(Section):
-    """What the server does with a gradient estimate."""
+    """The sampler: transition kernel of the chains."""
 
     name: Literal["baoab", "langevin"] = setting("baoab", "transition kernel, see `fedsample list samplers`")
     friction: Positive = setting(1.0, "friction of baoab, per unit of time in whitened coordinates")
@@ -140,7 +139,7 @@ class UplinkConfig(Section):
 
 
 class DownlinkConfig(Section):
-    """How the iterate comes back to the clients."""
+    """How clients get the iterate."""
 
     name: Literal["dense", "ef21-p"] = setting("dense", "the iterate in full, or compressed increments")
     compressor: str = setting("identity", "what shrinks an increment: a contractive one, such as topk or scaled-randk")
@@ -150,14 +149,14 @@ class DownlinkConfig(Section):
 
 
 class StartConfig(Section):
-    """Where chains begin."""
+    """Starting points of the chains."""
 
     at: Literal["mode", "zeros", "prior"] = setting("mode", "centre of the starting points, or a prior draw")
     scale: NonNegative = setting(2.0, "spread around the mode, in posterior standard deviations")
 
 
 class FleetConfig(Section):
-    """Where clients run, and how they fail."""
+    """Where clients run, and which failures are simulated or allowed."""
 
     name: Literal["local", "flower", "grpc"] = setting(
         "local", "one process, Flower's runtime, or devices (grpc: `fedsample server` sets it)"
@@ -191,7 +190,7 @@ class FleetConfig(Section):
 
 
 class MonitorConfig(Section):
-    """What a run writes down while it goes."""
+    """What a run records while it goes."""
 
     every: Count = setting(100, "rounds between two lines of the log")
     checkpoint_seconds: NonNegative = setting(5.0, "seconds between two checkpoints")
@@ -199,7 +198,7 @@ class MonitorConfig(Section):
 
 
 class Settings(Section):
-    """All of them: what stands at the top of the TOML file, and its tables."""
+    """All settings: the top level of the TOML file, and its tables."""
 
     preset: str = setting(DEFAULT, "row of the preset table that fills what is not set here")
     seed: int = setting(0, "seed of every draw", ge=0, lt=2**63)

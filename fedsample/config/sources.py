@@ -1,4 +1,4 @@
-"""Where settings come from, in rising precedence: defaults, preset, file or dict, environment, `--set`."""
+"""Load settings from their sources, in rising precedence: defaults, preset, file or dict, environment, `--set`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ Source = Mapping[str, Any] | str | Path | Experiment | None
 def load(
     source: Source = None, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Experiment:
-    """The experiment that a source describes, with environment and overrides laid over it.
+    """Load the experiment that a source describes, overridden by the environment and by `overrides`.
 
     Args:
         source: a dict nested as the TOML is, the path of a TOML file, or None for the defaults. An `Experiment` is
-            complete: the environment is not asked, and overrides may even change its preset.
+            complete: the environment is ignored, and overrides may even change its preset.
         overrides: "section.key=value", as for --set; the value is a TOML literal or a bare word.
-        environment: where `FEDSAMPLE_*` is looked up; None: `os.environ`; {}: nowhere, as when a run is resumed.
+        environment: mapping that holds `FEDSAMPLE_*`; None: `os.environ`; {}: none, as when a run is resumed.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a value out of range, settings that contradict one another.
+        ConfigError: if a key is unknown, a value is of the wrong type or out of range, or settings contradict one
+            another.
     """
     return trace(source, overrides, environment)[0]
 
@@ -38,7 +39,7 @@ def load(
 def trace(
     source: Source = None, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> tuple[Experiment, dict[str, str]]:
-    """As `load`, and who set each value that is not the default: {"uplink.k": "FEDSAMPLE_UPLINK__K", ...}."""
+    """Do as `load`, and tell what set each value that is not the default: {"uplink.k": "FEDSAMPLE_UPLINK__K", ...}."""
     layers = [_from_source(source)]
     if not isinstance(source, Experiment):
         layers += _from_environment(os.environ if environment is None else environment)
@@ -60,7 +61,7 @@ def trace(
 
 
 def _from_source(source: Source) -> tuple[str, dict[str, Any]]:
-    """Where the first layer comes from, and the layer."""
+    """Name the origin of the first layer, and read the layer."""
     if source is None:
         return "default", {}
     if isinstance(source, Experiment):
@@ -83,7 +84,7 @@ def _from_source(source: Source) -> tuple[str, dict[str, Any]]:
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file."""
+    """Read the tables of a TOML file."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a byte order mark
     except FileNotFoundError:
@@ -106,7 +107,7 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    """One layer a variable of ours."""
+    """Make one layer per `FEDSAMPLE_*` variable."""
     known = {variable(path): path for path in fields()}
     ours = sorted(name for name in environment if name.startswith(PREFIX) and name not in OF_THE_MACHINE)
     unknown = [name for name in ours if name not in known]
@@ -118,7 +119,7 @@ def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, dict[st
 
 
 def _from_override(text: str) -> tuple[str, dict[str, Any]]:
-    """The layer of one `section.key=value`."""
+    """Make the layer of one `section.key=value`."""
     path, sign, value = text.partition("=")
     if not sign or not path.strip():
         raise ConfigError(f"--set {text}: expected section.key=value, such as uplink.k=32 or rounds=2000")
@@ -126,7 +127,7 @@ def _from_override(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """A TOML literal where the text is one, else the text itself."""
+    """Parse text as a TOML literal if it is one, else return the text."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

@@ -1,4 +1,4 @@
-"""Settings as nested tables, before they are an experiment: made plain, laid over one another, taken apart."""
+"""Settings as nested tables, before validation: convert, merge and flatten them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-TABLES = {"step_size"}  # settings whose value may be a table, and which stay one setting
+TABLES = {"step_size"}  # settings whose value may be a table but count as one setting
 
 
 def plain(value: Any) -> Any:
-    """A copy in TOML's own types: sections to dicts, tuples to lists, paths to text, numpy scalars to numbers."""
+    """Copy in TOML's types: sections to dicts, tuples to lists, paths to text, numpy scalars to numbers."""
     if isinstance(value, BaseModel):
         return plain({name: getattr(value, name) for name in value.model_fields_set})
     if isinstance(value, Mapping):
@@ -25,7 +25,7 @@ def plain(value: Any) -> Any:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`, table by table."""
+    """Override `base` by `top`, table by table."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
@@ -34,7 +34,7 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every leaf, in order."""
+    """Yield (dotted path, value) of every leaf, in order."""
     for key, value in values.items():
         if isinstance(value, Mapping) and f"{path}{key}" not in TABLES:
             yield from flatten(value, f"{path}{key}.")

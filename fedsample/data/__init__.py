@@ -1,4 +1,4 @@
-"""Datasets and how they are shared out over clients. Needs numpy only until something is loaded."""
+"""Datasets and their partition over clients. Imports numpy only, until something is loaded."""
 
 from fedsample.data.base import FederatedData as FederatedData
 from fedsample.data.base import Task as Task

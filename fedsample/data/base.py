@@ -1,7 +1,7 @@
-"""One dataset, shared out over clients: what every target, fleet and device is built from.
+"""A dataset partitioned over clients, from which targets, fleets and devices are built.
 
-The rows of all clients lie in one array, sorted by client, and `offsets` marks where each client's share begins.
-So ragged shares need no padding, client i is a view, and a client without rows is an empty slice, not a special case.
+The rows of all clients are in one array, sorted by client, and `offsets` marks where each client's rows begin. So
+unequal shares need no padding, client i is a view, and a client without rows is an empty slice, not a special case.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ class FederatedData:
     """Training rows by client, and the test rows that the server scores on.
 
     Attributes:
-        name: what the data is called in tables and logs.
-        x: (N, ...features) float64 or, as they were stored, float32 training rows, client after client.
+        name: name of the data in tables and logs.
+        x: (N, ...features) training rows, client after client; float64, or float32 if stored so.
         y: (N,) int64 labels 0 .. classes - 1, or float64 targets where `classes` is None.
         offsets: (n + 1,) int64; client i owns rows offsets[i]:offsets[i + 1], possibly none.
-        x_test: (M, ...features), likewise; M may be 0.
-        y_test: (M,) as `y`.
+        x_test: (M, ...features) test rows, likewise; M may be 0.
+        y_test: (M,) test targets, as `y`.
         classes: number of classes, >= 2; None for regression.
-        feature_names: one a feature, row-major over the feature axes; empty: x0, x1, ...
+        feature_names: one per feature, row-major over the feature axes; empty: x0, x1, ...
         client_names: one per client; empty: "0", "1", ...
-        class_names: the label that each class had in the source; empty: "0", "1", ...
+        class_names: each class's label in the source; empty: "0", "1", ...
         target_mean: subtracted from a regression target before it was stored here.
-        target_scale: what it was then divided by: an error in the units of the source is `target_scale` times ours.
+        target_scale: what it was then divided by; an error in the source's units is `target_scale` times the error
+            here.
 
     Raises:
-        DataError: shapes, dtypes, offsets or labels that do not fit, or NaN or infinity (names column and row).
+        DataError: if shapes, dtypes, offsets or labels do not fit, or there is NaN or infinity (names column and row).
     """
 
     name: str
@@ -56,7 +57,7 @@ class FederatedData:
     target_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check every invariant and fill in the names that were left out."""
+        """Check the arrays and fill in missing names."""
         _check_rows("x", self.x, "y", self.y, self.classes)
         _check_rows("x_test", self.x_test, "y_test", self.y_test, self.classes)
         if self.x_test.shape[1:] != self.x.shape[1:]:
@@ -81,21 +82,21 @@ class FederatedData:
 
     @property
     def clients(self) -> int:
-        """Number of clients n, those without rows included."""
+        """Number of clients n, including those without rows."""
         return len(self.offsets) - 1
 
     @property
     def rows(self) -> Array:
-        """(n,) int64: training rows of each client."""
+        """Number of training rows of each client, (n,) int64."""
         return np.diff(self.offsets)
 
     @property
     def task(self) -> Task:
-        """What is predicted: a class or a number."""
+        """Task: classification or regression."""
         return "regression" if self.classes is None else "classification"
 
     def client(self, index: int) -> FederatedData:
-        """The share of one client, as its device holds it: that client's training rows (views) and no test rows."""
+        """Return one client's share as its device holds it: its training rows (views), no test rows."""
         if not 0 <= index < self.clients:
             raise DataError(f"there is no client {index}: {self.name} has clients 0 to {self.clients - 1}")
         first, last = int(self.offsets[index]), int(self.offsets[index + 1])
@@ -116,7 +117,7 @@ class FederatedData:
 
 
 def default_feature_names(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """x0, x1, ... for a row of one axis; x[0,0], x[0,1], ... for an image."""
+    """Default names: x0, x1, ... for rows of one axis; x[0,0], x[0,1], ... for images."""
     if len(shape) == 1:
         return tuple(f"x{i}" for i in range(shape[0]))
     return tuple(f"x[{','.join(map(str, index))}]" for index in np.ndindex(*shape))
@@ -127,8 +128,11 @@ def check_finite(values: Array, columns: Sequence[str], where: str) -> None:
 
     Args:
         values: (N, ...features) of any dtype; only floats can fail.
-        columns: one name a feature, row-major.
-        where: what the rows are, for the message.
+        columns: one name per feature, row-major.
+        where: description of the rows, for the message.
+
+    Raises:
+        DataError: if a value is not finite.
     """
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return
@@ -143,7 +147,7 @@ def check_finite(values: Array, columns: Sequence[str], where: str) -> None:
 
 
 def _check_rows(x_name: str, x: Array, y_name: str, y: Array, classes: int | None) -> None:
-    """Shapes and dtypes of one pair of features and targets, and the range of its labels."""
+    """Check shapes and dtypes of features and targets, and the range of the labels."""
     if x.ndim < 2 or x.dtype not in (np.float64, np.float32):
         raise DataError(
             f"{x_name} has shape {x.shape} and dtype {x.dtype}, expected (rows, ...features) in float64 or float32"
@@ -162,7 +166,7 @@ def _check_rows(x_name: str, x: Array, y_name: str, y: Array, classes: int | Non
 
 
 def _check_offsets(offsets: Array, rows: int) -> None:
-    """Offsets are (n + 1,) int64 that rise from 0 to the number of rows."""
+    """Check that offsets are (n + 1,) int64 and rise from 0 to the number of rows."""
     if offsets.ndim != 1 or len(offsets) < 2 or offsets.dtype != np.int64:
         raise DataError(
             f"offsets has shape {offsets.shape} and dtype {offsets.dtype}, expected (clients + 1,) in int64"

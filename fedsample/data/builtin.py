@@ -1,4 +1,4 @@
-"""The built-in sets: five small, real tables that scikit-learn ships, so that the main job needs no download.
+"""Built-in datasets: five small, real tables that scikit-learn ships, so that the main job needs no download.
 
 | name | scale here | source |
 |---|---|---|
@@ -23,7 +23,7 @@ from fedsample.errors import DataError
 
 
 class DatasetFact(NamedTuple):
-    """What is known of a built-in set without loading it; `classes` is None for regression."""
+    """Facts about a built-in dataset, known without loading it; `classes` is None for regression."""
 
     name: str
     rows: int
@@ -34,7 +34,7 @@ class DatasetFact(NamedTuple):
 
 
 _FACTS = (
-    DatasetFact("digits", 1797, 64, 10, "classification", 360),  # a fifth, rounded up: the rule the reference used
+    DatasetFact("digits", 1797, 64, 10, "classification", 360),  # a fifth, rounded up, as in digits_reference
     DatasetFact("breast_cancer", 569, 30, 2, "classification", 113),
     DatasetFact("wine", 178, 13, 3, "classification", 35),
     DatasetFact("iris", 150, 4, 3, "classification", 30),
@@ -43,15 +43,15 @@ _FACTS = (
 
 
 def datasets() -> tuple[DatasetFact, ...]:
-    """The built-in sets, for `fedsample list datasets`; loads nothing."""
+    """List the built-in datasets, for `fedsample list datasets`, without loading them."""
     return _FACTS
 
 
 def read_builtin(name: str | None) -> Table:
-    """Load a built-in set by name.
+    """Load a built-in dataset by name.
 
     Raises:
-        DataError: there is no such set (names the nearest and lists all), or scikit-learn is not installed.
+        DataError: if there is no such set (names the nearest and lists all), or scikit-learn is not installed.
     """
     facts = {fact.name: fact for fact in _FACTS}
     if name is None or name not in facts:

@@ -1,7 +1,7 @@
-"""Tables of named columns: CSV and Parquet, read by pyarrow.
+"""Read tables of named columns, CSV and Parquet, with pyarrow.
 
-Numbers and booleans are taken as they are; a column of text becomes positions among its categories, which are sorted.
-One 0/1 column a category comes of them where the clients have agreed on the categories (`fit`).
+Numbers and booleans are kept; a column of text becomes positions among its categories, which are sorted. Once the
+clients have agreed on the categories, `fit` turns it into one 0/1 column per category.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedsample.data.schema import MAX_CATEGORIES
 from fedsample.data.table import Table, nearest
 from fedsample.errors import DataError
 
-_MANY_NUMBERS = 20  # more of them in a column of text, and it is a measurement with a placeholder or typing error
+_MANY_NUMBERS = 20  # a text column with more numbers than this is a measurement with a placeholder or typo
 
 
 def read_columns(path: Path, kind: str, target: str | None, client_column: str | None) -> Table:
@@ -25,11 +25,11 @@ def read_columns(path: Path, kind: str, target: str | None, client_column: str |
     Args:
         path: the file.
         kind: "csv" or "parquet".
-        target: the column to predict: numbers, or text for classification.
-        client_column: the column that names each row's client; None: the file names no clients.
+        target: name of the column to predict: numbers, or text for classification.
+        client_column: name of the column with each row's client; None: the file names no clients.
 
     Raises:
-        DataError: unreadable file, unknown or repeated column, missing values, or a column that is not a feature.
+        DataError: if the file is unreadable, a column is unknown or repeated, has missing values or is no feature.
     """
     frame = _read_frame(path, kind)
     names = [str(name) for name in frame.column_names]
@@ -80,7 +80,7 @@ def read_columns(path: Path, kind: str, target: str | None, client_column: str |
 
 
 def _read_frame(path: Path, kind: str) -> Any:
-    """A pyarrow.Table (pyarrow has no type stubs)."""
+    """Read a pyarrow.Table (pyarrow has no type stubs)."""
     import pyarrow
 
     try:
@@ -101,7 +101,7 @@ def _read_frame(path: Path, kind: str) -> Any:
 
 
 def _values(column: Any, name: str, path: Path) -> Array:
-    """(N,) int64, float64 or text of one column without missing values."""
+    """Convert a column without missing values to (N,) int64, float64 or text."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -136,7 +136,7 @@ def _values(column: Any, name: str, path: Path) -> Array:
 
 
 def _feature(values: Array, name: str, path: Path) -> tuple[Array, tuple[str, ...] | None]:
-    """(N,) float64: the numbers themselves, or positions among the categories, which come with them."""
+    """Convert to (N,) float64: numbers and None, or positions among the categories and the categories."""
     if values.dtype.kind != "U":
         return values.astype(np.float64), None
     categories, codes = np.unique(values, return_inverse=True)
@@ -166,13 +166,13 @@ def _is_number(text: str) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    """The columns, shortened where there are very many."""
+    """List column names, shortened beyond 40."""
     shown = ", ".join(map(repr, names[:40]))
     return shown if len(names) <= 40 else f"{shown} and {len(names) - 40} more"
 
 
 def _separated(names: list[str]) -> str:
-    """What to do where other separators than commas made one column of all."""
+    """Advice for a file whose separators are not commas, so that it has a single column."""
     if len(names) > 1 or not any(mark in names[0] for mark in ";\t|"):
         return ""
     return ": its columns are not separated by commas. Save it with commas, and numbers with decimal points"

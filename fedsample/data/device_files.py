@@ -1,8 +1,8 @@
-"""What a device holds: a file of its own, or one client's share of a set that everybody has.
+"""A device's data: its own file, or one client's share of a dataset that every device has.
 
-The way of a device's rows to its likelihood, of which only the schema and the sums leave the device:
+The steps from a device's rows to its likelihood; only the schema and the sums leave the device:
 
-    own = read_device(...)            what is there
+    own = read_device(...)            the data as stored
     schema = own.schema                   -> server; all of them merge into the agreed one
     data = own.fit(agreed)                columns, categories and labels as agreed
     first = first_sums(data)              -> server; the sum of all comes back; only if agreed.standardize
@@ -40,12 +40,12 @@ _SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".npz": "npz"}
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows that a device holds.
+    """The rows of a device.
 
     Attributes:
         table: the source, which may hold other clients' rows too.
-        split: this client's rows in it.
-        schema: what the device tells the server.
+        split: this client's rows in `table`.
+        schema: the schema that the device sends to the server.
     """
 
     table: Table
@@ -54,24 +54,24 @@ class Rows:
 
     @property
     def arrays(self) -> tuple[Array, Array, Array, Array]:
-        """This client's x, y, held-out x and held-out y as the source holds them: what a fingerprint is made of."""
+        """This client's x, y, held-out x and held-out y as stored in the source, for a fingerprint."""
         table, train, test = self.table, self.split.train[0], self.split.test
         x_test = table.x if table.x_test is None else table.x_test
         y_test = table.y if table.y_test is None else table.y_test
         return table.x[train], table.y[train], x_test[test], y_test[test]
 
     def fit(self, agreed: Schema) -> FederatedData:
-        """This client's rows as all clients agreed to see them, not yet standardised.
+        """Convert this client's rows to the agreed schema, not yet standardised.
 
         Raises:
-            DataError: a column, category, label or shape that the clients did not agree on.
+            DataError: if a column, category, label or shape is not in the agreed schema.
         """
         return fit(self.table, agreed, self.split)
 
 
 @dataclass(frozen=True, eq=False)
 class Potential:
-    """A quadratic potential that a device holds.
+    """The quadratic potential of a device.
 
     Attributes:
         lam: (1, d) float64 curvature, or (1, d, d) Hessian.
@@ -83,14 +83,14 @@ class Potential:
 
     @property
     def schema(self) -> Schema:
-        """What the device tells the server."""
+        """The schema that the device sends to the server."""
         return Schema("quadratic", (self.a.shape[1],), rows=1)
 
     def fit(self, agreed: Schema) -> Potential:
-        """The same, if it is what all clients agreed on.
+        """Return this potential if it fits the agreed schema.
 
         Raises:
-            DataError: it is not.
+            DataError: if it does not fit.
         """
         if agreed.kind != "quadratic" or agreed.shape != self.schema.shape:
             raise DataError(
@@ -113,27 +113,27 @@ def read_device(
     partition: int | None = None,
     partitions: int | None = None,
 ) -> DeviceRows:
-    """Read what this device holds.
+    """Read this device's data.
 
     | data | what is read |
     |---|---|
     | a .csv, .parquet or .npz file | all its rows are this client's, some of them held out by its key |
-    | an .npz file of quadratics | the potential number `partition`, which a file of one client may leave out |
-    | a built-in set | client `partition` of `partitions`, as a simulation with that many clients deals them |
+    | an .npz file of quadratics | potential number `partition`; not needed for a file of one client |
+    | a built-in set | client `partition` of `partitions`, as in a simulation with that many clients |
     | None | client `partition` of the data that the experiment itself names, which must be on this device |
 
     Args:
         experiment: the server's configuration.
-        index: which client this device is; keys what it holds out of a file.
+        index: index of this device's client, which keys the rows that it holds out of a file.
         task: what the model predicts; None: the data decide.
-        data: a path or the name of a built-in set.
-        target: the column to predict, of a csv or parquet file; None: the experiment's.
-        partition: which share; from 0.
-        partitions: how many shares.
+        data: a path or the name of a built-in set; None: the experiment's data.
+        target: name of the column to predict in a csv or parquet file; None: the experiment's.
+        partition: number of the share, from 0.
+        partitions: number of shares.
 
     Raises:
-        ConfigError: options that do not go together.
-        DataError: the source cannot be read or does not hold what is needed.
+        ConfigError: if options contradict each other.
+        DataError: if the source cannot be read or lacks what is needed.
     """
     check_source(data, target, partition, partitions)
     if data is None and partition is not None:
@@ -155,10 +155,11 @@ def read_device(
 
 
 def check_source(data: str | None, target: str | None, partition: int | None, partitions: int | None) -> None:
-    """Refuse what no experiment could use, before there is one; the options of `read_device`.
+    """Refuse options of `read_device` that no experiment could use, before there is an experiment.
 
     Raises:
-        ConfigError, DataError: see there.
+        ConfigError: if options contradict each other.
+        DataError: if the file does not exist.
     """
     if partition is not None and partition < 0:
         raise ConfigError(f"--partition {partition}, expected at least 0")
@@ -177,16 +178,17 @@ def check_source(data: str | None, target: str | None, partition: int | None, pa
 
 
 def is_builtin(data: str | None) -> bool:
-    """Whether this names a built-in set, and no file."""
+    """Whether `data` names a built-in set, and not a file."""
     return data is not None and data in {fact.name for fact in datasets()} and not Path(data).is_file()
 
 
 def agreed_schema(experiment: Experiment, schemas: list[Schema]) -> Schema:
-    """What all clients agree on, given what the experiment states; see `merge`.
+    """Merge the clients' schemas into the agreed one, with the experiment's features and labels; see `merge`.
 
     Raises:
-        DataError: they do not agree, or not with the model.
-        ConfigError: the experiment states what nothing could hold.
+        DataError: if the clients do not agree.
+        ConfigError: if the data do not fit the model, or the experiment states features or labels that nothing could
+            hold.
     """
     agreed = merge(schemas, experiment.data.features, experiment.data.labels)
     _check_kind(experiment, agreed.kind == "quadratic", "the clients' data")
@@ -196,7 +198,7 @@ def agreed_schema(experiment: Experiment, schemas: list[Schema]) -> Schema:
 def _share(
     experiment: Experiment, config: DataConfig, task: Task | None, partition: int, partitions: int | None
 ) -> DeviceRows:
-    """One client's share of a set that everybody has."""
+    """Read one client's share of a dataset that every device has."""
     if config.kind == "quadratic":
         return _potential(source_path(config.file, "quadratic"), partition, partitions)
     table = read_table(config)
@@ -217,7 +219,7 @@ def _file(
     partition: int | None,
     partitions: int | None,
 ) -> DeviceRows:
-    """A file of this device's own."""
+    """Read this device's own file."""
     kind, path = _kind(data), _path(data)
     if kind == "npz" and experiment.model.name == "quadratic":
         _no_target(target, "a quadratic")
@@ -281,7 +283,7 @@ def _check_partition(partition: int, partitions: int | None, clients: int) -> No
 
 
 def _check_kind(experiment: Experiment, quadratic: bool, what: str) -> None:
-    """Quadratic potentials and models of rows do not mix."""
+    """Refuse quadratic potentials for a model of rows, and rows for a quadratic."""
     if quadratic != (experiment.model.name == "quadratic"):
         holds, advice = ("potentials", '"quadratic"') if quadratic else ("rows", "a model of rows, such as softmax,")
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What is predicted: labels become classes 0 .. K - 1, measurements stay numbers."""
+"""Targets: labels become classes 0 .. K - 1, measurements stay numbers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from fedsample.errors import DataError
 
 
 def target_of(table: Table, task: Task | None) -> Target:
-    """What a table's targets are, for a task.
+    """Determine whether a table's targets are labels or numbers, for a task.
 
     The model decides the task: `linear` is regression even on whole numbers, `softmax` and `logistic` are
-    classification. Where it leaves the choice open (an MLP, a convolutional network) the source decides, and failing
+    classification. If it leaves the choice open (an MLP, a convolutional network) the source decides, and failing
     that the values of all clients together: text and whole numbers are labels, unless more than half of the whole
     numbers differ from each other; anything else is a measurement. Labels are any integers or text, {-1, 1} as well as
     {0, 1}; their sorted order gives the classes. Labels of training and test rows together make the classes.
 
     Args:
-        table: what a reader found.
+        table: the table as read from its source.
         task: "classification", "regression", or None to let the data decide.
 
     Raises:
-        DataError: text or fractions where numbers or labels are needed, or no rows.
+        DataError: if there are no rows, text where numbers are needed, fractions where labels are needed, or too many
+            labels.
     """
     if not len(table.y):
         raise DataError(f"{table.name} has no rows: expected at least one")
@@ -60,15 +61,15 @@ def target_of(table: Table, task: Task | None) -> Target:
 
 
 def encode(y: Array, target: Target, name: str) -> Array:
-    """Targets in the form that a model takes: (N,) int64 positions in the agreed labels, or float64 numbers.
+    """Encode targets for a model: (N,) int64 positions in the agreed labels, or float64 numbers.
 
     Args:
-        y: (N,) integers, floats or text, as a source holds them.
-        target: what the clients agreed on.
-        name: what the data are called, for the message.
+        y: (N,) integers, floats or text, as stored in the source.
+        target: the target that the clients agreed on.
+        name: name of the data, for the message.
 
     Raises:
-        DataError: a target that the clients did not agree on.
+        DataError: if a target is not among the agreed labels, or is of another kind.
     """
     text = y.dtype.kind == "U"
     if target.kind == "number":
@@ -91,5 +92,5 @@ def encode(y: Array, target: Target, name: str) -> Array:
 
 
 def _whole(values: Array) -> Array:
-    """(N,) bool: which floats are integers that int64 holds exactly."""
+    """Mask (N,) bool of floats that are exact integers, at most 2^53."""
     return np.asarray((values == np.round(values)) & (np.abs(values) <= 2.0**53))

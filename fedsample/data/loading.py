@@ -1,4 +1,4 @@
-"""From a configuration to clients: read, agree on a schema, set test rows apart, share out, standardise."""
+"""Load a dataset: read it, make its schema, hold out test rows, partition over clients, standardise."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def load(config: DataConfig, seed: int, task: Task | None = None) -> FederatedData:
-    """Load a dataset and share its training rows out over the clients.
+    """Load a dataset and partition its training rows over the clients.
 
     Test rows are the first entries of `numpy.random.default_rng(0).permutation(rows)`, whatever the seed, so that runs
     with different seeds are scored on the same rows; or, with `data.holdout = "keyed"`, each client's own (`split`).
     Standardising subtracts the training rows' mean from every feature and divides by their standard deviation (a
     constant feature becomes zero in the training rows, up to rounding); in regression the target is treated the same
-    way, and `target_mean`, `target_scale` lead back. Its sums are taken over clients (`standardize`). A client keeps
+    way, and `target_mean` and `target_scale` undo it. The sums are taken over clients (`standardize`). A client keeps
     its rows in the order of the source.
 
     | kind | test rows by default | standardised by default |
@@ -47,8 +47,8 @@ def load(config: DataConfig, seed: int, task: Task | None = None) -> FederatedDa
         task: what the model predicts (`fedsample.models.task_of`); None: the data decide, see `labels.target_of`.
 
     Raises:
-        DataError: the source cannot be read or does not hold what is needed.
-        ConfigError: options that contradict each other or the source.
+        DataError: if the source cannot be read or lacks what is needed.
+        ConfigError: if options contradict each other or the source.
     """
     table = read_table(config)
     schema = merge([table_schema(table, task, config.standardize)], config.features, config.labels, [table.name])
@@ -57,16 +57,16 @@ def load(config: DataConfig, seed: int, task: Task | None = None) -> FederatedDa
 
 
 def split_of(config: DataConfig, table: Table, schema: Schema, seed: int) -> Split:
-    """Whose each row is, and which are held out, as `load` has it; `schema` is what `merge` made of the table."""
+    """Split a table as `load` does: each row's client, and the held-out rows; `schema` is the merged one."""
     return split(config, table, encode(table.y, schema.target or Target("number"), table.name), seed)
 
 
 def read_table(config: DataConfig) -> Table:
-    """What the section [data] names, as its source holds it.
+    """Read the table that the section [data] names, as stored in its source.
 
     Raises:
-        DataError: the source cannot be read.
-        ConfigError: it holds no rows.
+        DataError: if the source cannot be read.
+        ConfigError: if it is a file of quadratics, without rows.
     """
     if config.kind == "builtin":
         return read_builtin(config.name)

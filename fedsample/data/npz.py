@@ -1,4 +1,4 @@
-"""Arrays from a numpy archive, used exactly as they are."""
+"""Read arrays from a numpy archive, unchanged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _KNOWN = ("X", "y", "client", "X_test", "y_test")
 def read_npz(path: Path) -> Table:
     """Read `X` (N, ...features), `y` (N,), and where present `client` (N,), `X_test`, `y_test`.
 
-    `y` may hold integers, floats or text; `client` integers or text. Nothing is standardised and no row is set aside
-    unless the configuration asks for it. Other arrays in the file are left alone, unless one looks like a misspelling.
+    `y` may hold integers, floats or text; `client` integers or text. Nothing is standardised and no row is held out
+    unless the configuration asks for it. Other arrays in the file are ignored, unless one looks like a misspelling.
 
     Raises:
-        DataError: not an archive, a missing or misspelled array, pickled objects, or shapes that do not fit.
+        DataError: if it is not an archive, has a missing or misspelled array, pickled objects, or shapes that do not
+            fit.
     """
     arrays = read_archive(path)
     for name in arrays:
@@ -58,10 +59,10 @@ def read_npz(path: Path) -> Table:
 
 
 def read_archive(path: Path) -> dict[str, Array]:
-    """All arrays of an .npz file, without unpickling anything.
+    """Read all arrays of an .npz file, without unpickling.
 
     Raises:
-        DataError: the file is no numpy archive, cannot be read, or holds pickled objects.
+        DataError: if the file is no numpy archive, cannot be read, or holds pickled objects.
     """
     try:
         with path.open("rb") as stream:  # given a path, numpy leaves the file open when it is damaged

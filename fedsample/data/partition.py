@@ -1,11 +1,11 @@
-"""Which client holds which row: flwr-datasets' partitioners, as plain arrays.
+"""Partition rows over clients with flwr-datasets' partitioners, as plain arrays.
 
 | partition | rule |
 |---|---|
 | dirichlet | the rows of each class are split over the clients in proportions drawn from Dirichlet(alpha, ..., alpha) |
 | iid | a seeded shuffle, then equal shares |
-| shards | rows sorted by target, cut into two equal shards a client, dealt out at random |
-| natural | the client that the source names |
+| shards | rows sorted by target, cut into two equal shards per client, assigned at random |
+| natural | by the client that the source names |
 
 Note what Dirichlet means here: one draw *per class over the clients* (Yurochkin et al. 2019, arXiv 1905.12022), so a
 small alpha skews the sizes of the shares as well as their labels. Another convention draws each client's label
@@ -24,8 +24,8 @@ from fedsample.data.base import Array
 from fedsample.errors import ConfigError, DataError
 
 _BINS = 10  # quantile bins that stand in for classes where the target is a number
-_ALPHA_MAX = 1e6  # even to a thousandth; numpy's draws overflow, without a word, far above
-_SHARDS = 2  # shards a client, as in McMahan et al. (2017), arXiv 1602.05629
+_ALPHA_MAX = 1e6  # even shares up to a thousandth; far above, numpy's draws overflow silently
+_SHARDS = 2  # shards per client, as in McMahan et al. (2017), arXiv 1602.05629
 
 
 def assign(scheme: str, targets: Array, clients: int, alpha: float, seed: int) -> Array:
@@ -36,15 +36,15 @@ def assign(scheme: str, targets: Array, clients: int, alpha: float, seed: int) -
         targets: (N,) int64 classes, or float64 targets: dirichlet then uses ten quantile bins of them as classes.
         clients: number of clients n, 1 <= n <= N.
         alpha: Dirichlet concentration in (0, 1e6]; small is skewed. Only dirichlet uses it.
-        seed: >= 0; equal seeds give equal assignments.
+        seed: integer >= 0; equal seeds give equal assignments.
 
     Returns:
-        (N,) int64 in [0, n): the client of each row. iid and shards give every client a row; dirichlet does where one
-        of eleven draws has no empty share, and otherwise leaves some clients without rows, which is sound.
+        (N,) int64 in [0, n): the client of each row. iid and shards give every client a row; dirichlet does if one of
+        eleven draws has no empty share, and otherwise leaves some clients without rows, which is sound.
 
     Raises:
-        ConfigError: no such scheme, or `clients`, `alpha` or `seed` out of range.
-        DataError: more clients than rows.
+        ConfigError: if there is no such scheme, or `clients`, `alpha` or `seed` is out of range.
+        DataError: if there are more clients than rows, or flwr-datasets is not installed.
     """
     rows = len(targets)
     if clients < 1:
@@ -59,13 +59,13 @@ def assign(scheme: str, targets: Array, clients: int, alpha: float, seed: int) -
         _installed()
         from flwr_datasets.partitioner import IidPartitioner
 
-        shuffled = np.random.default_rng(seed).permutation(rows)  # the partitioner itself cuts in the order it is given
+        shuffled = np.random.default_rng(seed).permutation(rows)  # the partitioner itself does not shuffle
         return _owners(IidPartitioner(clients), shuffled, targets[shuffled], clients)
     if scheme == "shards":
         _installed()
         from flwr_datasets.partitioner import ShardPartitioner
 
-        # Its own shard size, floor(N / 2n), would leave the last rows to nobody; rounding up covers every row.
+        # Its default shard size, floor(N / 2n), would assign the last rows to no client; rounding up covers every row.
         partitioner = ShardPartitioner(
             clients,
             partition_by="target",
@@ -79,7 +79,7 @@ def assign(scheme: str, targets: Array, clients: int, alpha: float, seed: int) -
 
 
 def natural(owners: Array) -> tuple[Array, tuple[str, ...]]:
-    """Clients as the source names them.
+    """Partition by the client names in the source.
 
     Args:
         owners: (N,) integer or text label of each row's client.
@@ -124,7 +124,7 @@ def _dirichlet(targets: Array, clients: int, alpha: float, seed: int) -> Array:
 
 
 def _installed() -> None:
-    """Refuse to go on without flwr-datasets: a device with a file of its own does without."""
+    """Raise if flwr-datasets is missing; a device with its own file does not need it."""
     if importlib.util.find_spec("flwr_datasets") is None:
         raise DataError(
             "sharing rows out needs flwr-datasets, which is not installed here: pip install flwr-datasets, or give "
@@ -133,18 +133,18 @@ def _installed() -> None:
 
 
 def _owners(partitioner: Any, order: Array, targets: Array, clients: int) -> Array:
-    """Run a partitioner on rows `order` with targets (N,) in that order, and read off the client of each row."""
+    """Run a partitioner on rows `order` with targets (N,) in that order; return the client of each row."""
     import datasets
 
     owners = np.full(len(order), -1, dtype=np.int64)
     with warnings.catch_warnings():
-        # Two warnings that say nothing to our user: that a Dirichlet draw with an empty share is being repeated, and
+        # Two warnings that do not concern the user: that a Dirichlet draw with an empty share is being repeated, and
         # that `datasets` calls pyarrow's sort with an argument that pyarrow 25 renamed.
         warnings.filterwarnings("ignore", message="The specified min_partition_size", category=UserWarning)
         warnings.filterwarnings("ignore", message="Specifying null_placement in SortOptions", category=FutureWarning)
 
         class Whole(datasets.Dataset):  # type: ignore[misc]
-            """Gives a column as one array: since `datasets` 4 it is lazy, and partitioners fetch it row by row."""
+            """Returns a column as one array: `datasets` 4 makes it lazy, and partitioners would fetch it row by row."""
 
             def __getitem__(self, key: Any) -> Any:
                 found = super().__getitem__(key)

@@ -1,4 +1,4 @@
-"""Quadratic clients: the one target whose every law is known in closed form.
+"""Data of quadratic clients, whose posterior is Gaussian and known in closed form.
 
 For client i, with centre a_i and Hessian H_i,
 
@@ -29,11 +29,11 @@ class QuadraticData:
     Attributes:
         lam: (n, d) float64 curvature of each client and coordinate, >= 0, or (n, d, d) dense symmetric Hessians.
         a: (n, d) float64 centres.
-        prior_precision: precision of an isotropic Gaussian prior that helps to make the sum positive definite; 0: flat.
-        name: what the data is called in tables and logs.
+        prior_precision: precision of an isotropic Gaussian prior, added to the sum of curvatures; 0: flat.
+        name: name of the data in tables and logs.
 
     Raises:
-        DataError: NaN, shapes that do not fit, negative curvature, or a sum that is not positive definite.
+        DataError: if there is NaN, shapes do not fit, a curvature is negative, or the sum is not positive definite.
     """
 
     lam: Array = field(repr=False)
@@ -70,15 +70,15 @@ class QuadraticData:
 
 
 def check_potentials(lam: Array, a: Array, name: str) -> None:
-    """Refuse potentials that are none, whatever they sum to.
+    """Refuse invalid potentials, one client at a time.
 
     Args:
         lam: (n, d) float64 curvatures, or (n, d, d) Hessians.
         a: (n, d) float64 centres.
-        name: what the data are called, for the message.
+        name: name of the data, for the message.
 
     Raises:
-        DataError: NaN, shapes that do not fit, asymmetry, or negative curvature.
+        DataError: if there is NaN, shapes do not fit, a Hessian is not symmetric, or a curvature is negative.
     """
     if a.ndim != 2 or 0 in a.shape or a.dtype != np.float64:
         raise DataError(f"a has shape {a.shape} and dtype {a.dtype}, expected (clients, d) in float64")
@@ -96,7 +96,7 @@ def check_potentials(lam: Array, a: Array, name: str) -> None:
         client = int(skew.argmax())
         raise DataError(f"the Hessian of client {client} is not symmetric: expected H = (H + H^T) / 2")
     values = np.linalg.eigvalsh(lam) if dense else lam  # (n, d)
-    slack = 1e-12 * d * np.abs(values).max(axis=1) if dense else 0.0  # what rounding does to a zero eigenvalue
+    slack = 1e-12 * d * np.abs(values).max(axis=1) if dense else 0.0  # rounding error of a zero eigenvalue
     lowest = values.min(axis=1)  # (n,)
     if (lowest < -slack).any():
         client = int(np.argmin(lowest))
@@ -114,20 +114,20 @@ def load_quadratic(config: DataConfig, prior_precision: float = 0.0) -> Quadrati
         prior_precision: 1 / prior_scale^2, or 0 for a flat prior: what the prior adds to the curvature.
 
     Raises:
-        DataError: the file cannot be read, or does not describe proper quadratic clients.
+        DataError: if the file cannot be read, or its quadratic clients are not valid.
     """
     lam, a, name = read_quadratic(source_path(config.file, "quadratic"))
     return QuadraticData(lam, a, prior_precision, config.name or name)
 
 
 def read_quadratic(path: Path) -> tuple[Array, Array, str]:
-    """Curvatures, centres and a name from an .npz file, nothing being checked but their form.
+    """Read curvatures, centres and a name from an .npz file; checks only their form.
 
     The file holds the centres `a`, (n, d) or (n,) where d = 1, and one of `lam`, (n, d), or (n,) for the same curvature
     in every coordinate; or `H` (or `lam`), (n, d, d), dense Hessians.
 
     Raises:
-        DataError: the file cannot be read, or does not hold these arrays.
+        DataError: if the file cannot be read, or lacks these arrays.
     """
     arrays = read_archive(path)
     held = ", ".join(map(repr, arrays)) or "nothing"

@@ -1,7 +1,7 @@
-"""What clients must hold alike before their rows can be modelled together: features, target, and how they are scaled.
+"""Schemas: what clients must agree on before their rows can be modelled together: features, target and scaling.
 
-A schema travels as JSON between parties that do not trust each other, so `from_json` takes nothing on faith: every
-field is checked for its type, its bounds and its order, and whatever else stands there is refused.
+A schema travels as JSON between parties that do not trust each other, so `from_json` checks the type, bounds and order
+of every field, and refuses anything else.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, Literal, NoReturn, cast
 from fedsample.data.base import default_feature_names
 from fedsample.errors import DataError
 
-MAX_CATEGORIES = 256  # beyond this a column of text is an identifier or a typing error far more often than a feature
+MAX_CATEGORIES = 256  # a text column with more is far more often an identifier or a typo than a feature
 MAX_LABELS = 1 << 16
 _MAX_JSON = 1 << 25  # characters
 _MAX_TEXT = 4096  # characters of a name, category or label
 _MAX_AXES = 8
-_MAX_SIZE = 1 << 26  # numbers in a row
-_MAX_ROWS = 1 << 53  # what float64 counts exactly
+_MAX_SIZE = 1 << 26  # numbers per row
+_MAX_ROWS = 1 << 53  # largest count that float64 holds exactly
 
 Label = int | str
 
@@ -31,8 +31,8 @@ class Feature:
     """A named column.
 
     Attributes:
-        name: of the column.
-        categories: the texts that it may hold, in sorted order; None: it holds numbers.
+        name: name of the column.
+        categories: the texts that it may hold, sorted; None: it holds numbers.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Feature:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns that a model sees: the number itself, or one 0/1 column a category."""
+        """Names of the columns that a model sees: the number itself, or one 0/1 column per category."""
         if self.categories is None:
             return (self.name,)
         return tuple(f"{self.name}={category}" for category in self.categories)
@@ -48,12 +48,12 @@ class Feature:
 
 @dataclass(frozen=True)
 class Target:
-    """What is predicted.
+    """The target to predict.
 
     Attributes:
-        kind: "number"; "labels"; or, of one client where the model leaves the choice open, "undecided": whole numbers,
-            which are labels where all clients together repeat them often enough.
-        values: the labels in sorted order, all whole numbers or all text; empty for numbers.
+        kind: "number"; "labels"; or, for one client if the model leaves the choice open, "undecided": whole numbers,
+            which are labels if all clients together repeat them often enough.
+        values: the labels, sorted, all whole numbers or all text; empty for numbers.
     """
 
     kind: Literal["number", "labels", "undecided"]
@@ -62,14 +62,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Schema:
-    """What a client's data look like, or what all clients agreed on.
+    """The form of a client's data, or the form that all clients agreed on.
 
     Attributes:
         kind: "rows", or "quadratic": potentials without rows.
-        shape: of a row as it is stored, a column of text being one entry; (d,) for a quadratic.
-        features: one a column, in order; empty: the row is an array whose entries have no names.
-        target: what is predicted; None for a quadratic.
-        rows: rows held, held-out ones included; of all clients together once they agree.
+        shape: shape of a row as stored, where a column of text is one entry; (d,) for a quadratic.
+        features: one per column, in order; empty: the row is an array whose entries have no names.
+        target: the target to predict; None for a quadratic.
+        rows: number of rows, held-out ones included; of all clients together in the agreed schema.
         standardize: whether features and a numeric target are scaled to mean 0 and variance 1.
     """
 
@@ -87,7 +87,7 @@ class Schema:
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """One name a number of the row that a model sees, row-major."""
+        """One name per number of the row that a model sees, row-major."""
         if not self.features:
             return default_feature_names(self.shape)
         return tuple(name for feature in self.features for name in feature.columns)
@@ -97,7 +97,7 @@ class Schema:
         """Number of classes; None where a number is predicted.
 
         Raises:
-            DataError: for one client's own schema, which leaves open what is predicted, and for a quadratic.
+            DataError: if this is a client's own schema with an undecided target, or a quadratic.
         """
         if self.target is None or self.target.kind == "undecided":
             held = "a quadratic" if self.target is None else "one client's own schema"
@@ -110,7 +110,7 @@ class Schema:
         return () if self.classes is None or self.target is None else tuple(map(str, self.target.values))
 
     def to_json(self) -> str:
-        """As text; `Schema.from_json` leads back."""
+        """Write as JSON, for `Schema.from_json`."""
         target = None if self.target is None else {"kind": self.target.kind, "values": list(self.target.values)}
         features = [
             {"name": each.name, "categories": None if each.categories is None else list(each.categories)}
@@ -121,10 +121,10 @@ class Schema:
 
     @classmethod
     def from_json(cls, text: str) -> Schema:
-        """Read what `to_json` wrote, possibly on a machine that means harm.
+        """Read what `to_json` wrote, from a party that is not trusted.
 
         Raises:
-            DataError: anything that `to_json` of a valid schema does not write.
+            DataError: if `to_json` of a valid schema cannot have written the text.
         """
         if len(text) > _MAX_JSON:
             _refuse("schema", f"{len(text)} characters", f"at most {_MAX_JSON}")

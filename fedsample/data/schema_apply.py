@@ -1,4 +1,4 @@
-"""Rows as the clients agreed to see them: columns by name, text as indicators, labels as classes."""
+"""Apply the agreed schema to rows: columns by name, text as indicators, labels as classes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fedsample.errors import DataError
 
 
 def fit(table: Table, schema: Schema, split: Split) -> FederatedData:
-    """The rows of some clients in the form that a model takes, not yet standardised.
+    """Convert the rows of some clients to the form that a model takes, not yet standardised.
 
     Args:
-        table: what a reader found.
-        schema: what all clients agreed on (`merge`).
-        split: which rows train, and whose they are.
+        table: the table as read from its source.
+        schema: the schema that all clients agreed on (`merge`).
+        split: the training and held-out rows, by client.
 
     Raises:
-        DataError: a column, category, label or shape that the clients did not agree on.
+        DataError: if a column, category, label or shape is not in the agreed schema.
     """
     x, y = _features(table, table.x, schema), encode(table.y, _target(schema), table.name)
     if table.x_test is None or table.y_test is None:
@@ -31,7 +31,7 @@ def fit(table: Table, schema: Schema, split: Split) -> FederatedData:
         x_test = _features(table, table.x_test, schema)[split.test]
         y_test = encode(table.y_test, _target(schema), table.name)[split.test]
     order = np.concatenate(split.train)
-    if not np.array_equal(order, np.arange(len(x))):  # rows that lie client after client already are not copied
+    if not np.array_equal(order, np.arange(len(x))):  # do not copy rows that are already sorted by client
         x, y = x[order], y[order]
     return FederatedData(
         name=table.name,
@@ -54,7 +54,7 @@ def _target(schema: Schema) -> Target:
 
 
 def _features(table: Table, x: Array, schema: Schema) -> Array:
-    """(N, ...) as stored -> (N, *schema.row_shape), rows contiguous; float64 where columns have names."""
+    """Convert rows (N, ...) as stored to (N, *schema.row_shape), contiguous; float64 if columns have names."""
     if schema.kind != "rows" or bool(table.feature_names) != bool(schema.features):
         forms = {"quadratic": "quadratics", "rows": "named columns" if schema.features else "arrays without names"}
         has = "named columns" if table.feature_names else "an array without names"

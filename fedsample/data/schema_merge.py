@@ -1,7 +1,7 @@
-"""One schema for all clients: what each of them must hold alike, and what is put together from all.
+"""Merge the clients' schemas into one: what must be equal on all, and what is the union over all.
 
-Columns are matched by name, whatever their order; that of client 0 is used. A category or label that only some clients
-have seen belongs to all: the schema of all clients is the schema of their rows in one file.
+Columns are matched by name, in the order of client 0. Categories and labels of some clients belong to all: the merged
+schema is the schema of all clients' rows in one file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from fedsample.errors import ConfigError, DataError
 
 
 def table_schema(table: Table, task: Task | None, standardize: bool | None, rows: int | None = None) -> Schema:
-    """What one source holds.
+    """Make the schema of one source.
 
     Args:
-        table: what a reader found.
+        table: the table as read from its source.
         task: what the model predicts (`fedsample.models.task_of`).
-        standardize: the setting; None: as the source's own rule says.
-        rows: how many of the source's rows count as this client's; None: all.
+        standardize: the setting; None: the source's own rule.
+        rows: number of the source's rows that are this client's; None: all.
 
     Raises:
-        DataError: the targets do not fit the task.
+        DataError: if the targets do not fit the task.
     """
     categories = table.categories or (None,) * len(table.feature_names)
     features = tuple(map(Feature, table.feature_names, categories))
@@ -46,17 +46,17 @@ def merge(
     labels: Sequence[Label] | None = None,
     names: Sequence[str] = (),
 ) -> Schema:
-    """What all clients agree on.
+    """Merge the schemas of all clients.
 
     Args:
         schemas: one per client, in client order.
         features: the names of the columns in the order to use, where the experiment states them.
         labels: all labels that may occur, where the experiment states them.
-        names: what to call the clients in an error; empty: client 0, client 1, ...
+        names: names of the clients in errors; empty: client 0, client 1, ...
 
     Raises:
-        DataError: clients differ in what they must hold alike; names the client and the column.
-        ConfigError: the experiment states features or labels that nothing could hold.
+        DataError: if clients differ in what must be equal; names the client and the column.
+        ConfigError: if the experiment states features or labels that nothing could hold.
     """
     if not schemas:
         raise DataError("got no schemas: at least one client is needed")
@@ -80,7 +80,7 @@ def check_names(who: str, got: Sequence[str], expected: Sequence[str], whose: st
     """Refuse a missing or an extra column, naming the nearest.
 
     Raises:
-        DataError: the names differ as sets.
+        DataError: if the names differ as sets.
     """
     missing = [name for name in expected if name not in set(got)]
     extra = [name for name in got if name not in set(expected)]
@@ -98,7 +98,7 @@ def check_names(who: str, got: Sequence[str], expected: Sequence[str], whose: st
 
 
 def _alike(client: str, schema: Schema, other: str, first: Schema) -> None:
-    """What no union can mend."""
+    """Refuse differences in kind or shape, which no union resolves."""
     if schema.kind != first.kind or bool(schema.features) != bool(first.features):
         forms = [
             "a quadratic" if each.kind == "quadratic" else "named columns" if each.features else "arrays"
@@ -113,7 +113,7 @@ def _alike(client: str, schema: Schema, other: str, first: Schema) -> None:
 
 
 def _alike_scale(client: str, schema: Schema, other: str, first: Schema) -> None:
-    """Whether rows whose columns are the same are standardised."""
+    """Refuse clients that differ in whether their rows are standardised."""
     if schema.standardize != first.standardize:
         does = ("is", "is not") if schema.standardize else ("is not", "is")
         raise DataError(
@@ -123,7 +123,7 @@ def _alike_scale(client: str, schema: Schema, other: str, first: Schema) -> None
 
 
 def _features(schemas: Sequence[Schema], names: Sequence[str], stated: Sequence[str] | None) -> tuple[Feature, ...]:
-    """Columns in order, each with the categories of all clients."""
+    """Merge the columns, in order, each with the categories of all clients."""
     if not schemas[0].features:
         if stated is not None:
             raise ConfigError("data.features names columns, but the clients hold arrays without names: drop it")
@@ -159,7 +159,7 @@ def _feature(name: str, held: Sequence[Feature], names: Sequence[str]) -> Featur
 
 
 def _target(targets: Sequence[Target], names: Sequence[str], rows: int, stated: Sequence[Label] | None) -> Target:
-    """Numbers, or the labels of all clients."""
+    """Merge the targets: numbers, or the labels of all clients."""
     if stated is not None:
         return _stated(targets, names, stated)
     kinds = [target.kind for target in targets]
@@ -186,7 +186,7 @@ def _target(targets: Sequence[Target], names: Sequence[str], rows: int, stated: 
 
 
 def _stated(targets: Sequence[Target], names: Sequence[str], stated: Sequence[Label]) -> Target:
-    """The labels that the experiment states, if every client keeps to them."""
+    """Return the labels that the experiment states, if every client's labels are among them."""
     if not 2 <= len(set(stated)) == len(stated) <= MAX_LABELS or len({type(label) for label in stated}) > 1:
         raise ConfigError(
             f"data.labels = {list(stated)[:10]}, expected 2 to {MAX_LABELS} different labels, all whole numbers or all "

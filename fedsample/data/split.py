@@ -1,12 +1,12 @@
-"""Which rows train, which are held out, and whose they are.
+"""Split rows into training and held-out rows, by client.
 
 | `data.holdout` | held-out rows |
 |---|---|
 | pooled | the first of `numpy.random.default_rng(0).permutation(rows)`, whatever the seed; the same for every n |
 | keyed | of client i's n_i rows the first floor(f n_i + 1/2) of a permutation keyed by the seed and i |
 
-Pooled ones are the server's; where rows lie on devices, client i scores every n-th of them from the i-th on. Keyed ones
-each client finds without knowing the others: a device that holds a file of its own always does it so.
+Pooled ones are scored by the server; if rows are on devices, client i scores every n-th of them from the i-th on. Keyed
+ones each client finds without knowing the others; a device with its own file always does so.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DEFAULT_FRACTION = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Rows of a table by what they are for.
+    """The training and held-out rows of a table.
 
     Attributes:
-        train: for each client the rows that it trains on, ascending.
-        test: held-out rows of the table, or of its own test rows if it brings some.
-        names: one per client.
+        train: the training rows of each client, ascending.
+        test: held-out rows of the table, or of its own test rows if it has some.
+        names: one name per client.
         bounds: client i holds out test[bounds[i]:bounds[i + 1]]; None: test[i::n].
     """
 
@@ -45,10 +45,10 @@ class Split:
     bounds: tuple[int, ...] | None = None
 
     def share(self, client: int) -> Split:
-        """What one client has of it.
+        """Return one client's part of the split.
 
         Raises:
-            DataError: there is no such client.
+            DataError: if there is no such client.
         """
         n = len(self.names)
         if not 0 <= client < n:
@@ -58,17 +58,17 @@ class Split:
 
 
 def split(config: DataConfig, table: Table, y: Array, seed: int) -> Split:
-    """Set test rows apart and share the others out over the clients.
+    """Hold out test rows and partition the others over the clients.
 
     Args:
         config: the section [data] of an experiment.
-        table: what a reader found.
+        table: the table as read from its source.
         y: (N,) int64 classes or float64 targets of its rows, not standardised.
         seed: the experiment's seed, >= 0.
 
     Raises:
-        ConfigError: options that contradict each other or the source.
-        DataError: more clients than rows.
+        ConfigError: if options contradict each other or the source.
+        DataError: if there are more clients than rows.
     """
     if config.holdout == "keyed":
         owners, names = _owners(config, table, y, np.arange(len(y)), seed)
@@ -87,17 +87,20 @@ def split(config: DataConfig, table: Table, y: Array, seed: int) -> Split:
 
 
 def keyed_split(table: Table, rows: Array, fraction: float | None, seed: int, client: int) -> Split:
-    """What a client holds out of its own rows, by its key.
+    """Hold out some of a client's own rows, by its key.
 
     Args:
-        table: where the rows are.
-        rows: (n_i,) its rows in the table, ascending.
-        fraction: f in [0, 1); None: as the source's own rule says, 0.2 or none.
+        table: the table that holds the rows.
+        rows: (n_i,) the client's rows in the table, ascending.
+        fraction: f in [0, 1); None: by the source's own rule, 0.2 or none.
         seed: the experiment's seed.
-        client: its index, which keys the draw.
+        client: the client's index, which keys the draw.
 
     Returns:
-        Both parts in the order of the table; where the table brings test rows of its own, those.
+        Training and held-out rows, both in the table's order; if the table has its own test rows, those are held out.
+
+    Raises:
+        ConfigError: if the fraction is out of range, or the table has its own test rows.
     """
     if table.x_test is not None:
         _check_fraction(table, fraction)
@@ -106,7 +109,7 @@ def keyed_split(table: Table, rows: Array, fraction: float | None, seed: int, cl
         fraction = 0.0 if table.test_rows is None else DEFAULT_FRACTION
     _check_fraction(table, fraction)
     count = math.floor(fraction * len(rows) + 0.5)
-    if not count:  # without rows there is nothing to permute
+    if not count:  # nothing is held out
         return Split((rows,), rows[:0], (str(client),))
     from fedsample.random import key
 
@@ -115,7 +118,7 @@ def keyed_split(table: Table, rows: Array, fraction: float | None, seed: int, cl
 
 
 def _by_client(owners: Array, rows: Array, clients: int) -> list[Array]:
-    """The rows of each client, in the order given; some may have none."""
+    """Group rows by client, in the order given; some clients may have none."""
     order = np.argsort(owners, kind="stable")
     return np.split(rows[order], np.cumsum(np.bincount(owners, minlength=clients))[:-1])
 
@@ -145,7 +148,7 @@ def _pooled(table: Table, fraction: float | None) -> tuple[Array, Array]:
 
 
 def _owners(config: DataConfig, table: Table, y: Array, rows: Array, seed: int) -> tuple[Array, tuple[str, ...]]:
-    """(N,) client of each of some rows, whose targets are y, and the names of the clients."""
+    """Return the client (N,) of each of these rows, whose targets are y, and the names of the clients."""
     if table.owners is not None:
         if config.partition not in ("natural", "dirichlet"):
             raise ConfigError(

@@ -1,13 +1,13 @@
-r"""Standardising by sums over clients: nobody sees another's rows, and every way of sharing them out goes the same way.
+r"""Standardise by sums over clients: no client sees another's rows, and simulation and devices agree bit for bit.
 
 Two exchanges. With n_i training rows x on client i, and y where a number is predicted,
 
     first     N = sum_i n_i,    s = sum_i sum x        mean m = s / N
     second    q = sum_i sum (x - m)^2                  deviation sigma = sqrt(q / N), population style
 
-and x becomes (x - m) / sigma. A deviation that is nothing but rounding, below 1e-12 |m|, is taken for 1: the column is
-constant. The second sum is around the mean, since s and sum x^2 alone lose all digits where m is large. All sums are
-float64 along fixed trees, over a client's rows and then over clients, so the simulation and devices agree to the bit.
+and x becomes (x - m) / sigma. A deviation below 1e-12 |m| is rounding error of a constant column and is replaced by 1.
+The second sum is about the mean, since s and sum x^2 alone lose all digits if m is large. All sums are float64 along
+fixed trees, over a client's rows and then over clients, so that simulation and devices agree.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _TOO_LARGE = "values too large to standardise (above about 1e150): rescale that 
 
 
 def first_sums(data: FederatedData) -> Tensor:
-    """What one client sends first: its rows and their sum -> (1 + p,) or, for a numeric target, (1 + p + 1,).
+    """Compute what one client sends first: its number of rows and their sum, (1 + p,); for numeric targets (2 + p,).
 
     Args:
         data: one client's data, not yet standardised; p numbers per row.
 
     Raises:
-        DataError: a sum that float64 cannot hold.
+        DataError: if a sum overflows float64.
     """
     rows = _columns(data, data.x, data.y)
     import torch
@@ -45,14 +45,14 @@ def first_sums(data: FederatedData) -> Tensor:
 
 
 def second_sums(data: FederatedData, first: Tensor) -> Tensor:
-    """What one client sends second: squared distances from the mean of all -> (p,) or (p + 1,).
+    """Compute what one client sends second: squared distances from the mean over all clients, (p,) or (p + 1,).
 
     Args:
         data: as for `first_sums`.
-        first: the first sums of all clients together.
+        first: the first sums, added over all clients.
 
     Raises:
-        DataError: no rows at all, sums of another shape, or a sum that float64 cannot hold.
+        DataError: if there are no rows, sums have another shape, or a sum overflows float64.
     """
     rows = _columns(data, data.x, data.y)
     mean = _mean(first, rows.shape[1])
@@ -62,10 +62,10 @@ def second_sums(data: FederatedData, first: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Where every column is, and how wide.
+    """Mean and standard deviation of every column.
 
     Attributes:
-        mean: (p,) or (p + 1,) float64, the target last where it is a number.
+        mean: (p,) or, with a numeric target, which is last, (p + 1,) float64.
         deviation: likewise, > 0.
     """
 
@@ -74,10 +74,10 @@ class Scale:
 
     @classmethod
     def of(cls, first: Tensor, second: Tensor) -> Scale:
-        """From the sums of all clients.
+        """Compute the scale from the sums over all clients.
 
         Raises:
-            DataError: no rows, or sums that are not finite, negative, or of shapes that do not fit.
+            DataError: if there are no rows, or sums are not finite, negative, or of shapes that do not fit.
         """
         mean = _mean(first, len(second))
         total = second.numpy()
@@ -90,7 +90,7 @@ class Scale:
         """Standardise training and held-out rows, of one client or of all.
 
         Raises:
-            DataError: rows with another number of columns.
+            DataError: if rows have another number of columns.
         """
         shape = data.x.shape[1:]
         p, numeric = math.prod(shape), data.classes is None
@@ -111,10 +111,10 @@ class Scale:
 
 
 def standardize(data: FederatedData) -> FederatedData:
-    """What all clients of a simulation do together, exchange by exchange.
+    """Standardise the data of all clients in a simulation, in the same two exchanges as devices.
 
     Raises:
-        DataError: no training rows, or values too large.
+        DataError: if there are no training rows, or values are too large.
     """
     from fedsample.numerics.tree_sum import TreeSum
 
@@ -128,13 +128,13 @@ def standardize(data: FederatedData) -> FederatedData:
 
 
 def _columns(data: FederatedData, x: Array, y: Array) -> Array:
-    """(n_i, p) float64 or, with a numeric target, (n_i, p + 1)."""
+    """Flatten rows to (n_i, p) float64; with a numeric target, (n_i, p + 1)."""
     flat = x.reshape(len(x), math.prod(x.shape[1:])).astype(np.float64, copy=False)
     return np.concatenate([flat, y[:, None]], axis=1) if data.classes is None else flat
 
 
 def _sum(rows: Array) -> Tensor:
-    """(n_i, p) -> (p,) by the fixed tree."""
+    """Sum rows (n_i, p) -> (p,) by the fixed tree."""
     import torch
 
     from fedsample.numerics.tree_sum import tree_sum
@@ -149,7 +149,7 @@ def _checked(sums: Tensor, name: str) -> Tensor:
 
 
 def _mean(first: Tensor, columns: int) -> Array:
-    """(p,) from the first sums of all clients."""
+    """Compute the mean (p,) from the first sums over all clients."""
     if tuple(first.shape) != (1 + columns,) or not bool(first.isfinite().all()):
         raise DataError(
             f"the first sums have shape {tuple(first.shape)}, expected ({1 + columns},) finite numbers: the number of "

@@ -1,4 +1,4 @@
-"""Rows as a source holds them, before anything is decided: the hand-over from the readers to `load`."""
+"""Rows as stored in a source: what the readers pass to `load`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from fedsample.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What a reader found.
+    """A table as read from its source.
 
     Attributes:
-        name: what to call the data.
-        x: (N, ...features) float64 or float32, finite; of a column of text the positions of its values among its
-            categories.
-        y: (N,) integers, finite floats or text.
-        feature_names: one a column; empty: an array, whose entries have no names.
-        owners: (N,) integer or text label of each row's client; None where the source names no clients.
-        x_test: (M, ...features) test rows that the source sets apart; None: the test rows come out of `x`.
-        y_test: (M,), likewise.
-        task: what the source says is predicted; None: its targets decide.
-        test_rows: test rows of `x` that the source's own rule sets apart (see `load`); None: it has no such rule.
-        standardize: what to do where the configuration does not say.
-        categories: of each column that holds text its different values, sorted; None for numbers. Empty: all numbers.
+        name: name of the data.
+        x: (N, ...features) float64 or float32, finite; for a column of text, positions among its categories.
+        y: (N,) targets: integers, finite floats or text.
+        feature_names: one per column; empty: an array, whose entries have no names.
+        owners: (N,) integer or text label of each row's client; None: the source names no clients.
+        x_test: (M, ...features) test rows in the source; None: test rows are taken from `x`.
+        y_test: (M,) their targets.
+        task: the task according to the source; None: its targets decide.
+        test_rows: number of rows of `x` that the source's own rule holds out (see `load`); None: no such rule.
+        standardize: whether to standardise if the configuration leaves it open.
+        categories: per column, the different values of a text column, sorted, or None for numbers; empty: all numbers.
     """
 
     name: str
@@ -44,10 +43,10 @@ class Table:
 
 
 def source_path(file: str | None, kind: str) -> Path:
-    """The file that `data.file` names; it must exist.
+    """Return the path that `data.file` names.
 
     Raises:
-        DataError: no file is named, or there is none of that name.
+        DataError: if no file is named, or it does not exist.
     """
     if file is None:
         raise DataError(f'data.kind = "{kind}" reads a file, but data.file is not set: name the file')
@@ -61,7 +60,7 @@ def source_path(file: str | None, kind: str) -> Path:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint `Did you mean 'x'?` with a space before it, where a known name is close; else nothing."""
+    """Return the hint " Did you mean 'x'?" if a known name is close, else an empty text."""
     close = difflib.get_close_matches(name.lower(), {k.lower() for k in known}, n=1)
     original = {k.lower(): k for k in known}
     return f" Did you mean {original[close[0]]!r}?" if close else ""

@@ -1,1 +1,4 @@
-"""Diagnostics: convergence of chains, calibration of predictions, moments predicted by theory."""
+"""Diagnostics measured on draws: convergence of chains, calibration of predictions.
+
+Predictions from theory are in `fedsample.theory`.
+"""

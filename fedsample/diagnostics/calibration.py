@@ -1,4 +1,4 @@
-"""Are the predictions good, and is their confidence right? Scores of a predictive distribution on held-out points.
+"""Scores of a predictive distribution on held-out points: accuracy and calibration.
 
 The predictive distribution of a classifier is the *average over draws of its probabilities*, never of its logits:
 `p(y | x) = 1/S sum_s softmax(f(x; theta_s))_y`; that of a regression is the mixture of the draws' Gaussians
@@ -39,14 +39,14 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> float:
         labels: (N,) integers in [0, K).
 
     Raises:
-        DataError: shapes that do not match, or a label out of range; so do all functions here.
+        DataError: if shapes do not match or a label is out of range; all functions here raise it.
     """
     _check(probabilities, labels)
     return float((probabilities.argmax(dim=1) == labels).double().mean())
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:
-    """Negative log-likelihood a point, in nats: `-mean log p_y`. Infinite where a true class has probability 0.
+    """Negative log-likelihood per point, in nats: `-mean log p_y`. Infinite where a true class has probability 0.
 
     Args:
         probabilities: (N, K), averaged over draws.
@@ -118,10 +118,10 @@ def rmse(prediction: Tensor, target: Tensor) -> float:
 
 
 def gaussian_nll(means: Tensor, target: Tensor, noise_scale: float) -> float:
-    """Negative log-likelihood a point of the mixture over draws, `-mean_i log 1/S sum_s N(y_i; mean_si, noise^2)`.
+    """Negative log-likelihood per point of the mixture over draws, `-mean_i log 1/S sum_s N(y_i; mean_si, noise^2)`.
 
     Args:
-        means: (..., N) each draw's prediction, any leading dimensions of draws and chains.
+        means: (..., N) predictions of each draw, with any leading axes of draws and chains.
         target: (N,) true values.
         noise_scale: standard deviation of the likelihood, > 0, in the units of the target.
     """

@@ -1,4 +1,4 @@
-"""Have the chains mixed? Rank-normalised split R-hat and effective sample size.
+"""Convergence of chains: rank-normalised split R-hat and effective sample size.
 
     R-hat = sqrt( ((n-1)/n W + B/n) / W ),   W = mean of the chains' variances, B/n = variance of their means,
     ESS   = M n / ( -1 + 2 sum_t rho_t ),    rho_t = 1 - (W - mean_c acov_c(t)) / (((n-1)/n) W + B/n),
@@ -7,9 +7,9 @@ on chains cut in halves (M = 2 C chains of n draws) and ranks mapped to normal s
 so that neither heavy tails nor a different scale in each chain can hide. R-hat is the larger of that on the draws and
 on their distances from the median; a chain set has mixed below 1.01 (1.03 in a short run) with a bulk ESS of 400.
 
-Everything is one numpy pass over a block of functionals, mostly outside the interpreter lock, so that it can run in a
-thread beside the sampler. `arviz_stats` loops over functionals, takes three times as long and holds the lock meanwhile:
-it is the oracle of the tests, where the two agree to rounding.
+All computations are numpy passes over a block of functionals, mostly outside the interpreter lock, so that they can run
+in a thread beside the sampler. `arviz_stats` loops over functionals, takes three times as long and holds the lock
+meanwhile; the tests use it as their reference, to which this agrees up to rounding.
 
 Reference:
     Vehtari, Gelman, Simpson, Carpenter & Burkner (2021), "Rank-normalization, folding, and localization: an improved
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-BLOCK = 64  # functionals a pass: bounds memory, and keeps a block of a usual run inside the cache
-_CACHED = 1 << 16  # numbers of a block that stays in the cache through all its passes
+BLOCK = 64  # functionals per pass: bounds memory, and lets a usual run's block fit the cache
+_CACHED = 1 << 16  # numbers in a block that stays in the cache through all passes
 MIN_DRAWS = 4
 
 
@@ -43,8 +43,8 @@ def rhat(x: torch.Tensor | NDArray[Any]) -> Array:
         x: (chains, draws, *functionals) scalar functions of the draws.
 
     Returns:
-        (*functionals,) float64, at least about 1. NaN where it says nothing: one chain, fewer than four draws, a
-        functional that is constant or not finite. Infinite where each half-chain stands still at a value of its own.
+        (*functionals,) float64, at least about 1. NaN where it is undefined: one chain, fewer than four draws, a
+        functional that is constant or not finite. Infinite where each half-chain is constant, at different values.
     """
     return _over_functionals(x, _rhat, min_chains=2)
 
@@ -63,13 +63,13 @@ def ess_bulk(x: torch.Tensor | NDArray[Any]) -> Array:
 
 
 def rhat_and_ess(x: torch.Tensor | NDArray[Any]) -> tuple[Array, Array]:
-    """`rhat` and `ess_bulk` of the same draws, whose ranks are found once for both.
+    """Compute `rhat` and `ess_bulk` of the same draws, ranking them once.
 
     Args:
         x: (chains, draws, *functionals) scalar functions of the draws.
 
     Returns:
-        What the two return, (*functionals,) float64 each.
+        The results of both functions, (*functionals,) float64 each.
     """
     shape = x.shape[2:]
     if x.shape[0] < 2:
@@ -88,20 +88,20 @@ def ess_tail(x: torch.Tensor | NDArray[Any], low: float = 0.05, high: float = 0.
 
     Returns:
         (*functionals,) float64, NaN as for `ess_bulk`. A tail in which all draws tie is left
-        out, and NaN stands where both are.
+        out; NaN if both are.
     """
     return _over_functionals(x, lambda block: _tail(block, low, high), min_chains=1)
 
 
 def worst_rhat_and_ess(functionals: torch.Tensor) -> tuple[float, float]:
-    """Worst R-hat and smallest bulk ESS over functionals (C, n, F), constant ones left out; NaN where all are."""
+    """Worst R-hat and smallest bulk ESS over functionals (C, n, F); ignores constant ones, NaN if all are."""
     ratios, sizes = rhat_and_ess(functionals)
     ratios = ratios[np.isfinite(ratios)]
     return float(ratios.max()) if ratios.size else math.nan, _smallest(sizes)
 
 
 def worst_ess_tail(functionals: torch.Tensor) -> float:
-    """Smallest tail ESS over functionals (C, n, F), constant ones left out; NaN where all are."""
+    """Smallest tail ESS over functionals (C, n, F); ignores constant ones, NaN if all are."""
     return _smallest(ess_tail(functionals))
 
 
@@ -131,7 +131,7 @@ def _over_functionals(
 
 
 def _split(block: Array) -> Array:
-    """(F, C, n) -> (F, 2C, n // 2); the middle draw of an odd chain goes."""
+    """Split chains in halves, (F, C, n) -> (F, 2C, n // 2); drops the middle draw of an odd chain."""
     half = block.shape[-1] // 2
     return np.concatenate([block[..., :half], block[..., -half:]], axis=1)
 
@@ -147,7 +147,7 @@ def _normal_scores(block: Array) -> Array:
     tied = np.flatnonzero(~rises.all(axis=1))
     doubled[tied] = _tied_ranks(rises[tied], size)
     ranks = np.arange(2 * size + 1) / 2
-    # Ranks are few and known: one table of quantiles serves all functionals.
+    # Possible ranks are few: one table of quantiles serves all functionals.
     table = torch.special.ndtri(torch.from_numpy((ranks - 3 / 8) / (size + 1 / 4)).clamp(0, 1)).numpy()
     scores = np.empty_like(flat)
     np.put_along_axis(scores, order, table[doubled], axis=1)
@@ -185,10 +185,10 @@ def _variance_ratio(scores: Array) -> Array:
     draws = scores.shape[-1]
     within = scores.var(axis=2, ddof=1).mean(axis=1)
     between = scores.mean(axis=2).var(axis=1, ddof=1)
-    still = np.ptp(scores, axis=2).max(axis=1) == 0  # rounding leaves such chains a variance of 1e-33
+    still = np.ptp(scores, axis=2).max(axis=1) == 0  # by rounding, such chains can have a variance of 1e-33
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.sqrt((draws - 1) / draws + between / np.where(still, 0.0, within))
-    # All scores equal: the distances from the median of a two-valued functional say nothing.
+    # All scores are equal, as are the distances from the median of a two-valued functional: R-hat is undefined.
     return np.where(np.ptp(scores, axis=(1, 2)) == 0, np.nan, ratio)
 
 
@@ -197,14 +197,14 @@ def _tail(block: Array, low: float, high: float) -> Array:
     for cut in np.quantile(block, (low, high), axis=(1, 2)):
         below = _split((block <= cut[:, None, None]).astype(np.float64))
         varies = np.ptp(below, axis=(1, 2)) > 0
-        if not varies.any():  # every functional of the block ties in this tail
+        if not varies.any():  # all functionals of the block tie in this tail
             continue
         result[varies] = np.fmin(result[varies], _ess(below[varies]))
     return result
 
 
 def _ess(chains: Array) -> Array:
-    """Effective sample size of (F, M, n) chains as they stand."""
+    """Effective sample size of chains (F, M, n), without splitting or ranking."""
     count, draws = chains.shape[1:]
     covariance = _autocovariance(chains)  # (F, n)
     within = covariance[:, 0] * draws / (draws - 1)
@@ -212,7 +212,7 @@ def _ess(chains: Array) -> Array:
     rho = 1 - (within[:, None] - covariance) / total[:, None]
     rho[:, 0] = 1
     pairs = rho[:, : draws - draws % 2].reshape(rho.shape[0], -1, 2).sum(axis=2)
-    # The last pair that may count is where the reference implementations stop, short of the noisiest lags.
+    # Stop where the reference implementations do, before the noisiest lags.
     limit = max(0, (draws - 3) // 2 if draws % 2 else (draws - 4) // 2)
     ends = np.concatenate([pairs[:, :limit] <= 0, np.ones((rho.shape[0], 1), dtype=bool)], axis=1)
     stop = ends.argmax(axis=1)[:, None]  # (F, 1) the first pair that does not count

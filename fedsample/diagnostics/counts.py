@@ -1,14 +1,14 @@
-"""Scores of held-out rows that lie on devices: each sends sums of counts, and the sum over devices gives the scores.
+"""Scores of held-out rows on devices: each device sends counts and sums; their total gives the scores.
 
-Of the draws that it has seen a device keeps the sum of its rows' class probabilities (M, K); for a Gaussian likelihood
-the sum of the means and the logarithm of the summed densities, (M,) each. What it sends does not name a row:
+Over the draws that it has seen, a device keeps the sum of its rows' class probabilities (M, K); for a Gaussian
+likelihood the sum of the means and the logarithm of the summed densities, (M,) each. What it sends identifies no row:
 
     classes   [rows, correct, sum of -log p_y, sum of sum_c (p_c - I[c = y])^2,
                then for each of 15 bins of the confidence: rows, confidence, correct]
     numbers   [rows, squared error, sum of -log p(y)]
 
-`scores` of the sums over devices are those of `calibration` on all rows together, but for the order of summation. The
-adaptive ECE is no such sum: where its bins end depends on the confidences of all rows.
+`scores` of the sums over devices equal those of `calibration` on all rows together, up to the order of summation. The
+adaptive ECE is no such sum: its bin edges depend on the confidences of all rows.
 """
 
 from __future__ import annotations
@@ -30,21 +30,20 @@ _HEAD = 4  # rows, correct, negative log-likelihood, squared distance from the l
 
 
 class Evaluator:
-    """Judges draws by the rows that one device holds out.
+    """Scores draws on the rows that one device holds out.
 
     Args:
-        problem: of the device; without held-out rows every count is zero.
+        problem: the device's problem; without held-out rows every count is zero.
     """
 
     def __init__(self, problem: Problem) -> None:
-        """Nothing seen yet."""
         self.problem = problem
         self._seen = 0
         self._total: Tensor | None = None  # (M, K) or (M,)
         self._density: Tensor | None = None  # (M,), numbers only
 
     def see(self, draws: Tensor) -> None:
-        """More draws (S, d), S >= 1, in the model's parameters."""
+        """Add draws (S, d), S >= 1, in the model's parameters."""
         self._seen += len(draws)
         if self.problem.test is None:
             return
@@ -57,10 +56,10 @@ class Evaluator:
         self._total = predicted if self._total is None else self._total + predicted
 
     def counts(self) -> Tensor:
-        """What is sent: (3,) or (4 + 45,) float64 on the CPU, zeros where nothing is held out.
+        """Return what is sent: (3,) or (4 + 45,) float64 on the CPU, zeros without held-out rows.
 
         Raises:
-            DataError: no draw has been seen.
+            DataError: if no draw has been seen.
         """
         if not self._seen:
             raise DataError("no draw has been seen: there is nothing to score yet")
@@ -75,7 +74,7 @@ class Evaluator:
         return _class_counts(mean, labels.to(torch.int64)).cpu()
 
     def state(self) -> dict[str, Tensor]:
-        """What `restore` needs to go on from here."""
+        """Return the state that `restore` needs."""
         state = {"seen": torch.tensor(self._seen, dtype=torch.int64)}
         if self._total is not None:
             state["total"] = self._total.clone()
@@ -84,10 +83,10 @@ class Evaluator:
         return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state of an evaluator with the same held-out rows.
+        """Restore the state of an evaluator with the same held-out rows.
 
         Raises:
-            DataError: the state is of other rows or of another model.
+            DataError: if the state belongs to other rows or another model.
         """
         test, gaussian = self.problem.test, self.problem.likelihood == "gaussian"
         seen = int(state["seen"]) if "seen" in state else -1
@@ -108,20 +107,20 @@ class Evaluator:
 
 
 def length(likelihood: str | None) -> int:
-    """How many numbers a device sends; 0 for a target that predicts nothing."""
+    """Number of values that a device sends; 0 for a target that predicts nothing."""
     return {None: 0, "gaussian": _NUMBERS}.get(likelihood, _HEAD + 3 * BINS)
 
 
 def scores(counts: Tensor, likelihood: str | None) -> dict[str, float | None]:
-    """Scores of all devices' held-out rows: accuracy, nll, brier, ece, or rmse, nll; None where no row is held out.
+    """Compute the scores of all devices' held-out rows: accuracy, nll, brier, ece, or rmse, nll; None without rows.
 
     Args:
         counts: the sum over devices of `Evaluator.counts`.
-        likelihood: of the model.
+        likelihood: the model's likelihood; None: nothing is predicted, and there are no scores.
 
     Raises:
-        DataError: another length, a number of rows that is none, or counts that do not fit it. NaN, which a chain that
-            diverged predicts, stays NaN.
+        DataError: if the length is wrong, the number of rows is not a whole number >= 0, or counts do not fit it.
+            NaN, which a diverged chain predicts, stays NaN.
     """
     if likelihood is None:
         return {}

@@ -1,4 +1,4 @@
-"""Uplink and downlink estimators: how gradients reach the server and iterates come back."""
+"""Uplink and downlink estimators: how gradients reach the server, and how clients get the iterate."""
 
 from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink, Upload
 from fedsample.estimators.dense import Dense

@@ -1,4 +1,4 @@
-"""What an uplink estimator is: how the sum of the clients' gradients crosses the wire, both halves side by side.
+"""The uplink interface: how the sum of the clients' gradients reaches the server, client half beside server half.
 
 The client half maps (oracle, memory, turn) to (upload, memory); the server half maps (state, sum of decoded uploads)
 to (estimate, state). Arrays are (..., C, d): (C, d) on a device, (n, C, d) where one process plays n clients, with the
@@ -26,39 +26,40 @@ class Oracle(Protocol):
     """Gradients on request, in the coordinates in which the chain moves.
 
     Attributes:
-        full: whether every gradient uses all rows, so that one taken last round still holds.
+        full: whether every gradient uses all rows, so that one computed in the last round is still valid.
     """
 
     @property
     def full(self) -> bool:
-        """Whether it uses all rows."""
+        """Whether every gradient uses all rows."""
         ...
 
     def gradient(self, point: Tensor, *, full: bool = False) -> Tensor:
-        """Gradient of U_i at `point` (C, d) -> (..., C, d); on this round's minibatch unless `full`.
+        """Compute the gradient of U_i at `point` (C, d) -> (..., C, d), on this round's minibatch unless `full`.
 
-        Called twice in a round it uses the same minibatch twice.
+        All calls in a round use the same minibatch.
         """
         ...
 
     def anchor(self) -> Tensor:
-        """Gradient of U_i at the origin of the metric's coordinates, on all rows -> (..., 1, d)."""
+        """Compute the gradient of U_i at the origin of the metric's coordinates, on all rows -> (..., 1, d)."""
         ...
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a client is told in one round.
+    """One round's request to a client.
 
     Attributes:
-        round: 1, 2, ...
+        round: the round, 1, 2, ...
         point: (C, d) where the gradient is wanted.
-        previous: (C, d) the point of the round before, where needed.
-        sync: (C,) chains for which a dense upload is wanted; None: none.
-        active: (..., C) chains that ask this client; None: all. The rest send nothing and leave memories untouched.
+        previous: (C, d) the point of the previous round; None where the uplink does not need it.
+        sync: (C,) bool, chains for which a dense upload is wanted; None: none.
+        active: (..., C) bool, chains that ask this client; None: all. For the others it sends nothing and leaves
+            memories untouched.
         applied: (...) int64, or int: the last round in which the server applied an upload of this client (0: never).
-        epoch: the server's memory epoch; a client whose memory is of another one starts from zero.
-        keys: the randomness that this client shares with the server.
+        epoch: the server's memory epoch; a client whose memory belongs to another one starts from zero.
+        keys: the random keys that this client shares with the server.
     """
 
     round: int
@@ -75,7 +76,7 @@ class Upload(NamedTuple):
     """What a client sends: for each chain a compressed packet or, where `sync` was set, a dense vector.
 
     Attributes:
-        packet: (..., C, K) or None if all chains synchronise.
+        packet: (..., C, K); None if all chains synchronise.
         dense: (..., C, d), meaningful for the synchronising chains; None if there are none.
     """
 
@@ -83,8 +84,8 @@ class Upload(NamedTuple):
     dense: Tensor | None
 
 
-Memory = dict[str, Tensor]  # a client's memory by name; leading dimensions as the arrays', so that a fleet stacks it
-ServerState = dict[str, Tensor]  # the server's half, O(C d)
+Memory = dict[str, Tensor]  # a client's memory by name; leading axes as the arrays have, so that a fleet can stack it
+ServerState = dict[str, Tensor]  # the server's state by name, O(C d)
 
 
 class Uplink(ABC):
@@ -93,7 +94,7 @@ class Uplink(ABC):
     name: ClassVar[str]
     needs_previous: ClassVar[bool] = False
     needs_everyone_to_sync: ClassVar[bool] = False
-    resyncs: ClassVar[bool] = False  # whether a dense round of all clients restores it after a loss of memory
+    resyncs: ClassVar[bool] = False  # whether a dense round of all clients restores it after a client lost its memory
     reference: ClassVar[str]
     summary: ClassVar[str]
 
@@ -102,39 +103,39 @@ class Uplink(ABC):
 
     @abstractmethod
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
-        """A client's memory before round 1; shape is (..., C, d)."""
+        """Create a client's memory before round 1; shape is (..., C, d)."""
 
     @abstractmethod
     def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
-        """The client's half of a round; the memory passed in is consumed (it may be changed in place)."""
+        """Do the client's half of a round; may change the memory passed in, which must not be used again."""
 
     @abstractmethod
     def start(self, chains: int, d: int, device: torch.device) -> ServerState:
-        """The server's state before round 1."""
+        """Create the server's state before round 1."""
 
     @abstractmethod
     def decode(
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:
-        """The server's half: the estimate (C, d) of the summed gradient.
+        """Do the server's half of a round: estimate the summed gradient (C, d).
 
         Args:
             state: from `start` or the round before.
             total: (C, d) sum of the decoded uploads that arrived.
-            sync: (C,) chains whose uploads were dense.
+            sync: (C,) bool, chains whose uploads were dense; None: none.
             inclusion: probability that a client's upload arrives.
         """
 
     def forget(self, state: ServerState) -> ServerState:
-        """The server's half once every client has lost its memory and starts a new one, in a new epoch."""
+        """The server's state after every client has lost its memory and starts a new one, in a new epoch."""
         return state
 
     def sync_probability(self, round: int, d: int) -> float:
-        """Probability that a chain synchronises (dense uploads) in this round; each chain tosses its own coin."""
+        """Probability that a chain synchronises (dense uploads) in this round, independently of the others."""
         return 0.0
 
     def decompress(self, upload: Upload, sync: Tensor | None, active: Tensor | None, d: int) -> Tensor:
-        """What the server makes of uploads: (..., C, d)."""
+        """Decode uploads into the vectors (..., C, d) that the server adds."""
         if upload.packet is None:
             dense = _required(upload.dense)
         else:
@@ -149,7 +150,7 @@ class Uplink(ABC):
         return (chains - syncing) * self.compressor.bits(d, dtype) + syncing * dense
 
     def to_bytes(self, upload: Upload, sync: Tensor | None, active: Tensor | None) -> bytes:
-        """One client's upload (C chains) as it travels: the active chains' packets or dense vectors, in order."""
+        """Encode one client's upload (C chains): the active chains' packets or dense vectors, in order."""
         parts = []
         for chain in range(_chains(upload)):
             if active is not None and not bool(active[chain]):
@@ -161,7 +162,7 @@ class Uplink(ABC):
         return b"".join(parts)
 
     def from_bytes(self, data: bytes, turn: Turn, d: int, dtype: torch.dtype) -> Upload:
-        """The upload that `to_bytes` wrote, for one client; inactive chains come back as zeros.
+        """Decode one client's upload that `to_bytes` wrote; inactive chains come back as zeros.
 
         Raises:
             DataError: if the length is wrong or a value is not finite.
@@ -172,7 +173,7 @@ class Uplink(ABC):
         if chains == 1 and dense is None and turn.active is None and len(data) == self.compressor.bits(d, dtype) // 8:
             one = self.compressor.parse(data, d, dtype)
             if one.indices is None and one.side is None and one.length is None and one.values.dtype == dtype:
-                # Plain values of a single chain, which may be all of a large model: they are not copied into a stack.
+                # Plain values of a single chain, perhaps a whole large model: do not copy them into a stack.
                 return Upload(Packet(one.values.unsqueeze(0), self.compressor.support(turn.keys, d)), None)
         packet = self.compressor.empty((chains, d), dtype)
         at = 0
@@ -189,12 +190,12 @@ class Uplink(ABC):
                 fill_chain(packet, chain, self.compressor.parse(piece, d, dtype))
         if at != len(data):
             raise DataError(f"an upload of {len(data)} bytes, expected {at} for {chains} chains of {d} parameters")
-        support = self.compressor.support(turn.keys, d)  # of all chains at once, where the keys tell it
+        support = self.compressor.support(turn.keys, d)  # of all chains at once, if the keys determine it
         return Upload(packet if support is None else packet._replace(indices=support), dense)
 
 
 def masked(packet: Packet, active: Tensor | None) -> Packet:
-    """The packet with the chains that are not active (..., C) set to zero."""
+    """Set the chains of a packet that are not active (..., C) to zero."""
     if active is None:
         return packet
     keep = active.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""A memory that follows a vector by compressed differences, and commits them in two steps.
+"""A memory that tracks a vector by compressed differences, and commits them in two steps.
 
 Both ends add the same packets: the client to its own memory, the server to the sum over clients. What an upload would
 add stays pending until the next request says that the server applied it; otherwise it is dropped.
@@ -14,7 +14,7 @@ from fedsample.estimators.base import Memory, Turn, masked
 
 
 def empty_shift(compressor: Compressor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
-    """Shift 0, a pending packet of zeros and its round (0: none), and the epoch of the memory; shape is (..., C, d)."""
+    """Create a memory: shift 0 (..., C, d), a pending packet of zeros, its round (0: none), and the memory's epoch."""
     return {
         "shift": torch.zeros(shape, dtype=dtype, device=device),
         **_parts(compressor.empty(shape, dtype, device)),
@@ -24,7 +24,7 @@ def empty_shift(compressor: Compressor, shape: tuple[int, ...], dtype: torch.dty
 
 
 def settle(compressor: Compressor, memory: Memory, turn: Turn, rate: float) -> Tensor:
-    """The shift (..., C, d) after the pending packet was added, times `rate`, or dropped; zero in a new epoch."""
+    """Add the pending packet, times `rate`, to the shift (..., C, d), or drop it; a new epoch starts at zero."""
     shift = memory["shift"]
     pending = Packet(memory["pending"], memory.get("support"), memory.get("side"), shift.shape[-1])
     current = memory["epoch"] == turn.epoch
@@ -38,7 +38,7 @@ def settle(compressor: Compressor, memory: Memory, turn: Turn, rate: float) -> T
 
 
 def pend(shift: Tensor, packet: Packet, memory: Memory, turn: Turn) -> Memory:
-    """The memory that holds a packet until the server's word on it."""
+    """Hold a packet in memory until the server says whether it was applied."""
     return {
         "shift": shift,
         **_parts(packet),

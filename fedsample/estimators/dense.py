@@ -27,20 +27,20 @@ class Dense(Uplink):
         super().__init__(compressor or Identity())
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
-        """None is needed."""
+        """No memory is needed."""
         return {}
 
     def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
-        """The gradient at the point."""
+        """Send the gradient at the point."""
         packet = self.compressor.compress(oracle.gradient(turn.point), turn.keys)
         return Upload(masked(packet, turn.active), None), memory
 
     def start(self, chains: int, d: int, device: torch.device) -> ServerState:
-        """None is needed."""
+        """No state is needed."""
         return {}
 
     def decode(
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:
-        """The sum, scaled by one over the probability of arriving."""
+        """Divide the sum by the probability of arriving."""
         return total / inclusion, state

@@ -1,4 +1,4 @@
-r"""DIANA: compress the gradient's difference to a memory that both ends keep.
+r"""DIANA: compress the difference between the gradient and a memory that both ends keep.
 
     client  m_i = Q_i( grad U_i(x_k) - h_i ),                     h_i <- h_i + alpha m_i
     server  g_k = sum_i h_i + (1 / pi) sum_{i in S} m_i,          sum_i h_i <- sum_i h_i + alpha sum_{i in S} m_i
@@ -23,7 +23,7 @@ from fedsample.estimators.committed_memory import empty_shift, pend, settle
 
 
 class Diana(Uplink):
-    """Compressed differences to a memory; needs an unbiased compressor."""
+    """DIANA estimator: compressed differences to a memory; needs an unbiased compressor."""
 
     name: ClassVar[str] = "diana"
     reference: ClassVar[str] = "Mishchenko et al. 2019; Vono et al. 2022"
@@ -34,11 +34,11 @@ class Diana(Uplink):
         return 1.0 / (1.0 + self.compressor.omega(d))
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
-        """The shift h_i and the packet that waits to enter it."""
+        """The shift h_i and the packet that is pending for it."""
         return empty_shift(self.compressor, shape, dtype, device)
 
     def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
-        """Commit or drop what is pending, then compress the difference to the memory."""
+        """Commit or drop the pending packet, then compress the difference to the memory."""
         shift = settle(self.compressor, memory, turn, self.rate(memory["shift"].shape[-1]))
         packet = masked(self.compressor.compress(oracle.gradient(turn.point) - shift, turn.keys), turn.active)
         return Upload(packet, None), pend(shift, packet, memory, turn)
@@ -54,6 +54,6 @@ class Diana(Uplink):
     def decode(
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:
-        """Memories plus the scaled sum of differences; the memories move by the unscaled sum."""
+        """Add the scaled sum of differences to the memories; the memories change by alpha times the unscaled sum."""
         shift = state["shift"]
         return shift + total / inclusion, {"shift": shift + total.to(shift.dtype) * self.rate(shift.shape[-1])}

@@ -1,12 +1,12 @@
-r"""How the iterate comes back to the clients.
+r"""Downlinks: how clients get the iterate, in full or as compressed increments.
 
     dense     w_k = x_k
     ef21-p    q = C( x_k - w_{k-1} ),   w_k = w_{k-1} + q    on both ends
 
 Gruntkowska, Tyurin & Richtarik, ICML 2023 (arXiv 2209.15218); under Langevin noise P-ELF and B-ELF: Karagulyan &
-Richtarik 2023 (arXiv 2303.04622). Clients differentiate at w, the server moves x: w lags, which widens the stationary
-law at first order in the step. A client that missed rounds gets the increments that it missed or the dense point,
-whichever is smaller.
+Richtarik 2023 (arXiv 2303.04622). Clients compute gradients at w while the server moves x: w lags, which widens the
+stationary law at first order in the step. A client that missed rounds gets the increments that it missed or the dense
+point, whichever is smaller.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedsample.random import SERVER
 
 
 class Downlink(ABC):
-    """What clients see of the iterate, and what that costs."""
+    """What clients see of the iterate, and how many bits that takes."""
 
     name: ClassVar[str]
     reference: ClassVar[str]
@@ -32,7 +32,7 @@ class Downlink(ABC):
 
     @abstractmethod
     def see(self, seen: Tensor, params: Tensor, round: int) -> tuple[Tensor, Packet | None]:
-        """What clients see (C, d) in `round`, from what they saw before and the iterate; and the increment, if any."""
+        """Compute what clients see (C, d) in `round`, from what they saw before and the iterate; and the increment."""
 
     @abstractmethod
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
@@ -40,7 +40,7 @@ class Downlink(ABC):
 
 
 class DenseDownlink(Downlink):
-    """The iterate as it is."""
+    """The iterate in full."""
 
     name: ClassVar[str] = "dense"
     reference: ClassVar[str] = "-"
@@ -51,7 +51,7 @@ class DenseDownlink(Downlink):
         return params, None
 
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
-        """D values per chain, whatever was missed."""
+        """d values per chain, whatever was missed."""
         return len(missed) * _dense(chains, d, dtype)
 
 
@@ -59,10 +59,10 @@ class Ef21P(Downlink):
     """Compressed increments; needs a contractive compressor.
 
     Args:
-        compressor: contractive.
-        seed: the experiment's.
-        chains: C.
-        device: of the iterate.
+        compressor: a contractive compressor.
+        seed: the experiment's seed.
+        chains: number of chains C.
+        device: device of the iterate.
     """
 
     name: ClassVar[str] = "ef21-p"
@@ -75,18 +75,18 @@ class Ef21P(Downlink):
         self._link = LinkKeys(seed, SERVER, chains, "downlink", device)
 
     def see(self, seen: Tensor, params: Tensor, round: int) -> tuple[Tensor, Packet | None]:
-        """What was seen, plus the compressed difference; round 1 is dense."""
+        """Add the compressed difference to what was seen; round 1 is dense."""
         if round == 1:
             return params, None
         packet = self.compressor.compress(params - seen, self._link.at(round))
         return seen + self.compressor.decompress(packet, params.shape[-1]), packet
 
     def pack(self, packet: Packet) -> bytes:
-        """An increment of C chains as it travels."""
+        """Encode an increment of C chains."""
         return packet_bytes(self.compressor, packet)
 
     def advance(self, seen: Tensor, data: bytes, round: int) -> Tensor:
-        """What a client sees in `round`, from what it saw in the round before and `pack`'s bytes.
+        """Compute what a client sees in `round`, from what it saw in the previous round and the bytes of `pack`.
 
         Raises:
             DataError: if the length is wrong or a value is not finite.
@@ -95,7 +95,7 @@ class Ef21P(Downlink):
         return seen + self.compressor.decompress(packet, seen.shape[-1])
 
     def bits(self, missed: Tensor, chains: int, d: int, dtype: torch.dtype) -> int:
-        """The increments that were missed, or the dense point."""
+        """Bits of the missed increments or of the dense point, whichever is smaller per client."""
         whole = _dense(chains, d, dtype)
         increments = (missed * chains * self.compressor.bits(d, dtype)).clamp(max=whole)
         return int(torch.where(missed > 0, increments, whole).sum())

@@ -1,12 +1,12 @@
-r"""EF21: error feedback by a memory that follows the gradient through a contractive compressor.
+r"""EF21: error feedback by a memory that tracks the gradient through a contractive compressor.
 
     client  c_i = C( grad U_i(x_k) - g_i ),   g_i <- g_i + c_i
     server  g   <- g + sum_{i in S} c_i,      the estimate is g = sum_i g_i
 
 Richtarik, Sokolov & Fatkhullin, NeurIPS 2021 (arXiv 2106.05203); under Langevin noise D-ELF and B-ELF: Karagulyan &
 Richtarik 2023 (arXiv 2303.04622). The compressor may be biased (TopK). The estimate lags behind the gradient, which
-widens the stationary law at first order in the step. Round 1 is dense and waits for everyone; later an absent client
-stands in with its memory. Packets commit in two steps, as diana's do.
+widens the stationary law at first order in the step. Round 1 is dense and waits for everyone; later the
+memory of an absent client stands for its gradient. Packets commit in two steps, as diana's do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedsample.estimators.committed_memory import empty_shift, pend, settle
 
 
 class Ef21(Uplink):
-    """Compressed differences to a memory, which itself is the estimate; needs a contractive compressor."""
+    """EF21 estimator: compressed differences to a memory that is the estimate; needs a contractive compressor."""
 
     name: ClassVar[str] = "ef21"
     needs_everyone_to_sync: ClassVar[bool] = True
@@ -34,13 +34,13 @@ class Ef21(Uplink):
         return 1.0 if round == 1 else 0.0
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
-        """The memory g_i and the packet that waits to enter it."""
+        """The memory g_i and the packet that is pending for it."""
         return empty_shift(self.compressor, shape, dtype, device)
 
     def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
-        """Commit or drop what is pending, then compress the difference to the memory; round 1 sends the gradient."""
+        """Commit or drop the pending packet, then compress the difference to the memory; round 1 sends the gradient."""
         shape, dtype, device = memory["shift"].shape, memory["shift"].dtype, memory["shift"].device
-        if turn.sync is not None:  # all chains at once, and the round waits until everyone was heard: it is applied
+        if turn.sync is not None:  # all chains synchronise, and the round waits for all clients: it is applied
             gradient = oracle.gradient(turn.point, full=True)
             nothing = self.compressor.empty(tuple(shape), dtype, device)
             return Upload(None, gradient), pend(gradient.clone(), nothing, memory, turn)
@@ -59,6 +59,6 @@ class Ef21(Uplink):
     def decode(
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:
-        """The sum of the memories after what arrived was added, unscaled: absent clients keep theirs."""
+        """Add the packets that arrived, unscaled, to the sum of memories: absent clients keep theirs."""
         estimate = total.to(torch.float64) if sync is not None else state["estimate"] + total
         return estimate, {"estimate": estimate}

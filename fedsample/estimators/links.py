@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Links:
-    """Both links of an experiment: made once, and handed to all who compress, decompress or count bits.
+    """Both links of an experiment: built once, used by all that compress, decompress or count bits.
 
     Attributes:
         uplink: the gradient estimator.
@@ -39,7 +39,7 @@ class Links:
 
 
 def build_links(experiment: Experiment, clients: Clients) -> Links:
-    """Both links, once the clients and the model's parameter matrices are known.
+    """Build both links for these clients and their parameter matrices.
 
     Raises:
         UnsoundError: if one does not fit its compressor or the participation.
@@ -54,14 +54,14 @@ def build_links(experiment: Experiment, clients: Clients) -> Links:
 
 
 def build_uplink(experiment: Experiment, clients: int | None = None, blocks: Sequence[Tensor] | None = None) -> Uplink:
-    """The uplink; before the data are read, `clients` and `blocks` may be left out and only soundness is judged.
+    """Build the uplink; before the data are read, leave out `clients` and `blocks` to check soundness only.
 
     Raises:
         UnsoundError: if it does not fit its compressor or the participation.
     """
     section, fleet = experiment.uplink, experiment.fleet
     present = fleet.participation == 1.0 and isinstance(fleet.participation, float)
-    if isinstance(fleet.participation, int):  # how many there are may be known from the data only
+    if isinstance(fleet.participation, int):  # the number of clients may be known from the data only
         present = clients is None or fleet.participation == clients
     return soundness.build(
         section.name,
@@ -78,7 +78,7 @@ def build_downlink(
     blocks: Sequence[Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> Downlink:
-    """The downlink; arguments as for `build_uplink`.
+    """Build the downlink; arguments as for `build_uplink`.
 
     Raises:
         UnsoundError: if it does not fit its compressor.
@@ -89,7 +89,7 @@ def build_downlink(
 
 
 def refresh_of(experiment: Experiment) -> int | None:
-    """Rounds after which the reference of variance reduction moves; 0: never, None: there is none."""
+    """Rounds after which the reference of variance reduction moves; 0: never; None: no variance reduction."""
     section = experiment.uplink
     if experiment.batch_size is None or section.variance_reduction == "none":
         return None
@@ -97,7 +97,7 @@ def refresh_of(experiment: Experiment) -> int | None:
 
 
 def _compressor(section: UplinkConfig | DownlinkConfig, clients: int, blocks: Sequence[Tensor] | None) -> Compressor:
-    if blocks is None:  # any matrix will do where only soundness is judged; the rank waits for the true ones
+    if blocks is None:  # soundness does not depend on the matrices: any one does, with rank 1
         rank, blocks = 1, [torch.arange(1).unsqueeze(0)]
     else:
         rank = section.rank

@@ -1,4 +1,4 @@
-r"""MARINA: compressed gradient differences, now and then a dense round.
+r"""MARINA: compressed gradient differences, and dense rounds at random.
 
     c_k ~ Bernoulli(p), for each chain
     c_k = 1 :  g_k = sum_i grad U_i(x_k)
@@ -23,12 +23,15 @@ from fedsample.estimators.base import Memory, Oracle, ServerState, Turn, Uplink,
 
 
 class Marina(Uplink):
-    """Langevin-MARINA's estimator.
+    """MARINA estimator; needs an unbiased compressor.
 
     Args:
-        compressor: unbiased.
-        p: probability of a dense round, 0 < p <= 1; None: K / d, or in general compressed over dense bits (of float32),
-            for which dense and compressed rounds cost the same on average.
+        compressor: an unbiased compressor.
+        p: probability of a dense round, 0 < p <= 1; None: bits of a compressed over those of a dense float32 vector
+            (K / d for randk), for which dense and compressed rounds cost the same on average.
+
+    Raises:
+        ConfigError: if p is out of range.
     """
 
     name: ClassVar[str] = "marina"
@@ -43,7 +46,7 @@ class Marina(Uplink):
         if p is not None and not 0 < p <= 1:
             raise ConfigError(f"uplink.p = {p}: the probability of a synchronising round must lie in (0, 1]")
         self._p = p
-        self._shares: dict[int, float] = {}  # it is asked for several times a round
+        self._shares: dict[int, float] = {}  # by d: it is needed several times per round
 
     def probability(self, d: int) -> float:
         """The probability p of a dense round for vectors of d entries."""
@@ -54,18 +57,18 @@ class Marina(Uplink):
         return self._shares[d]
 
     def sync_probability(self, round: int, d: int) -> float:
-        """Round 1 is dense for every chain, then p."""
+        """1 in round 1, then p."""
         return 1.0 if round == 1 else self.probability(d)
 
     def memory(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Memory:
-        """The gradient at the last point and the round in which it was taken (0: never)."""
+        """The gradient at the last point and the round in which it was computed (0: never)."""
         return {
             "gradient": torch.zeros(shape, dtype=dtype, device=device),
             "round": torch.zeros(shape[:-2], dtype=torch.int64, device=device),
         }
 
     def encode(self, oracle: Oracle, memory: Memory, turn: Turn) -> tuple[Upload, Memory]:
-        """A compressed difference or, where the chain synchronises, the dense gradient."""
+        """Send a compressed difference or, if the chain synchronises, the dense gradient."""
         here = oracle.gradient(turn.point)
         dense = packet = None
         if turn.sync is not None:
@@ -79,13 +82,13 @@ class Marina(Uplink):
         return Upload(packet, dense), {"gradient": here, "round": memory["round"].fill_(turn.round)}
 
     def start(self, chains: int, d: int, device: torch.device) -> ServerState:
-        """The estimate, meaningless until round 1 has made it exact."""
+        """The estimate; round 1, which is dense, sets it."""
         return {"estimate": torch.zeros(chains, d, dtype=torch.float64, device=device)}
 
     def decode(
         self, state: ServerState, total: Tensor, sync: Tensor | None, inclusion: float
     ) -> tuple[Tensor, ServerState]:
-        """The last estimate plus the scaled sum of differences, or the sum of dense gradients."""
+        """Add the scaled sum of differences to the last estimate, or take the sum of dense gradients."""
         estimate = state["estimate"] + (total if inclusion == 1 else total / inclusion)
         if sync is not None:
             estimate = torch.where(sync.unsqueeze(-1), total.to(estimate.dtype), estimate)

@@ -1,4 +1,4 @@
-"""Packets of C chains as bytes: one chain after the other, each as its compressor writes it."""
+"""Encode and decode packets of C chains: one chain after the other, each as its compressor writes it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def fill_chain(packet: Packet, chain: int, one: Packet) -> None:
 
 
 def packet_bytes(compressor: Compressor, packet: Packet) -> bytes:
-    """All chains of a packet (C, ...) as they travel."""
+    """Encode all chains of a packet (C, ...)."""
     return b"".join(compressor.to_bytes(chain_of(packet, chain)) for chain in range(len(packet.values)))
 
 
 def packet_of_bytes(compressor: Compressor, data: bytes, like: Tensor, keys: PacketKeys) -> Packet:
-    """Back from `packet_bytes`, for vectors of the shape, dtype and device of `like` (C, d).
+    """Decode what `packet_bytes` wrote, for vectors of the shape, dtype and device of `like` (C, d).
 
     Raises:
         DataError: if the length is wrong or a value is not finite.
@@ -44,5 +44,5 @@ def packet_of_bytes(compressor: Compressor, data: bytes, like: Tensor, keys: Pac
         fill_chain(packet, chain, compressor.parse(data[chain * size : (chain + 1) * size], d, like.dtype))
     indices, side = (None if part is None else part.to(like.device) for part in (packet.indices, packet.side))
     packet = packet._replace(values=packet.values.to(like.device), indices=indices, side=side)
-    support = compressor.support(keys, d)  # of all chains at once, where the keys tell it
+    support = compressor.support(keys, d)  # of all chains at once, if the keys determine it
     return packet if support is None else packet._replace(indices=support)

@@ -1,7 +1,6 @@
-"""Which estimator goes with which compressor and which participation: data, and one function that judges by it.
+"""Which estimator is sound with which compressor and participation: a table, and one function that checks it.
 
-What stands outside the table samples another law, or nothing, and is refused with the reason and the nearest sound
-choice.
+A combination outside the table samples another law or none; it is refused with the reason and the nearest sound choice.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ Need = Literal["identity", "unbiased", "contractive"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: what a link is sound with.
+    """One row of the table: what a link is sound with.
 
     Attributes:
-        link: the class.
-        needs: the kind of compressor.
-        why: what happens otherwise.
+        link: the estimator's class.
+        needs: the kind of compressor that it needs.
+        why: what happens with another kind.
         instead: the nearest sound choice.
-        instead_of_contractive: the same where the compressor is contractive and the choice is another.
-        participation: what it asks of the clients.
+        participation: what it demands of the clients' participation.
         bias: order in the step of what compression adds to the variance.
+        instead_of_contractive: the nearest sound choice for a contractive compressor, if it differs; empty: `instead`.
     """
 
     link: type[Uplink] | type[Downlink]
@@ -106,8 +105,8 @@ def check(name: str, compressor: Compressor, *, everyone: bool = True) -> None:
     """Refuse a link around a compressor, or under a participation, with which it is unsound.
 
     Args:
-        name: of `RULES`.
-        compressor: what it wraps.
+        name: a name in `RULES`.
+        compressor: the compressor that the link uses.
         everyone: whether all clients take part in every round.
 
     Raises:
@@ -137,17 +136,17 @@ def check(name: str, compressor: Compressor, *, everyone: bool = True) -> None:
 def build(
     name: str, compressor: Compressor, p: float | None = None, *, anchored: bool = False, everyone: bool = True
 ) -> Uplink:
-    """The uplink of a configuration.
+    """Build an uplink by name.
 
     Args:
-        name: of the table.
-        compressor: what it wraps.
-        p: marina's synchronisation probability.
+        name: a name in `UPLINKS`.
+        compressor: the compressor that the uplink uses.
+        p: marina's synchronisation probability; None: its default, and for all other uplinks.
         anchored: whether direct subtracts the gradient at the mode.
         everyone: whether all clients take part in every round.
 
     Raises:
-        ConfigError: if the name is not known, or `p` is given to an uplink that tosses no coin.
+        ConfigError: if the name is not known, or `p` is given to an uplink other than marina.
         UnsoundError: if the compressor or the participation does not fit the uplink.
     """
     if name not in UPLINKS:
@@ -166,10 +165,11 @@ def build(
 def build_downlink(
     name: str, compressor: Compressor, seed: int, chains: int, device: torch.device | str = "cpu"
 ) -> Downlink:
-    """The downlink of a configuration.
+    """Build a downlink by name.
 
     Raises:
-        ConfigError: if the name is not known. UnsoundError: if the compressor does not fit.
+        ConfigError: if the name is not known.
+        UnsoundError: if the compressor does not fit.
     """
     if name == "dense":
         if compressor.name != "identity":
@@ -186,7 +186,7 @@ def build_downlink(
 
 
 def table() -> list[dict[str, str]]:
-    """The rows of `fedsample list estimators`: what each sends, and what it is sound with."""
+    """Return the rows of `fedsample list estimators`: what each sends, and what it is sound with."""
     return [
         {
             "name": name,

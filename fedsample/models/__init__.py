@@ -1,4 +1,4 @@
-"""Models as `nn.Module`s without state, to be filled from flat vectors. Imports torch only when one is built."""
+"""Models as `nn.Module`s that take their parameters from flat vectors. Imports torch only when one is built."""
 
 from fedsample.models.build import build as build
 from fedsample.models.build import parameter_layout as parameter_layout

@@ -1,4 +1,4 @@
-"""From a configuration to an `nn.Module` that is only a shape: its parameters are replaced by flat vectors."""
+"""Build the `nn.Module` of a configuration; it is a template whose parameters come from flat vectors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def build(config: ModelConfig, data: FederatedData) -> nn.Module:
         data: gives the shape of a row and the number of classes.
 
     Raises:
-        ConfigError: no such model, or it does not fit the data.
+        ConfigError: if there is no such model, or it does not fit the data.
     """
     outputs = data.classes if likelihood_of(config.name, data) == "categorical" else 1
     import torch
 
-    with torch.device("meta"):  # layers draw their usual start from the global generator; on "meta" they cannot
+    with torch.device("meta"):  # layers draw initial values from the global generator, except on "meta"
         module = _network(config, tuple(data.x.shape[1:]), outputs or 1)
     module = module.to_empty(device="cpu")
     with torch.no_grad():
@@ -42,7 +42,7 @@ def build(config: ModelConfig, data: FederatedData) -> nn.Module:
 
 
 def parameter_layout(module: nn.Module) -> list[tuple[str, tuple[int, ...], int]]:
-    """Where each parameter lies in the flat vector: (name, shape, offset), in `named_parameters` order, row-major."""
+    """Layout of the flat vector: (name, shape, offset), in `named_parameters` order, row-major."""
     layout, offset = [], 0
     for name, parameter in module.named_parameters():
         layout.append((name, tuple(parameter.shape), offset))
@@ -53,7 +53,7 @@ def parameter_layout(module: nn.Module) -> list[tuple[str, tuple[int, ...], int]
 def starting_law(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (both (d,), float64) of a normal law to start an optimiser from.
 
-    Zero is a saddle of every network with a hidden layer: its units are equal there and stay so. Weights get the
+    Zero is a saddle of every network with a hidden layer: its units are equal there and stay equal. Weights get the
     deviation sqrt(1 / fan_in), so that signals neither grow nor fade with depth (LeCun, Bottou, Orr & Mueller 1998,
     "Efficient BackProp", equation 16); biases and a normalisation's shifts are 0, its scales 1.
     """

@@ -15,11 +15,10 @@ class Linear(nn.Linear):
     Args:
         shape: shape of one row.
         outputs: number of outputs K.
-        intercept: whether there is a b.
+        intercept: whether there is a bias b.
     """
 
     def __init__(self, shape: Sequence[int], outputs: int, intercept: bool = True) -> None:
-        """Make `weight` (K, p) and, with an intercept, `bias` (K,)."""
         super().__init__(int(torch.Size(shape).numel()), outputs, bias=intercept)
         self.row_axes = len(shape)
 
@@ -31,7 +30,7 @@ class Linear(nn.Linear):
 class Mlp(nn.Module):
     """Multilayer perceptron with tanh between its layers.
 
-    It is smooth, so that Langevin dynamics sees a gradient with a Lipschitz constant; at a kink it has none.
+    It is smooth, so that its gradient is Lipschitz, as Langevin dynamics needs; at a kink it would not be.
 
     Args:
         shape: shape of one row.
@@ -47,7 +46,6 @@ class Mlp(nn.Module):
         outputs: int,
         intercept: bool = True,
     ) -> None:
-        """Make `layers.0`, `layers.1`, ..., each with `weight` and, with intercepts, `bias`."""
         super().__init__()
         widths = [int(torch.Size(shape).numel()), *hidden, outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=intercept) for a, b in pairwise(widths))

@@ -1,4 +1,4 @@
-"""Image layouts: rows may come with or without a channel axis, before or after the pixels; networks want (C, H, W)."""
+"""Image layouts: rows with or without a channel axis, first or last; networks take (C, H, W)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Layout = Literal["grey", "first", "last"]
 def layout_of(
     shape: Sequence[int], sizes: Sequence[int], channels: Sequence[int], model: str
 ) -> tuple[Layout, int, int]:
-    """Where the channels of a row are.
+    """Find the channel axis of a row.
 
     Args:
         shape: shape of one row: (S, S), (C, S, S) or (S, S, C).
-        sizes: allowed S.
-        channels: allowed C.
+        sizes: allowed image sizes S.
+        channels: allowed numbers of channels C.
         model: name of the network, for the message.
 
     Returns:
         The layout, the number of channels C and the size S.
 
     Raises:
-        ConfigError: no such layout.
+        ConfigError: if the shape fits none of them.
     """
     row = tuple(shape)
     for size in sizes:
@@ -46,7 +46,7 @@ def layout_of(
 
 
 def to_planes(images: Tensor, layout: Layout) -> Tensor:
-    """(..., row) in its layout -> (..., C, H, W)."""
+    """Convert images (..., row) of a layout to (..., C, H, W)."""
     if layout == "grey":
         return images.unsqueeze(-3)
     return images if layout == "first" else images.movedim(-1, -3)

@@ -2,7 +2,7 @@
 
     image -> conv 6 @ 5x5 -> tanh -> mean 2x2 -> conv 16 @ 5x5 -> tanh -> mean 2x2 -> 120 -> 84 -> K
 
-The second convolution sees all six maps, and the output layer is linear, as everybody has built it since. tanh and
+The second convolution sees all six maps, and the output layer is linear, as in most implementations since. tanh and
 mean pooling are the original's; they keep the potential smooth, which max pooling and ReLU would not.
 """
 
@@ -27,7 +27,6 @@ class LeNet5(nn.Module):
     """
 
     def __init__(self, shape: Sequence[int], outputs: int, intercept: bool = True) -> None:
-        """Make `conv1`, `conv2`, `fc1`, `fc2`, `fc3`."""
         super().__init__()
         self.layout, channels, size = layout_of(shape, (28, 32), (1, 3), "lenet5")
         self.conv1 = nn.Conv2d(channels, 6, 5, padding=(32 - size) // 2, bias=intercept)

@@ -22,8 +22,8 @@ from torch.nn import functional
 from fedsample.models.images import layout_of, to_planes
 
 _WIDTHS = (16, 32, 64)
-_EPSILON = 1e-6  # keeps a map of zeros from dividing by zero
-_BLOCKS = 3  # residual blocks a stage: 6 * 3 + 2 = 20 layers
+_EPSILON = 1e-6  # avoids division by zero on a map of zeros
+_BLOCKS = 3  # residual blocks per stage: 6 * 3 + 2 = 20 layers
 
 
 class FilterResponseNorm(nn.Module):
@@ -34,7 +34,6 @@ class FilterResponseNorm(nn.Module):
     """
 
     def __init__(self, channels: int) -> None:
-        """Make `tau`, `beta` and `gamma`, each (C,)."""
         super().__init__()
         self.tau = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
@@ -48,7 +47,7 @@ class FilterResponseNorm(nn.Module):
 
 
 class _Convolution(nn.Module):
-    """A convolution that keeps the size (or halves it, at stride 2), and its normalisation."""
+    """A convolution that keeps the size (or halves it, at stride 2), followed by normalisation."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, kernel: int = 3, intercept: bool = True) -> None:
         super().__init__()
@@ -88,7 +87,6 @@ class ResNet20(nn.Module):
     """
 
     def __init__(self, shape: Sequence[int], outputs: int, intercept: bool = True) -> None:
-        """Make `stem`, `blocks.0` to `blocks.8` and `head`."""
         super().__init__()
         self.layout, channels, _ = layout_of(shape, (32,), (3,), "resnet20")
         self.stem = _Convolution(channels, _WIDTHS[0], intercept=intercept)

@@ -1,4 +1,4 @@
-"""The models by name: what each predicts and with which likelihood. Needs no torch."""
+"""Table of models by name: what each predicts and with which likelihood. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class ModelFact(NamedTuple):
     """One row of the table of models.
 
     Attributes:
-        name: `model.name`.
-        task: what it predicts; None: a class or a number, as the data have it.
-        inputs: the features it takes.
-        parameters: how many parameters it has, for p features and K outputs.
-        about: what it is, in a few words.
+        name: value of `model.name`.
+        task: what it predicts; None: a class or a number, as the data decide.
+        inputs: the features that it takes.
+        parameters: number of parameters, for p features and K outputs.
+        about: short description.
     """
 
     name: str
@@ -43,15 +43,15 @@ _FACTS = (
 
 
 def models() -> tuple[ModelFact, ...]:
-    """All models, for `fedsample list models`."""
+    """List all models, for `fedsample list models`."""
     return _FACTS
 
 
 def fact_of(name: str) -> ModelFact:
-    """The table's row of one model.
+    """Return the table's row of one model.
 
     Raises:
-        ConfigError: there is no such model (names the nearest).
+        ConfigError: if there is no such model (names the nearest).
     """
     facts = {fact.name: fact for fact in _FACTS}
     if name not in facts:
@@ -62,7 +62,7 @@ def fact_of(name: str) -> ModelFact:
 
 
 def task_of(name: str) -> Task | None:
-    """What a model predicts, to be passed to `fedsample.data.load`; None where the data decide."""
+    """Task of a model, for `fedsample.data.load`; None if the data decide."""
     return fact_of(name).task
 
 
@@ -72,7 +72,7 @@ def likelihood_of(name: str, data: FederatedData) -> Likelihood:
     gaussian: N(output, noise_scale^2), one output; bernoulli: logit of class 1, one output; categorical: K logits.
 
     Raises:
-        ConfigError: the model does not fit the data's task or number of classes.
+        ConfigError: if the model does not fit the data's task or number of classes.
     """
     task = task_of(name)
     if name == "quadratic":

@@ -1,1 +1,1 @@
-"""Numerics that every room stands on: sums in a fixed order, code paths chosen once, dtypes by name."""
+"""Shared numerics: sums in a fixed order, warm-up of the maths library, dtypes by name."""

@@ -1,4 +1,4 @@
-"""One order of summation for every fleet: a fixed binary tree over the clients.
+"""Sum over clients in one order on every fleet: a fixed binary tree.
 
 Floating-point sums depend on their order, and replies arrive in any order. Here the sum over clients 0, ..., n - 1 is
 the tree that pairs neighbours, ((0 + 1) + (2 + 3)) + ..., an odd last one carried up unchanged. Every level is one
@@ -19,7 +19,7 @@ from torch import Tensor
 def tree_sum(terms: Tensor) -> Tensor:
     """Sum (n, ...) over its first axis by the fixed tree -> (...); n >= 1."""
     if terms.device.type == "cpu" and terms.shape[0] > 1:
-        with np.errstate(all="ignore"):  # infinities are for the chain to find
+        with np.errstate(all="ignore"):  # infinities show up as divergence of the chain
             return torch.from_numpy(np.asarray(_tree(terms.numpy())))
     while terms.shape[0] > 1:
         n = terms.shape[0]
@@ -31,7 +31,7 @@ def tree_sum(terms: Tensor) -> Tensor:
 
 
 def _tree(terms: NDArray[Any]) -> NDArray[Any]:
-    """The same by numpy, whose calls on small arrays cost a third of torch's; an addition is an addition."""
+    """The same by numpy, whose calls on small arrays cost a third of torch's; both add alike, bit for bit."""
     while (n := len(terms)) > 1:
         paired = terms[0 : n - n % 2 : 2] + terms[1:n:2]
         terms = np.concatenate([paired, terms[-1:]]) if n % 2 else paired
@@ -40,13 +40,13 @@ def _tree(terms: NDArray[Any]) -> NDArray[Any]:
 
 
 class TreeSum:
-    """The same sum, term by term: `add` the clients in order, then `total`; holds O(log n) partial sums."""
+    """The same sum term by term: `add` the clients in order, then `total`; keeps O(log n) partial sums."""
 
     def __init__(self) -> None:
         self._nodes: list[tuple[int, Tensor]] = []  # (level, partial sum), levels strictly falling
 
     def add(self, term: Tensor) -> None:
-        """The next client's term; all of one shape and dtype."""
+        """Add the next client's term; all terms have one shape and dtype."""
         level = 0
         while self._nodes and self._nodes[-1][0] == level:
             term = self._nodes.pop()[1] + term
@@ -54,7 +54,7 @@ class TreeSum:
         self._nodes.append((level, term))
 
     def total(self) -> Tensor:
-        """The sum so far; equal to `tree_sum` of the stacked terms, to the bit.
+        """Return the sum so far; equal to `tree_sum` of the stacked terms, to the bit.
 
         Raises:
             ValueError: if nothing was added.

@@ -1,4 +1,4 @@
-"""From a configuration to what is sampled: data, model, clients, prior."""
+"""Build the problem of an experiment from its configuration: data, model, clients, prior."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from fedsample.problem.problem import Problem
 
 
 def build_problem(experiment: Experiment) -> Problem:
-    """Read the data and build the target of an experiment.
+    """Read the data and build the problem of an experiment.
 
     Raises:
-        DataError, ConfigError: if the data or the model cannot be used.
+        DataError: if the data cannot be used.
+        ConfigError: if the model or another setting cannot be used.
     """
     from fedsample.data import load, load_quadratic
     from fedsample.models import task_of
@@ -35,10 +36,10 @@ def build_problem(experiment: Experiment) -> Problem:
 
 
 def rows_problem(experiment: Experiment, data: FederatedData) -> Problem:
-    """The target of an experiment on these rows, of all clients, of one, or of none.
+    """Build the problem of an experiment on these rows, of all clients, of one, or of none.
 
     Raises:
-        ConfigError: if the model does not fit the data.
+        ConfigError: if the model does not fit the data, or a flat prior makes the posterior improper.
     """
     from fedsample.models import build, likelihood_of, parameter_layout, starting_law
 
@@ -79,10 +80,10 @@ def rows_problem(experiment: Experiment, data: FederatedData) -> Problem:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name, if it is there.
+    """Return the device of this name.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: if the name is not valid or this machine lacks the device.
     """
     if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
         raise ConfigError(f'device "{name}", expected cpu, cuda or cuda:N')
@@ -94,7 +95,7 @@ def device_of(name: str) -> torch.device:
 
 
 def quadratic_problem(experiment: Experiment, lam: np.ndarray, a: np.ndarray) -> Problem:
-    """The target of an experiment on these potentials: lam (n, d) or (n, d, d), a (n, d)."""
+    """Build the problem of an experiment on these potentials: lam (n, d) or (n, d, d), a (n, d)."""
     dtype, device = DTYPES[experiment.dtype], device_of(experiment.fleet.device)
     prior = GaussianPrior.of_scale(experiment.model.prior_scale)
     curvature = torch.from_numpy(np.ascontiguousarray(lam)).to(dtype).to(device)

@@ -1,4 +1,4 @@
-"""Functions of the parameters whose convergence stands for that of the posterior."""
+"""Scalar functions of the parameters by which the convergence of the chains is judged."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from fedsample.random import SERVER, key
 from fedsample.targets import GeneralizedLinear, Posterior
 
 _PROJECTIONS = 32
-_ENTRIES = 1 << 24  # of the largest array of predictions
-_CACHED = 1 << 19  # the same of a CPU, where what stays in the cache takes two thirds of the time
+_ENTRIES = 1 << 24  # entries of the largest array of predictions
+_CACHED = 1 << 19  # the same on a CPU: within the cache it takes two thirds of the time
 
 
 @dataclass(frozen=True)
 class Functionals:
-    """What convergence is judged by, for draws (S, d) -> (S, F) float64.
+    """The functions that convergence is judged by: draws (S, d) -> (S, F) float64.
 
     Predictions at fixed held-out rows (centred logits and the true class's probability, or the mean), the test
     negative log-likelihood, U, |theta|^2, and 32 fixed projections of the parameters (of what the data can inform:
-    softmax weights are centred over classes and constant features left out). A few parameters are followed one by one.
+    softmax weights are centred over classes and constant features left out). Where there are at most 32 parameters,
+    each is monitored by itself.
 
     Attributes:
-        posterior: U.
-        likelihood: of the model's outputs; None for quadratics.
-        classes: K, 1 where a number is predicted.
-        chunk: draws to predict with at once.
-        points: rows (M, ...) and targets (M,) whose predictions are followed; None: there are none.
+        posterior: the posterior, with potential U.
+        likelihood: law of a target given the model's outputs; None for quadratics.
+        classes: number of classes K; 1 where a number is predicted.
+        chunk: number of draws to predict with at once.
+        points: rows (M, ...) and targets (M,) whose predictions are monitored; None: there are none.
         outputs: theta (S, d), x (M, ...) -> the model's outputs (S, K, M).
         probabilities: outputs -> class probabilities (S, K', M).
-        test_nll: draws (S, d) -> (S,) on the held-out rows; None: there are none.
+        test_nll: draws (S, d) -> negative log-likelihood (S,) of the held-out rows; None: there are none.
     """
 
     posterior: Posterior
@@ -72,7 +73,7 @@ class Functionals:
         return directions.to(clients.dtype).to(clients.device).T.contiguous()
 
     def _informed(self, directions: Tensor) -> Tensor:
-        """Directions (F, d) without what a softmax's likelihood cannot see."""
+        """Remove from directions (F, d) the components that a softmax likelihood does not depend on."""
         clients = self.posterior.clients
         if not isinstance(clients, GeneralizedLinear) or self.likelihood != "categorical":
             return directions

@@ -1,4 +1,7 @@
-"""From a configuration to what is sampled: data, clients, prior, and what the draws are judged by."""
+"""The problem of an experiment: clients, prior, model and data, with predictions and their scores.
+
+`problem.build` makes one from a configuration.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +24,25 @@ if TYPE_CHECKING:
 
     from fedsample.data import FederatedData
 
-_POINTS = 32  # rows whose predictions are followed as functionals
+_POINTS = 32  # rows whose predictions are monitored as functionals
 _CHUNK = 1 << 24  # entries of the largest array of predictions
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What an experiment samples.
+    """The posterior that an experiment samples, and the data and model behind it.
 
     Attributes:
         clients: the likelihood, in the model's parameters.
-        prior: U_0.
-        start_mean: (d,) where an optimiser begins.
-        start_scale: (d,) the spread of where it begins.
+        prior: the prior U_0.
+        start_mean: (d,) mean of the normal law from which an optimiser starts.
+        start_scale: (d,) standard deviation of that law.
         layout: name, shape and offset of each parameter.
         data: the rows; None for quadratics.
         module: the model; None for quadratics.
-        likelihood: of the model's outputs; None for quadratics.
+        likelihood: law of a target given the model's outputs; None for quadratics.
         noise_scale: standard deviation of a Gaussian likelihood.
-        client_names: as the data call them.
+        client_names: names of the clients in the data.
     """
 
     clients: Clients
@@ -65,7 +68,7 @@ class Problem:
 
     @property
     def fingerprint(self) -> str:
-        """Names the data and who holds them: a resumed run must find the same."""
+        """Hash of the data and their distribution over clients; a resumed run must find the same."""
         if isinstance(self.clients, Quadratic):
             arrays = [self.clients.curvature.cpu().numpy(), self.clients.center.cpu().numpy()]
         elif self.data is not None:
@@ -73,7 +76,7 @@ class Problem:
         else:
             arrays = []
         found = hashlib.sha256()
-        if self.data is not None and self.rowless:  # then the arrays say nothing
+        if self.data is not None and self.rowless:  # then the arrays hold nothing to hash
             found.update(repr((self.data.feature_names, self.data.class_names)).encode())
         for array in arrays:
             found.update(f"{array.dtype.str}{array.shape}".encode())
@@ -82,7 +85,7 @@ class Problem:
 
     @property
     def rowless(self) -> bool:
-        """Whether all rows lie elsewhere, as on a server whose devices hold the data."""
+        """Whether no rows are here, as on a server whose devices hold the data."""
         return self.data is not None and len(self.data.x) + len(self.data.x_test) == 0
 
     @cached_property
@@ -96,7 +99,7 @@ class Problem:
 
     @cached_property
     def points(self) -> tuple[Tensor, Tensor] | None:
-        """The rows whose predictions are followed: the first 32 held-out ones, or of the training rows if none are."""
+        """Rows whose predictions are monitored: the first 32 held-out ones; without any, 32 training rows."""
         if self.data is None or self.rowless:
             return None
         if self.test is not None:
@@ -133,7 +136,7 @@ class Problem:
         return torch.softmax(outputs, dim=-2)
 
     def functionals(self, draws: Tensor) -> Tensor:
-        """What convergence is judged by, for draws (S, d) -> (S, F) float64; see `Functionals`."""
+        """Compute the functions that convergence is judged by: draws (S, d) -> (S, F) float64; see `Functionals`."""
         return self._functionals(draws)
 
     @cached_property
@@ -166,7 +169,7 @@ class Problem:
         return losses.mean(-1, dtype=torch.float64)
 
     def predict_test(self, draws: Tensor) -> Tensor:
-        """Held-out predictions of draws (S, d): the sum over draws of class probabilities (M, K), or means (S, M)."""
+        """Predict held-out rows from draws (S, d): class probabilities (M, K) summed over draws, or means (S, M)."""
         if self.test is None:
             raise ConfigError("there are no held-out rows")
         x, chunks = self.test[0], draws.split(self._chunk)
@@ -177,7 +180,7 @@ class Problem:
 
     @property
     def _chunk(self) -> int:
-        """How many draws to predict with at once."""
+        """Number of draws to predict with at once."""
         rows = 1 if self.points is None else len(self.points[0]) if self.test is None else len(self.test[0])
         return max(1, _CHUNK // max(1, rows * self._classes))
 

@@ -1,7 +1,7 @@
-"""Two halves of one problem whose rows lie on devices: the server's, without a row, and each device's, with its own.
+"""Problems whose rows are on devices: the server's, without rows, and each device's, with its own rows.
 
-The server's knows what the clients agreed on: parameters, layout, prior, and the functionals that need no rows. A
-device's is what the simulation's client is (`Clients.client`), to the bit, and scores the rows that it holds out.
+The server's problem has what the clients agreed on: parameters, layout, prior, and the functionals that need no rows. A
+device's problem equals the simulation's client (`Clients.client`) bit for bit, and scores the rows that it holds out.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 def remote_problem(experiment: Experiment, agreed: Schema, clients: int) -> Problem:
-    """The server's problem: `clients` clients of which it holds nothing.
+    """Build the server's problem: `clients` clients without rows.
 
     Args:
         experiment: the configuration; the model and the prior are used, the data are not.
         agreed: what the clients agreed on (`data.device_files.agreed_schema`).
-        clients: n, at least 1.
+        clients: number of clients n, at least 1.
 
     Raises:
-        ConfigError: no clients, or a model that does not fit the schema.
-        DataError: a schema of one client, which has not been merged.
+        ConfigError: if there are no clients, or the model does not fit the schema.
+        DataError: if the schema is a single client's own, not a merged one.
     """
     if clients < 1:
         raise ConfigError(f"a federation of {clients} clients, expected at least 1: wait for devices to register")
@@ -58,14 +58,14 @@ def remote_problem(experiment: Experiment, agreed: Schema, clients: int) -> Prob
 
 
 def device_problem(experiment: Experiment, share: FederatedData | Potential) -> Problem:
-    """A device's problem: one client, and the rows that it holds out.
+    """Build a device's problem: one client, and the rows that it holds out.
 
     Args:
         experiment: the server's configuration.
-        share: what this device holds, as agreed, and standardised if that was agreed.
+        share: this device's data in the agreed form, standardised if that was agreed.
 
     Raises:
-        ConfigError: a model that does not fit the data, or more than one client.
+        ConfigError: if the model does not fit the data, or there is more than one client.
     """
     if isinstance(share, Potential):
         return quadratic_problem(experiment, share.lam, share.a)

@@ -1,4 +1,4 @@
-"""Keyed randomness: every draw is named by seed, round, client, chain and purpose."""
+"""Keyed random numbers: seed, round, client, chain and purpose determine every draw."""
 
 from fedsample.random.keys import SERVER, Key, key
 

@@ -34,11 +34,11 @@ SERVER = -1  # the client index under which the server draws
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_FOLD = 0xD1B54A32D192ED03  # an odd constant that keeps fold(value) apart from word(i)
+_FOLD = 0xD1B54A32D192ED03  # an odd constant that makes fold(value) differ from word(i)
 _MASK = (1 << 64) - 1
 _CPU = torch.device("cpu")
-_PIECE = 1 << 14  # words made at once on a CPU: they and their scratch stay in its cache
-_ALONE = 1 << 16  # from this many positions on, subsets are drawn one key after the other: each fills the cache
+_PIECE = 1 << 14  # words made together on a CPU: they and their scratch fit its cache
+_ALONE = 1 << 16  # from this many positions on, subsets are drawn key by key, since one fills the cache
 _local = threading.local()
 _27, _30, _31, _FACTOR_1, _FACTOR_2 = (np.uint64(each) for each in (27, 30, 31, _MIX_1, _MIX_2))
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -79,7 +79,7 @@ def _signed(word: int) -> int:
 
 
 def _shift(words: Tensor, by: int) -> Tensor:
-    """Logical right shift; torch's `>>` on int64 drags the sign along, and on a CPU takes ten times numpy's time."""
+    """Logical right shift; torch's `>>` on int64 is arithmetic, and on a CPU ten times slower than numpy's."""
     if words.device.type == "cpu":
         return torch.from_numpy(np.asarray(words.numpy().view(np.uint64) >> np.uint64(by)).view(np.int64))
     return (words >> by) & ((1 << (64 - by)) - 1)
@@ -97,7 +97,7 @@ def _mix(words: Tensor) -> Tensor:
 
 
 def _mix_(words: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> None:
-    """The same in place, by numpy, whose 64-bit shifts use the CPU's vectors."""
+    """The same in place, by numpy, whose 64-bit shifts use vector instructions."""
     np.right_shift(words, _30, out=scratch)
     np.bitwise_xor(words, scratch, out=words)
     np.multiply(words, _FACTOR_1, out=words)
@@ -109,7 +109,7 @@ def _mix_(words: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> None:
 
 
 def _scratch(size: int) -> NDArray[np.uint64]:
-    """This thread's scratch, kept if small: asking the system for it anew costs more than the mixing itself."""
+    """This thread's scratch array, reused if small: allocating it anew costs more than the mixing."""
     if size > _PIECE:
         return np.empty(size, dtype=np.uint64)
     if not hasattr(_local, "words"):
@@ -131,13 +131,13 @@ def _name_word(name: str) -> int:
 
 @lru_cache(maxsize=64)
 def _counters(n: int, device: torch.device) -> Tensor:
-    """(n,) the increments (i + 1) * GAMMA of the stream."""
+    """Increments (i + 1) * GAMMA of the stream, (n,)."""
     return torch.arange(1, n + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
 
 
 @lru_cache(maxsize=64)
 def _increments(n: int) -> NDArray[np.uint64]:
-    """The same of a CPU as numpy's, without a detour over torch at every piece."""
+    """The same on a CPU as a numpy array, cached so that no piece goes through torch."""
     return _counters(n, _CPU).numpy().view(np.uint64)
 
 
@@ -152,7 +152,7 @@ def _stream(keys: NDArray[np.uint64], start: int, out: NDArray[np.uint64]) -> No
     length = min(n, max(1, _PIECE // max(1, keys.size)))
     increments = _increments(length)
     scratch = _scratch(keys.size * length).reshape(*keys.shape, length)
-    direct = keys.size == 1 or length == n  # of one key a block is contiguous where it is to lie
+    direct = keys.size == 1 or length == n  # a single key's block of the output is contiguous
     work = out if direct else np.empty_like(scratch)
     for at in range(0, n, max(1, length)):
         size = min(length, n - at)
@@ -165,7 +165,7 @@ def _stream(keys: NDArray[np.uint64], start: int, out: NDArray[np.uint64]) -> No
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Horner's rule with separate multiplications and additions: a fused one would round differently."""
+    """Horner's rule with separate multiplications and additions: fused ones would round differently."""
     total = x * coefficients[-1]
     for coefficient in coefficients[-2:0:-1]:
         total = (total + coefficient) * x
@@ -232,7 +232,7 @@ class Key:
         return torch.tensor(_signed(self.words), dtype=torch.int64, device=self.device)
 
     def fold(self, value: int | str | Tensor) -> Key:
-        """The key below this one at `value`: a name, an integer, or an int64 tensor that broadcasts against the keys.
+        """Derive a key from this one and `value`: a name, an integer, or an int64 tensor that broadcasts against it.
 
         For a fixed key, different values never give the same key (the map is a bijection of 64-bit words).
         """
@@ -352,12 +352,13 @@ def key(
     purpose: str = "",
     device: torch.device | str = "cpu",
 ) -> Key:
-    """The key of one draw; coordinates left out are shared by everything below them.
+    """Make the key of a draw; leaving a coordinate out shares the draw across its values.
 
     Args:
         seed: the experiment's seed, any integer.
-        round, client, chain: integers, or int64 tensors that broadcast against each other (the server is client
-            `SERVER`).
+        round: an integer, or an int64 tensor that broadcasts against `client` and `chain`; None: left out.
+        client: likewise; the server is client `SERVER`.
+        chain: likewise.
         purpose: what the draw is for; different purposes never share a stream.
         device: where draws are made; their values do not depend on it.
     """

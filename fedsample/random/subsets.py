@@ -1,8 +1,8 @@
 """The first k distinct values of a sequence of independent uniform positions: a uniform k-subset for few words.
 
-By symmetry every subset of k is equally likely to come first. Which values count does not depend on how many of the
-sequence are looked at, so that rows alone, rows together, numpy and torch give the same. `together` serves many short
-rows at once, `alone` one row that fills the cache by itself.
+By symmetry every k-subset is equally likely to come first. The result does not depend on how much of the sequence is
+generated, so that single rows, rows together, numpy and torch agree. `together` serves many short rows at once, `alone`
+one long row that fills the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Sequence = Callable[[int, int], Tensor]  # (count, start) -> (..., count) int64 
 
 
 def together(sequence: Sequence, shape: torch.Size, n: int, k: int, device: torch.device) -> Tensor:
-    """(*shape, k) int64, ascending, of positions below n: all rows at once."""
+    """Draw k-subsets of positions below n for all rows at once: (*shape, k) int64, ascending."""
     if 2 * k > n:
         left = torch.ones((*shape, n), dtype=torch.bool, device=device)
         left.scatter_(-1, together(sequence, shape, n, n - k, device), False)
@@ -36,9 +36,9 @@ def together(sequence: Sequence, shape: torch.Size, n: int, k: int, device: torc
 
 @lru_cache(maxsize=64)
 def _enough(n: int, k: int) -> int:
-    """So many positions of n that k <= n / 2 distinct ones are almost surely among them: mean and six deviations.
+    """Number of positions that almost surely hold k <= n / 2 distinct ones: mean plus six standard deviations.
 
-    The wait for another one after i is geometric with success 1 - i / n.
+    After i distinct ones the wait for another is geometric with success probability 1 - i / n.
     """
     seen = np.arange(k) / n
     mean, variance = float((1 / (1 - seen)).sum()), float((seen / (1 - seen) ** 2).sum())
@@ -46,9 +46,9 @@ def _enough(n: int, k: int) -> int:
 
 
 def _pick(positions: Tensor, n: int, k: int) -> Tensor | None:
-    """(..., k) ascending: the first k distinct of each row; None if a row has fewer.
+    """Pick the first k distinct positions of each row, (..., k) ascending; None if a row has fewer.
 
-    Sorted by position, then by turn, the first of equals is the earliest; the others are put after all turns.
+    Sorted by position, then by turn, the first of equal positions is the earliest; repeats get a turn after all others.
     """
     count = positions.shape[-1]
     bits = (count - 1).bit_length()
@@ -63,7 +63,7 @@ def _pick(positions: Tensor, n: int, k: int) -> Tensor | None:
 
 
 def _pick_on_cpu(positions: Tensor, n: int, k: int) -> Tensor | None:
-    """The same by numpy, whose sorts use the CPU's vectors, in half the memory where it suffices."""
+    """The same by numpy, whose sorts use vector instructions; in uint32 where that suffices."""
     count = positions.shape[-1]
     bits = (count - 1).bit_length()
     kind: np.dtype[Any] = np.dtype(np.uint32 if (n - 1).bit_length() + bits <= 32 else np.int64)
@@ -77,15 +77,15 @@ def _pick_on_cpu(positions: Tensor, n: int, k: int) -> Tensor | None:
     last = np.partition(turn, k - 1, axis=-1)[..., k - 1 : k]
     if last.max(initial=0) >> bits:
         return None
-    place |= (turn > last).astype(kind) * kind.type(np.iinfo(kind).max)  # no branches: to the end, by another sort
+    place |= (turn > last).astype(kind) * kind.type(np.iinfo(kind).max)  # branch-free: sorts to the end
     place.sort(axis=-1)
     return torch.from_numpy(place[..., :k].astype(np.int64))
 
 
 def alone(sequence: Sequence, n: int, k: int, device: torch.device) -> Tensor:
-    """(k,) int64, ascending, of positions below n: one row, for large k.
+    """Draw a k-subset of positions below n for one row, for large k: (k,) int64, ascending.
 
-    Each batch draws as many as are missing, so that it cannot pass the k-th; only distinct ones are kept.
+    Each batch draws as many as are missing, so that it never exceeds k distinct ones; repeats are dropped.
     """
     if 2 * k > n:
         left = torch.ones(n, dtype=torch.bool, device=device)
@@ -108,14 +108,14 @@ def alone(sequence: Sequence, n: int, k: int, device: torch.device) -> Tensor:
 
 
 def sort(words: Tensor) -> Tensor:
-    """Ascending along the last axis; equal entries are the same, so every sort gives the same."""
+    """Sort ascending along the last axis; equal entries are interchangeable, so every library gives the same."""
     if words.device.type == "cpu":
         return torch.from_numpy(np.sort(words.numpy(), axis=-1))
     return torch.sort(words, dim=-1).values
 
 
 def _distinct(ascending: Tensor) -> Tensor:
-    """Without repetitions."""
+    """Drop repeats from an ascending tensor."""
     if len(ascending) < 2:
         return ascending
     if ascending.device.type == "cpu":

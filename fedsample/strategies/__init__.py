@@ -1,4 +1,7 @@
-"""The server side: samplers, the driver that asks clients on their behalf, and client sampling."""
+"""The server's half of sampling: samplers, the driver of a round, client sampling, schedules and stability.
+
+`strategies.flower` offers the same as a Flower strategy; it is imported only where Flower is used.
+"""
 
 if __name__ != "fedsample.strategies":
     raise ImportError(f"import this package as fedsample.strategies, not as {__name__}: it would exist twice")

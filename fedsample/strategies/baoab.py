@@ -35,20 +35,20 @@ def baoab_step(
     *,
     first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """From a gradient at `params` to the next position: (B of the step before,) B A O A.
+    """Advance from the gradient at `params` to the next position: (closing B of the previous step,) B A O A.
 
     Args:
-        params: (..., d) position.
-        momenta: same shape, before the last B of the step before.
+        params: (..., d) positions.
+        momenta: same shape, before the closing B of the previous step.
         gradient: grad U(params), same shape.
         noise: standard normal, same shape.
         step_size: h > 0.
         friction: gamma > 0.
         temperature: T >= 0.
-        first: whether there is no step before, so that the momenta are whole.
+        first: whether this is the first step, so that no closing B is due.
 
     Returns:
-        The next position, and the momenta before their closing B.
+        The next positions, and the momenta before their closing B.
     """
     decay = math.exp(-friction * step_size)
     momenta = momenta - (step_size / 2 if first else step_size) * gradient
@@ -61,7 +61,7 @@ class Baoab(Sampler):
     """BAOAB with an estimated gradient.
 
     Args:
-        friction: gamma > 0, in units of one over time.
+        friction: gamma > 0, per unit of time.
         **rest: as for `Sampler`.
     """
 
@@ -74,13 +74,13 @@ class Baoab(Sampler):
         self.friction = friction
 
     def start(self, params: Tensor) -> dict[str, Tensor]:
-        """Momenta from their equilibrium N(0, T)."""
+        """Draw momenta from their equilibrium N(0, T)."""
         chains, d = params.shape
         keys = key(self.seed, None, SERVER, torch.arange(chains, device=params.device), "momenta", params.device)
         return {"momenta": keys.normal(d, params.dtype) * math.sqrt(self.temperature)}
 
     def step(self, state: State, gradient: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """One BAOAB step; the momenta of a state still lack their closing half kick."""
+        """Take one BAOAB step; the momenta in a state still lack their closing B."""
         params, momenta = baoab_step(
             state.params,
             state.kernel["momenta"],

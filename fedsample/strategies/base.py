@@ -1,4 +1,4 @@
-"""What a sampler is: the variables that it keeps beside the positions, and one step of its equation.
+"""The sampler interface: its own variables besides the positions, and one step of its equation.
 
 A sampler knows neither clients nor messages. `strategies.driver.Driver` asks the clients for gradients and gives them
 to `step`; all randomness is passed in, or keyed by the experiment's seed.
@@ -16,12 +16,12 @@ from fedsample.strategies.state import State
 
 
 class Sampler(ABC):
-    """One step of C chains, given gradients of U and standard normals.
+    """Advance C chains by one step, given gradients of U and standard normals.
 
     Args:
         step_size: h > 0, or a schedule.
         temperature: T >= 0.
-        seed: the experiment's.
+        seed: the experiment's seed.
     """
 
     name: ClassVar[str]
@@ -34,24 +34,24 @@ class Sampler(ABC):
 
     @property
     def step_size(self) -> float:
-        """The step h of round 1."""
+        """Step size h of round 1."""
         return self.schedule.initial
 
     def step_at(self, round: int) -> float:
-        """The step h of a round."""
+        """Step size h of a round 1, 2, ..."""
         return self.schedule.at(round)
 
     @abstractmethod
     def start(self, params: Tensor) -> dict[str, Tensor]:
-        """The sampler's own variables before round 1, at positions (C, d) in the metric's coordinates."""
+        """Create the sampler's own variables before round 1, at positions (C, d) in the metric's coordinates."""
 
     @abstractmethod
     def step(self, state: State, gradient: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Positions (C, d) and own variables after a round.
+        """Return the positions (C, d) and the sampler's own variables after one round.
 
         Args:
-            state: before it.
-            gradient: (C, d) of U at the state's positions.
+            state: the state before the round.
+            gradient: (C, d) gradient of U at the state's positions.
             noise: (C, d) standard normals.
         """
 

@@ -1,7 +1,7 @@
-"""Client sampling by the server: which clients are asked, for each chain and round, by key.
+"""Client sampling: draws from keys which clients take part, per chain and round.
 
-Every chain has a cohort of its own: one cohort for all chains would make them dependent, and no diagnostic could trust
-their number.
+Every chain has its own cohort: a shared one would make the chains dependent, and diagnostics that compare chains count
+on their independence.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from fedsample.random import SERVER, key
 
 @dataclass(frozen=True)
 class Cohort:
-    """Who is asked.
+    """Draws the clients that take part in a round.
 
     Attributes:
-        n: clients.
-        chains: C.
-        seed: the experiment's.
-        size: a float in (0, 1], the probability with which each client is asked, independently; or an integer 1..n, the
-            size of a cohort drawn uniformly without replacement.
+        n: number of clients.
+        chains: number of chains C.
+        seed: the experiment's seed.
+        size: a float in (0, 1], the probability with which each client takes part, independently; or an integer
+            1..n, the size of a cohort drawn uniformly without replacement.
 
     Raises:
         ConfigError: if the size is out of range.
@@ -44,16 +44,16 @@ class Cohort:
 
     @property
     def probability(self) -> float:
-        """The probability that a given client is asked for a given chain."""
+        """Probability that a given client takes part for a given chain."""
         return self.size / self.n if isinstance(self.size, int) else self.size
 
     def active(self, round: int, sync: Tensor | None, everyone_syncs: bool) -> Tensor | None:
-        """(n, C) bool, who is asked for which chain; None: everyone for all.
+        """Draw the participants of a round: (n, C) bool per client and chain; None: all clients for all chains.
 
         Args:
-            round: 1, 2, ...
-            sync: (C,) chains that synchronise.
-            everyone_syncs: whether those need every client.
+            round: the round, 1, 2, ...
+            sync: (C,) bool, the chains that synchronise; None: none.
+            everyone_syncs: whether a synchronising chain needs every client.
         """
         if self.probability == 1.0:
             return None

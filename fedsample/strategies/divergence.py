@@ -1,4 +1,4 @@
-"""When a chain has diverged, and what to say of it."""
+"""Detect a diverged chain and explain why it diverged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedsample.errors import DivergenceError
 
 @dataclass(frozen=True)
 class Stability:
-    """What is known about the step, to tell a diverged chain and to say why it diverged.
+    """Stability limit of the step, used to detect a diverged chain and to explain it.
 
     Attributes:
         curvature: largest curvature seen, in the metric's coordinates.
@@ -24,12 +24,12 @@ class Stability:
     radius: float
 
     def check(self, params: Tensor, round: int, step: float) -> None:
-        """Stop when a chain has diverged.
+        """Raise if a chain has diverged.
 
         Args:
             params: (C, d) positions after the round.
-            round: which round it was.
-            step: the step h that was taken.
+            round: the round.
+            step: the step size h of that round.
 
         Raises:
             DivergenceError: with the step, the curvature and the largest stable step.
@@ -40,7 +40,7 @@ class Stability:
             raise DivergenceError(f"chain {chain} diverged in round {round}: {self.explain(step)}")
 
     def explain(self, step: float) -> str:
-        """What makes a chain diverge at a step, and what to do."""
+        """Explain why a chain diverges at this step, and what to do."""
         seen = f"the curvature {self.curvature:.4g} (the largest seen, in the metric's coordinates)"
         limit = f"the largest stable step is {self.limit:.4g}"
         if not step < self.limit:

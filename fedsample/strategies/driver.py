@@ -1,12 +1,12 @@
-"""The server of a chain: which gradients it asks for, what it makes of the answers, and where the chain stands.
+"""The server's half of a round: build the request, estimate the gradient from the answers, advance the chains.
 
     request(state) -> Request          the fleet answers with an Aggregate
     update(state, request, aggregate) -> state
     draw(state) -> (C, d) in the model's parameters
 
-A state is data: everything between two rounds, in tensors. The sampler supplies one step of its equation; the uplink
-estimator supplies the gradient; the prior is exact and the server's own; the noise is the server's, keyed by round and
-chain.
+A state holds everything that lasts between two rounds, as tensors. The sampler supplies one step of its equation, the
+uplink estimator the gradient of the likelihood; the server adds the prior's exact gradient and the noise, which is
+keyed by round and chain.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from fedsample.strategies.noise import Noise, SyncCoins
 from fedsample.strategies.state import State
 from fedsample.targets import GaussianPrior, Metric, MetricPrior
 
-_CHECK_EVERY = 16  # rounds between two looks for divergence
+_CHECK_EVERY = 16  # rounds between two checks for divergence
 
 
 class Driver:
-    """C chains of any sampler over any links, seen from the server.
+    """Server side of C chains, for any sampler and any pair of links.
 
     Args:
-        sampler: one step of the chains.
-        links: the gradient estimator, and what clients see of the iterate.
+        sampler: computes one step of the chains.
+        links: the uplink (gradient estimator) and the downlink (what clients see of the iterate).
         prior: U_0 in the model's parameters.
         metric: the chains' coordinates.
-        cohort: who is asked.
-        stability: what is known about the step.
-        refresh: rounds after which the reference of variance reduction moves to the iterate; 0: it stays at the origin;
-            None: there is none.
-        anchor: (d,) summed gradient at the origin, for uplinks that are anchored there.
+        cohort: draws the clients of each round.
+        stability: detects and explains divergence.
+        refresh: rounds after which the reference point of variance reduction moves to the iterate; 0: it stays at the
+            origin; None: no variance reduction.
+        anchor: (d,) summed gradient at the origin of the metric's coordinates, for an anchored `Direct` uplink.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Driver:
         self._increment: tuple[int, Packet | None] = (0, None)
 
     def begin(self, params: Tensor) -> State:
-        """The state before round 1, at positions (C, d) in the metric's coordinates."""
+        """Create the state before round 1, at positions (C, d) in the metric's coordinates."""
         chains, d = params.shape
         uplink = self.uplink.start(chains, d, params.device)
         applied = torch.zeros(self.cohort.n, dtype=torch.int64, device=params.device)
@@ -74,7 +74,7 @@ class Driver:
         return State(0, params, params, self.sampler.start(params), uplink, applied, 0, params, origin)
 
     def request(self, state: State, *, observe: bool = False) -> Request:
-        """What to ask in the next round; with `observe`, also the potentials and the uploads' norms."""
+        """Build the next round's request; with `observe`, also ask for the potentials and the uploads' norms."""
         round = state.round + 1
         chains, d = state.params.shape
         device = state.params.device
@@ -99,10 +99,10 @@ class Driver:
         )
 
     def update(self, state: State, request: Request, aggregate: Aggregate) -> State:
-        """The state after a round.
+        """Advance the state by one round.
 
         Raises:
-            DivergenceError: if a chain has left every bounded region.
+            DivergenceError: if a chain has diverged; checked in round 1 and every 16 rounds.
         """
         gradient, uplink = self.gradient(state, request, aggregate)
         params, kernel = self.sampler.step(state, gradient, self.noise.at(request.round, state.params))
@@ -115,7 +115,7 @@ class Driver:
         return State(request.round, params, request.points, kernel, uplink, applied, state.epoch, seen, reference)
 
     def gradient(self, state: State, request: Request, aggregate: Aggregate) -> tuple[Tensor, ServerState]:
-        """The estimated gradient of U at the state's positions (C, d), and the estimator's new server half."""
+        """Estimate the gradient (C, d) of U at the state's positions; also return the estimator's new server state."""
         if aggregate.total is None:
             raise ValueError("the aggregate holds no estimate")
         inclusion = aggregate.arrival * self.cohort.probability
@@ -127,13 +127,13 @@ class Driver:
         return self.metric.push(state.params)
 
     def drift(self, before: State, after: State) -> float:
-        """Root mean square over chains of how far the gradient alone moved the positions in a round."""
+        """Root mean square, over chains, of the displacement that the gradient alone caused in one round."""
         noise = self.noise.at(after.round, before.params)
         still, _ = self.sampler.step(before, torch.zeros_like(before.params), noise)
         return float((after.params - still).norm(dim=-1).square().mean().sqrt())
 
     def check(self, params: Tensor, round: int) -> None:
-        """Stop when a chain has diverged.
+        """Raise if a chain has diverged.
 
         Raises:
             DivergenceError: with the step, the curvature and the largest stable step.
@@ -141,22 +141,21 @@ class Driver:
         self.stability.check(params, round, self.sampler.step_at(round))
 
     def forked(self, state: State) -> State:
-        """The state when a client has lost its memory for good: the chain goes on along another path of the same law.
+        """The state after a client has lost its memory: the chain continues on another path of the same law.
 
-        Clients start new memories in a new epoch; an estimator whose server half cannot start anew by itself asks for a
-        dense round.
+        Clients start new memories in a new epoch; an estimator that needs a dense round to restart asks for one.
         """
         uplink = self.uplink.forget(state.uplink)
         return state._replace(uplink=uplink, epoch=state.epoch + 1, resync=self.uplink.resyncs)
 
     def _increment_of(self, state: State, round: int) -> Packet:
-        """What leads from the points of the round before to those of this one; made again after a resume."""
+        """Compressed increment from the previous round's points to this round's; recomputed after a resume."""
         if self._increment[0] != round or self._increment[1] is None:
             self._increment = (round, self.downlink.see(state.previous, state.params, round)[1])
         return self._increment[1]  # type: ignore[return-value]
 
     def _reference(self, state: State, round: int) -> tuple[Tensor | None, int]:
-        """Where clients reduce variance in a round, and since which round."""
+        """Reference point of variance reduction in a round, and the round in which it was set."""
         if self.refresh is None:
             return None, 0
         if self.refresh == 0:

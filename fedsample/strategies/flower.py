@@ -1,11 +1,11 @@
-"""The Flower half of every sampler: `flwr.serverapp.strategy.Strategy`, once for all of them, over messages.
+"""Flower strategy for every sampler: `flwr.serverapp.strategy.Strategy`, implemented once, over messages.
 
     configure_train   arrays -> state, request(state) -> one message to each client that is asked
     aggregate_train   replies -> sums over clients -> update(state, ...) -> arrays
 
-The arrays that Flower carries from round to round are the whole state of the chains, beside `params`, their positions
-in the model's own parameters (C, d). So `Result.arrays` of one `start` are the `initial_arrays` of the next, and chains
-go on where they stood, whatever number Flower gives the round.
+The arrays that Flower carries from round to round are the whole state of the chains, together with `params`, their
+positions in the model's own parameters (C, d). So `Result.arrays` of one `start` can be the `initial_arrays` of the
+next, and the chains continue, whatever number Flower gives the round.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ _OBSERVE = 100
 
 
 class _Pending(NamedTuple):
-    """A round between its two halves."""
+    """A round whose replies have not been aggregated yet."""
 
     state: State
     dispatch: Dispatch
 
 
 class FlowerStrategy(Strategy):
-    """Any sampler as Flower asks of a strategy.
+    """Any sampler as a Flower strategy.
 
-    In `start`, `train_config` may hold `observe-every`: in how many rounds metrics are returned, with the log posterior
-    where the round began, asked for along with the estimates; 100 by default. `evaluate_config` may hold `every`: in
-    how many rounds the log posterior is asked for where the round ended, in a message of its own; by default in none.
+    In `start`, `train_config` may hold `observe-every`: metrics are returned every so many rounds (100 by default),
+    with the log posterior at the start of the round, which the request for estimates also asks for. `evaluate_config`
+    may hold `every`: every so many rounds a separate message asks for the log posterior at the end of the round; by
+    default never.
 
     Args:
-        driver: the chains, seen from the server.
+        driver: the server side of the chains.
 
     Attributes:
         traffic: bits on the wire so far, arrays only, preparation not included.
     """
 
     def __init__(self, driver: Driver) -> None:
-        """Nothing is sent yet."""
         self.driver = driver
         self.traffic = Traffic()
         self._fleet: FlowerFleet | None = None
@@ -65,7 +65,7 @@ class FlowerStrategy(Strategy):
         self._asked: Dispatch | None = None
 
     def begin(self, params: Tensor) -> State:
-        """The state before round 1, at positions (C, d) in the metric's coordinates."""
+        """Create the state before round 1, at positions (C, d) in the metric's coordinates."""
         return self.driver.begin(params)
 
     def draw(self, state: State) -> Tensor:
@@ -75,19 +75,19 @@ class FlowerStrategy(Strategy):
     # --- states as arrays ------------------------------------------------------------------------------------------
 
     def use(self, fleet: FlowerFleet) -> None:
-        """Send messages through a fleet that has prepared the clients; otherwise one is made in the first round."""
+        """Send messages through this fleet, which has prepared the clients; otherwise the first round makes one."""
         self._fleet = fleet
 
     def arrays(self, state: State) -> ArrayRecord:
-        """A state as Flower carries it: give those of `begin` to `start`."""
+        """Encode a state as Flower arrays; pass those of `begin` to `start`."""
         tensors = {PARAMS: self.draw(state)} | {f"{_STATE}{name}": each for name, each in state.tensors().items()}
         return ArrayRecord({name: Array(each.cpu().numpy()) for name, each in tensors.items()})
 
     def state_of(self, arrays: ArrayRecord) -> State:
-        """Back from `arrays`; from `params` alone, (C, d) in the model's own parameters, chains begin.
+        """Decode a state from `arrays`; `params` alone, (C, d) in the model's own parameters, starts new chains.
 
         Raises:
-            DataError: if the arrays are no chains of this target.
+            DataError: if the arrays do not fit this target.
         """
         mean = self.driver.metric.mean
         shape = (self.driver.cohort.chains, len(mean))
@@ -109,7 +109,7 @@ class FlowerStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message to each client that the next round asks."""
+        """Send one message to each client that takes part in the next round."""
         state = self.state_of(arrays)
         fleet = self._fleet_on(grid)
         if not fleet.fresh and (state.round == 0 or not fleet.holds(self.driver.metric)):
@@ -123,10 +123,13 @@ class FlowerStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The chains after the round, and what it cost.
+        """Return the chains after the round, and the round's metrics if it is observed.
 
         Raises:
-            ClientError: if a client failed. QuorumError: if one did not answer. DivergenceError: if a chain diverged.
+            ClientError: if a client failed.
+            QuorumError: if one did not answer.
+            DivergenceError: if a chain diverged.
+            ConfigError: if `configure_train` was not called before.
         """
         if self._pending is None or self._fleet is None:
             raise ConfigError("aggregate_train without configure_train: nothing was asked")
@@ -140,7 +143,7 @@ class FlowerStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """A question for the potential at the chains' positions, in every so many rounds; by default never."""
+        """Ask for the potential at the chains' positions every `every` rounds; by default never."""
         state = self.state_of(arrays)
         self._asked = None
         if not _due(config, "every", 0, state.round):
@@ -153,7 +156,8 @@ class FlowerStrategy(Strategy):
         """The mean log posterior of the chains, up to a constant.
 
         Raises:
-            ClientError: if a client failed. QuorumError: if one did not answer.
+            ClientError: if a client failed.
+            QuorumError: if one did not answer.
         """
         if self._asked is None or self._fleet is None:
             return None
@@ -162,7 +166,7 @@ class FlowerStrategy(Strategy):
         return MetricRecord({"log-posterior": self._log_posterior(dispatch.request, aggregate)})
 
     def summary(self) -> None:
-        """Log what will be sampled, and how."""
+        """Log the sampler, links, metric and federation."""
         log = logging.getLogger("flwr")
         sampler, uplink, cohort = self.driver.sampler, self.driver.uplink, self.driver.cohort
         log.info("\t├──> %s, step %.4g, temperature %g", sampler.name, sampler.step_size, sampler.temperature)
@@ -182,7 +186,7 @@ class FlowerStrategy(Strategy):
         return self._fleet
 
     def _forgotten(self, state: State) -> State:
-        """The state once all clients have lost their memories."""
+        """The state after all clients have lost their memories."""
         if state.round == 0:
             return state
         return state._replace(uplink=self.driver.uplink.forget(state.uplink), epoch=state.epoch + 1)

@@ -19,10 +19,10 @@ from fedsample.strategies.state import State
 
 
 def langevin_step(params: Tensor, gradient: Tensor, noise: Tensor, step_size: float, temperature: float) -> Tensor:
-    """The next position.
+    """Take one Euler-Maruyama step from (..., d) positions.
 
     Args:
-        params: (..., d).
+        params: (..., d) positions.
         gradient: grad U(params), same shape.
         noise: standard normal, same shape.
         step_size: h > 0.
@@ -39,7 +39,7 @@ class Langevin(Sampler):
     reference: ClassVar[str] = "Roberts & Tweedie 1996; Sun, Salim & Richtarik 2022"
 
     def start(self, params: Tensor) -> dict[str, Tensor]:
-        """No variables beside the positions."""
+        """Return no variables: the positions are all."""
         return {}
 
     def step(self, state: State, gradient: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The server's randomness of a round: standard normals for every chain, and the coins of synchronising rounds."""
+"""The server's random numbers: standard normals and coin flips for synchronising rounds, per chain and round."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from fedsample.random import SERVER, key
 
-_NOISE_BLOCK = 16  # rounds of noise made at once; each round's is the same however many are
-_COIN_BLOCK = 64  # the same for the coins of synchronising rounds
+_NOISE_BLOCK = 16  # rounds of noise drawn together; a round's values do not depend on it
+_COIN_BLOCK = 64  # the same for the coin flips
 
 
 class Noise:
     """Standard normals keyed by round and chain.
 
     Args:
-        seed: the experiment's.
+        seed: the experiment's seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -41,10 +41,10 @@ class Noise:
 
 
 class SyncCoins:
-    """Which chains synchronise in a round: a coin per round and chain.
+    """Decides by a coin flip per round and chain which chains synchronise.
 
     Args:
-        seed: the experiment's.
+        seed: the experiment's seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -52,7 +52,7 @@ class SyncCoins:
         self._block: tuple[tuple[int, float], Tensor, list[bool]] | None = None
 
     def at(self, round: int, probability: float, chains: int, device: torch.device) -> Tensor | None:
-        """(C,) bool; None where no chain does."""
+        """(C,) bool, the chains that synchronise in this round; None: none."""
         if probability == 0:
             return None
         if probability == 1:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def schedule_of(section: float | str | ScheduleConfig, initial: float) -> Schedule:
-    """The steps of a run whose setting is `step_size = section` and which begins with `initial`."""
-    from fedsample.config import ScheduleConfig  # needs pydantic, which a bare machine with torch lacks
+    """Build the schedule that the setting `step_size = section` asks for, with step `initial` in round 1."""
+    from fedsample.config import ScheduleConfig  # needs pydantic, which a machine with torch alone lacks
 
     if isinstance(section, ScheduleConfig) and section.schedule == "polynomial":
         return Polynomial(initial, section.power, section.offset)
@@ -30,7 +30,7 @@ def schedule_of(section: float | str | ScheduleConfig, initial: float) -> Schedu
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """A step for every round.
+    """Step size as a function of the round.
 
     Attributes:
         initial: h > 0, the step of round 1.
@@ -40,10 +40,10 @@ class Schedule(ABC):
 
     @abstractmethod
     def at(self, round: int) -> float:
-        """The step of a round, 1, 2, ..."""
+        """Step size of a round 1, 2, ..."""
 
     def largest(self, first: int, last: int) -> float:
-        """The largest step of the rounds from `first` to `last`; steps fall, unless a schedule says otherwise."""
+        """Largest step size in rounds `first` to `last`: the first one, for schedules that never rise."""
         return self.at(first)
 
 
@@ -52,42 +52,42 @@ class Constant(Schedule):
     """The same step in every round."""
 
     def at(self, round: int) -> float:
-        """The step."""
+        """Step size of any round."""
         return self.initial
 
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    """Decay with a power of the round.
+    """Polynomial decay.
 
     Attributes:
-        power: > 0.
-        offset: rounds in which the step falls to 2^-power of itself.
+        power: exponent of the decay, > 0.
+        offset: rounds after which the step is 2^-power of the initial one.
     """
 
     power: float = 0.55
     offset: float = 1000.0
 
     def at(self, round: int) -> float:
-        """The step of a round."""
+        """Step size of a round 1, 2, ..."""
         return float(self.initial * (1.0 + (round - 1) / self.offset) ** -self.power)
 
 
 @dataclass(frozen=True)
 class Cyclical(Schedule):
-    """Cosine from the initial step to near zero, again and again.
+    """Cosine decay from the initial step to near zero, restarted every `period` rounds.
 
     Attributes:
-        period: rounds of a cycle.
+        period: rounds per cycle.
     """
 
     period: int = 1000
 
     def at(self, round: int) -> float:
-        """The step of a round; the last of a cycle is small but not zero."""
+        """Step size of a round 1, 2, ...; small but not zero in the last round of a cycle."""
         return 0.5 * self.initial * (1.0 + math.cos(math.pi * ((round - 1) % self.period) / self.period))
 
     def largest(self, first: int, last: int) -> float:
-        """That of a cycle's first round, if one is among them."""
+        """The initial step if a cycle begins in these rounds, else the step of round `first`."""
         begins = first + (1 - first) % self.period
         return self.initial if begins <= last else self.at(first)

@@ -1,4 +1,4 @@
-"""Where chains stand between two rounds."""
+"""State of the chains between two rounds."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fedsample.estimators import ServerState
 
 
 class State(NamedTuple):
-    """Where C chains stand after `round` rounds.
+    """State of C chains after `round` rounds.
 
     Attributes:
-        round: rounds done.
+        round: number of rounds done.
         params: (C, d) positions z in the metric's coordinates.
         previous: (C, d) the positions at the last request.
         kernel: the sampler's own variables, such as momenta.
-        uplink: the estimator's server half.
+        uplink: the estimator's server state.
         applied: (n,) int64, the last round in which each client's upload was applied.
-        epoch: of the clients' memories.
-        seen: (C, d) what clients see of the positions, which a compressed downlink lets lag.
-        reference: (C, d) where clients reduce the variance of their minibatches, if they do.
-        resync: whether the next round must be a dense one of all clients, because one has lost its memory.
+        epoch: number of times that the clients' memories were started anew.
+        seen: (C, d) the positions as clients see them; they lag behind `params` over a compressed downlink.
+        reference: (C, d) reference point of the minibatches' variance reduction, if there is any.
+        resync: whether the next round must be dense, with all clients, because one has lost its memory.
     """
 
     round: int
@@ -38,7 +38,7 @@ class State(NamedTuple):
     resync: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as flat tensors, for a checkpoint."""
+        """Flatten the state into named tensors, for a checkpoint."""
         return {
             "params": self.params,
             "previous": self.previous,
@@ -52,7 +52,7 @@ class State(NamedTuple):
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> State:
-        """Back from `tensors`."""
+        """Restore a state from what `tensors` returned."""
         here = {name: tensor.to(device) for name, tensor in tensors.items()}
         counters = tensors["counters"].tolist()
         part = {

@@ -1,4 +1,4 @@
-"""Targets: potentials of clients, the prior, and the metric in whose coordinates a chain moves."""
+"""Targets: the clients' potentials, the prior, and the metric that gives a chain its coordinates."""
 
 from fedsample.targets.base import Clients, GaussianPrior
 from fedsample.targets.glm import GeneralizedLinear

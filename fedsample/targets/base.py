@@ -1,7 +1,7 @@
-r"""What is sampled: pi(theta) ∝ exp(-U(theta) / T) with U = U_0 + sum_i U_i.
+r"""The target: pi(theta) ∝ exp(-U(theta) / T) with U = U_0 + sum_i U_i.
 
-U_i is client i's negative log-likelihood summed over its rows, up to constants; U_0, the negative log-prior, belongs to
-the server. `Clients` is a stack of n clients that answers for all of them at once; a device holds the same class with
+U_i is client i's negative log-likelihood summed over its rows, up to constants; U_0, the negative log-prior, is the
+server's. `Clients` is a stack of n clients that computes for all of them together; a device holds the same class with
 n = 1. A client without rows contributes zero.
 """
 
@@ -23,8 +23,9 @@ class Clients(ABC):
     Attributes:
         n: number of clients.
         d: number of parameters.
-        rows: (n,) rows each client holds.
-        dtype, device: of all arrays.
+        rows: (n,) number of rows of each client.
+        dtype: dtype of all arrays.
+        device: device of all arrays.
     """
 
     n: int
@@ -61,21 +62,21 @@ class Clients(ABC):
 
     @abstractmethod
     def blocks(self) -> list[Tensor]:
-        """The parameter matrices for Kronecker factors: flat positions, int64 (out, in) each; together all d."""
+        """Parameter matrices for Kronecker factors: flat positions, int64 (out, in) each, together all d."""
 
     @abstractmethod
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For each block the factors B (n, out, out), A (n, in, in) of the Fisher at (d,), with tr B = tr A.
+        """Compute for each block the factors B (n, out, out), A (n, in, in) of the Fisher at (d,), with tr B = tr A.
 
         F restricted to the block is approximated by B x A / tr A: with F = sum u u^T over matrices u, B = sum u u^T and
         A = sum u^T u.
         """
 
     def on(self, engine: str) -> Clients:
-        """The same clients on another path to gradients, sharing their data: see `fleets.engines` for the names.
+        """The same clients with gradients computed by another engine, sharing their data; names in `fleets.engines`.
 
         Raises:
-            CompileError: if there is no such path for these clients or on this machine.
+            CompileError: if the engine cannot serve these clients or this machine.
         """
         if engine == "compiled":
             raise CompileError("only linear and logistic clients on a CPU are compiled, not these")
@@ -85,10 +86,10 @@ class Clients(ABC):
 
     @abstractmethod
     def subset(self, clients: Tensor) -> Clients:
-        """The same for some clients only, in the given order."""
+        """A stack of some of the clients, in the given order."""
 
     def client(self, i: int) -> Clients:
-        """The stack that holds client i alone, as its device does."""
+        """A stack of client i alone, as its device holds it."""
         return self.subset(torch.tensor([i], device=self.device))
 
 
@@ -104,13 +105,13 @@ class GaussianPrior:
 
     @classmethod
     def of_scale(cls, scale: float | None) -> GaussianPrior:
-        """N(0, scale^2) on every parameter; None: flat."""
+        """Prior N(0, scale^2) on every parameter; None: flat."""
         return cls(0.0 if scale is None else 1.0 / scale**2)
 
     def potential(self, theta: Tensor) -> Tensor:
-        """(..., d) -> (...) float64."""
+        """U_0 at (..., d) -> (...) float64."""
         return 0.5 * self.precision * theta.to(torch.float64).square().sum(-1)
 
     def gradient(self, theta: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
+        """Gradient of U_0 at (..., d) -> (..., d)."""
         return self.precision * theta

@@ -1,8 +1,8 @@
-"""A function of tensors as a CUDA graph: recorded once for each shape of its inputs, then replayed.
+"""Replay a function of tensors as a CUDA graph, recorded once per shape of its inputs.
 
 A gradient of a small model is hundreds of kernels that each take less time than their launch. A graph launches them
-all at once; it is the same kernels on the same memory, so the same bits as the function itself. The function must do
-everything on the device, without waiting for it, and depend on nothing but its inputs and tensors that stay.
+all at once; it runs the same kernels, so its results equal the function's bit for bit. The function must do everything
+on the device, never wait for it, and depend only on its inputs and on tensors that stay allocated.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from fedsample.errors import CompileError
 
 Function = Callable[..., Tensor]
 
-_MOST = 32  # shapes that are recorded; of further ones the function is called, since a record costs some of its calls
-_WARM_UP = 2  # calls before a record, in which libraries make their handles and choose their algorithms
+_MOST = 32  # shapes that are recorded; others call the function, since recording costs several calls
+_WARM_UP = 2  # calls before recording, in which libraries create handles and choose algorithms
 
 
 class Recorder(Protocol):
-    """What makes graphs: CUDA, or a stand-in for it in a test."""
+    """Interface that records graphs: CUDA, or a stand-in for it in a test."""
 
     def check(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
         """Refuse a function that waits for the device."""
         ...
 
     def record(self, function: Function, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
-        """A call that writes function(*inputs), for what the inputs then hold, into the tensor beside it."""
+        """Record function(*inputs): a call that recomputes it from the inputs' current values, and its result."""
         ...
 
 
 class CudaRecorder:
-    """Records on a stream of its own; all its graphs share one memory, as no two are replayed at a time.
+    """Records CUDA graphs on its own stream; they share one memory pool, as no two are replayed at a time.
 
     Args:
-        device: where.
+        device: the GPU to record on.
 
     Raises:
         CompileError: if it is not a CUDA device.
@@ -52,9 +52,9 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def check(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
-        """Call it with waiting forbidden: a record that fails half-way may leave PyTorch's allocator in disorder.
+        """Refuse a function that waits for the device, since a recording that fails may corrupt PyTorch's allocator.
 
-        For the time of the call waiting is forbidden in all threads, so this is for before there are others.
+        Calls the function with synchronisation forbidden, in all threads, so use it before other threads start.
 
         Raises:
             CompileError: if it waits.
@@ -72,7 +72,7 @@ class CudaRecorder:
             torch.cuda.set_sync_debug_mode(before)
 
     def record(self, function: Function, inputs: tuple[Tensor, ...]) -> tuple[Callable[[], None], Tensor]:
-        """Warm up and record.
+        """Warm up, then record.
 
         Raises:
             CompileError: if CUDA refuses.
@@ -81,7 +81,7 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             try:
-                # `torch.cuda.graph` does not give the stream back where the record fails; this outer context does.
+                # If recording fails, `torch.cuda.graph` does not restore the stream; this outer context does.
                 with torch.cuda.stream(self._stream):
                     for _ in range(_WARM_UP):
                         function(*inputs)
@@ -99,32 +99,32 @@ class CudaRecorder:
 
 
 class _Record(NamedTuple):
-    inputs: tuple[Tensor, ...]  # the graph reads them where they lie
+    inputs: tuple[Tensor, ...]  # the graph reads them at these addresses
     replay: Callable[[], None]
     result: Tensor
 
 
 class Replayed:
-    """The function, recorded for each shape that it meets.
+    """A function that is recorded per input shape on first use, then replayed.
 
     Args:
-        function: tensors to a tensor.
-        example: inputs for a first record, which tells whether there can be one.
-        recorder: what makes graphs.
+        function: maps tensors to a tensor.
+        example: inputs of the first recording, which shows whether the function can be recorded.
+        recorder: records the graphs.
 
     Raises:
-        CompileError: if there can be none.
+        CompileError: if it cannot be recorded.
     """
 
     def __init__(self, function: Function, example: tuple[Tensor, ...], recorder: Recorder) -> None:
         self._function, self._recorder = function, recorder
         self._records: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Record] = {}
-        self._lock = threading.Lock()  # a record has one set of inputs, and the monitor's thread may ask too
+        self._lock = threading.Lock()  # a recording has one set of inputs, and the monitor's thread may call too
         recorder.check(function, example)
         self(*example)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The function's value, in a tensor of the caller's own."""
+        """Compute the function's value, in a tensor that the caller owns."""
         shapes = tuple((each.shape, each.dtype) for each in inputs)
         with self._lock:
             record = self._records.get(shapes)

@@ -1,12 +1,13 @@
-"""Compiles `fused.cpp`, which reads each row of a linear or logistic client once, and calls it.
+"""Compile and call `fused.cpp`, which reads each row of a linear or logistic client once per gradient.
 
 PyTorch's products read the design twice, once for the outputs and once for the gradient; for a model with one output
-that is all the time there is. The source is compiled where it runs, for its CPU, in a fraction of a second, into a
+that takes nearly all the time. The source is compiled where it runs, for its CPU, in a fraction of a second, into a
 directory that is deleted once the code is loaded: nothing is left behind, and nothing found on disk is ever trusted.
 
-The compiler is the variable CXX, or the first found of g++, clang++ and c++. FEDSAMPLE_CXXFLAGS stands in place of
-`-O3 -march=native`, what the code is made for: `-O3 -march=x86-64-v3` gives machines of unlike CPUs one code, and so
-one rounding; empty, the compiler's own choice. What the code means (the standard, how it is called) stays.
+The compiler is the one that the environment variable CXX names, or the first found of g++, clang++ and c++. The
+variable FEDSAMPLE_CXXFLAGS replaces `-O3 -march=native`: with `-O3 -march=x86-64-v3` machines with different CPUs run
+the same code, and so round alike; empty, the compiler's defaults apply. Flags for the language standard and the calling
+convention are fixed.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from torch import Tensor
 from fedsample.errors import CompileError
 
 _SOURCE = Path(__file__).with_name("fused.cpp")
-_MEANING = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
-_MACHINE = "-O3 -march=native"
+_FIXED_FLAGS = ("-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+_OPTIMISATION_FLAGS = "-O3 -march=native"
 _NAMES = {torch.float32: "gradients_float32", torch.float64: "gradients_float64"}
-_SHARE = 1 << 20  # entries read by a thread, from which it is worth starting one
+_SHARE = 1 << 20  # entries per thread from which starting one pays
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled code, made at the first call of a process.
+    """Compile and load the code, once per process.
 
     Raises:
-        CompileError: if there is no C++ compiler, or it fails, as for a flag that it does not know; with its own words.
+        CompileError: if there is no C++ compiler, or it fails, as for an unknown flag; quotes the compiler's message.
     """
     compiler = _compiler()
     with tempfile.TemporaryDirectory(prefix="fedsample-") as folder:
         made = Path(folder) / "fused.so"
-        command = [*compiler, *_MEANING, *_machine(), str(_SOURCE), "-o", str(made)]
+        command = [*compiler, *_FIXED_FLAGS, *_optimisation_flags(), str(_SOURCE), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             if done.returncode != 0:
@@ -68,9 +69,9 @@ def _compiler() -> list[str]:
     raise CompileError("no C++ compiler was found; install g++ or clang++, or name one in the variable CXX")
 
 
-def _machine() -> list[str]:
-    """Flags that say for which machine, and how far, the code is optimised."""
-    given = os.environ.get("FEDSAMPLE_CXXFLAGS", _MACHINE)
+def _optimisation_flags() -> list[str]:
+    """Optimisation flags, from FEDSAMPLE_CXXFLAGS if it is set."""
+    given = os.environ.get("FEDSAMPLE_CXXFLAGS", _OPTIMISATION_FLAGS)
     try:
         return shlex.split(given)
     except ValueError as error:
@@ -78,13 +79,13 @@ def _machine() -> list[str]:
 
 
 class FusedGradient:
-    """Gradients of all or some clients of one design.
+    """Computes gradients of all or some clients of one design matrix.
 
     Args:
         design: (N, q) contiguous, on a CPU.
-        targets: (N,) of its dtype.
-        offsets: (n + 1,) int64.
-        logistic: otherwise linear.
+        targets: (N,) of the design's dtype.
+        offsets: (n + 1,) int64; client i owns rows offsets[i] : offsets[i + 1].
+        logistic: whether the model is logistic; otherwise linear.
         weight: 1 / sigma^2 of the linear likelihood.
 
     Raises:
@@ -93,12 +94,12 @@ class FusedGradient:
 
     def __init__(self, design: Tensor, targets: Tensor, offsets: Tensor, logistic: bool, weight: float) -> None:
         self._function = getattr(library(), _NAMES[design.dtype])
-        self._arrays = (design, targets.contiguous(), offsets.contiguous())  # kept alive: C sees addresses only
+        self._arrays = (design, targets.contiguous(), offsets.contiguous())  # kept alive: C gets addresses only
         self._logistic, self._weight = int(logistic), weight
         self._everyone = torch.arange(len(offsets) - 1)
 
     def __call__(self, points: Tensor, clients: Tensor | None = None) -> Tensor:
-        """(C, q) -> (n, C, q), or (m, C, q) for the m clients whose indices are given."""
+        """Gradients at (C, q) -> (n, C, q), or (m, C, q) for the m clients whose indices are given."""
         design, targets, offsets = self._arrays
         who = self._everyone if clients is None else clients.contiguous()
         points = points.contiguous()

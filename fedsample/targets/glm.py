@@ -8,13 +8,13 @@ With design rows x (a one appended for the intercept), W (k, q) and eta = W x:
 
     grad U = sum r x^T,      Hessian U = sum Lambda (x) x x^T.
 
-The rows of all clients are stacked: one product with the design serves all clients and chains, and one product a client
-gathers its gradient. The outputs stand on a leading axis, since a softmax over a short last axis is ten times slower.
-Parameters are flat as in `torch.nn.Linear`: weight (k, p) row-major, then bias (k,).
+The rows of all clients are stacked: one product with the design serves all clients and chains, and one product per
+client gathers its gradient. The outputs are on a leading axis, since a softmax over a short last axis is ten times
+slower. Parameters are flat as in `torch.nn.Linear`: weight (k, p) row-major, then bias (k,).
 
-Full gradients have other paths, which agree to rounding: `stacked` works through runs of clients that stay in the cache
-between the two products, `compiled` reads each row once (see `fused.py`), `cuda-graph` replays what `stacked` does on a
-GPU (see `graphs.py`), to the same bits.
+Full gradients have other engines, which agree up to rounding: `stacked` works through runs of clients that stay in the
+cache between the two products, `compiled` reads each row once (see `fused.py`), `cuda-graph` replays what `stacked`
+does on a GPU (see `cuda_graphs.py`), bit for bit.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class GeneralizedLinear(Clients):
         x: (N, p) rows sorted by client.
         y: (N,) integer labels below `outputs` (categorical), 0 / 1 (bernoulli), or targets (gaussian).
         offsets: (n + 1,) int64, client i owns rows offsets[i] : offsets[i + 1].
-        likelihood: which regression.
-        outputs: k, the classes (1 unless categorical).
+        likelihood: "gaussian" (linear), "bernoulli" (logistic) or "categorical" (softmax).
+        outputs: k, the number of classes; 1 unless categorical.
         intercept: whether the parameters end with a bias.
         noise_scale: sigma of the Gaussian likelihood.
     """
@@ -79,10 +79,10 @@ class GeneralizedLinear(Clients):
         self._replayed: Replayed | None = None
 
     def on(self, engine: str) -> GeneralizedLinear:
-        """The same clients, with full gradients by another path.
+        """The same clients, with full gradients computed by another engine.
 
         Raises:
-            CompileError: if there is no such path for these clients or on this machine.
+            CompileError: if the engine cannot serve these clients or this machine.
         """
         twin = copy.copy(self)
         twin._runs = self._cached_runs() if engine == "stacked" else None
@@ -91,7 +91,7 @@ class GeneralizedLinear(Clients):
         return twin
 
     def _cached_runs(self) -> list[tuple[int, int, bool]]:
-        """Runs (first, last) of clients whose design stays in the cache, and whether all have as many rows, > 0."""
+        """Runs (first, last) of clients whose design fits the cache, and whether all have equally many rows, > 0."""
         at_once = _CACHED // self.dtype.itemsize if self.device.type == "cpu" else _CHUNK  # a GPU wants few launches
         budget = max(1, at_once // self.design.shape[1])
         sizes = [high - low for low, high in zip(self._bounds, self._bounds[1:], strict=False)]
@@ -139,7 +139,7 @@ class GeneralizedLinear(Clients):
         return self.matrix(torch.arange(self.d, device=self.device))
 
     def predict(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Outputs of other rows: theta (S, d), x (M, p) -> (S, k, M)."""
+        """Outputs for given rows: theta (S, d), x (M, p) -> (S, k, M)."""
         rows = torch.cat([x.flatten(1), x.new_ones(len(x), 1)], dim=1) if self.intercept else x.flatten(1)
         return torch.matmul(self.matrix(theta), rows.T)
 
@@ -151,7 +151,7 @@ class GeneralizedLinear(Clients):
         return torch.mm(matrix.reshape(c * k, q), self.design[rows].T).view(c, k, -1)
 
     def _residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """DU / d eta, the shape of the outputs; targets (k, rows) or (..., k, rows)."""
+        """dU / d eta, of the shape of the outputs; targets (k, rows) or (..., k, rows)."""
         if self.likelihood == "categorical":
             return torch.softmax(outputs, dim=-2).sub_(targets)
         if self.likelihood == "bernoulli":
@@ -244,7 +244,7 @@ class GeneralizedLinear(Clients):
         return self.flat(result.view(m, chains, self.outputs, q))
 
     def _stacked_gradient(self, matrix: Tensor, runs: list[tuple[int, int, bool]]) -> Tensor:
-        """(C, k, q) -> (n, C, d), one run of clients after the other; clients with as many rows in one product."""
+        """(C, k, q) -> (n, C, d), run by run; clients with equally many rows in one batched product."""
         chains, k, q = matrix.shape
         points = matrix.reshape(chains * k, q)
         result = self.design.new_empty(self.n, chains * k, q)
@@ -264,7 +264,7 @@ class GeneralizedLinear(Clients):
         return self.flat(result.view(self.n, chains, k, q))
 
     def _batch_gradient(self, matrix: Tensor, clients: Tensor | None, keys: Key, size: int) -> Tensor:
-        """Minibatches drawn for each client and chain: (m, C, d), in runs of clients that bound memory."""
+        """Minibatch gradients (m, C, d), drawn per client and chain, in runs of clients that bound memory."""
         rows = self.rows if clients is None else self.rows[clients]
         start = (self.offsets[:-1] if clients is None else self.offsets[:-1][clients.cpu()]).to(self.device)
         if len(self.design) == 0 or len(rows) == 0:

@@ -1,8 +1,8 @@
-"""Gradients in portions that the device's memory holds: after a failure half as many clients at a time, then chains.
+"""Compute gradients in portions that fit the device's memory: on failure, half as many clients, then half the chains.
 
-What a portion computes depends on its own clients, points and keys alone, so the draws are the same. Sums may round
-otherwise, since products have other shapes; a warning says so. What no portion helps against has an error that says
-how much there is and what would fit.
+A portion depends on its own clients, points and keys alone, so random draws are unchanged. Sums may round differently,
+since matrix products have other shapes; a warning says so. If no portion fits, the error says how much memory there is
+and what would fit.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fedsample.errors import DeviceMemoryError
 from fedsample.random import Key
 from fedsample.targets.base import Clients
 
-_COPIES = 4  # arrays of the size of all gradients that a round holds: gradients, memories, packets and their sum
+_COPIES = 4  # arrays as large as all gradients that a round holds: gradients, memories, packets and their sum
 
 
 class Portions:
-    """The gradients of some clients, all at once for as long as that fits.
+    """Computes gradients all at once as long as they fit in memory, then in portions.
 
     Args:
-        clients: whose.
+        clients: the clients that compute.
     """
 
     def __init__(self, clients: Clients) -> None:
@@ -38,7 +38,7 @@ class Portions:
         """As `Clients.gradient`.
 
         Raises:
-            DeviceMemoryError: if one client and chain do not fit, or what comes out does not.
+            DeviceMemoryError: if a single client and chain do not fit, or the result does not.
         """
         asked = self._clients.n if clients is None else len(clients), len(theta)
         while True:
@@ -48,7 +48,7 @@ class Portions:
                     return self._clients.gradient(theta, clients=clients, keys=keys, batch_size=batch_size)
                 return self._in_portions(portion, theta, clients, keys, batch_size)
             except torch.OutOfMemoryError as error:
-                said = str(error)  # not the error itself: it holds on to the arrays of the frames it came through
+                said = str(error)  # keep the text only: the error's traceback keeps large arrays alive
             if max(portion) <= 1:
                 raise too_large(self._clients, len(theta), "the gradient of a single client and chain", said)
             self._most = ((portion[0] + 1) // 2, portion[1]) if portion[0] > 1 else (1, (portion[1] + 1) // 2)
@@ -80,7 +80,7 @@ class Portions:
 
 @contextmanager
 def on_device(clients: Clients, chains: int, what: str) -> Iterator[None]:
-    """Say of `what` is computed or kept here that it does not fit, if it does not.
+    """Turn an out-of-memory error while computing `what` into a `DeviceMemoryError` with advice.
 
     Raises:
         DeviceMemoryError: if the device is out of memory.
@@ -88,11 +88,11 @@ def on_device(clients: Clients, chains: int, what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise too_large(clients, chains, what, str(error)) from None  # its frames hold on to large arrays
+        raise too_large(clients, chains, what, str(error)) from None  # its traceback keeps large arrays alive
 
 
 def too_large(clients: Clients, chains: int, what: str, said: str) -> DeviceMemoryError:
-    """The error that says how much there is, what was wanted, and what would fit."""
+    """Make the error that says how much memory there is, what was wanted, and what would fit."""
     one = clients.d * clients.dtype.itemsize
     rows = int(clients.rows.max()) if clients.n else 0
     text = (
@@ -112,7 +112,7 @@ def too_large(clients: Clients, chains: int, what: str, said: str) -> DeviceMemo
 
 
 def memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes of a GPU that are free or this process's, and all of them; None of a CPU, whose memory others share."""
+    """Bytes of a GPU that are free or held by this process, and its total; None for a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)

@@ -1,7 +1,7 @@
-r"""A metric: the change of coordinates theta = m + S z in which a chain moves and clients differentiate and compress.
+r"""Metrics: changes of coordinates theta = m + S z; chains, gradients and compression work in z.
 
 With S S^T near the inverse Hessian at the mode m, the target in z has curvature near one in every direction, and a
-step that is stable in the stiffest is no longer tiny in the flattest. S is fixed before sampling from one sum over
+step that is stable in the stiffest direction is not tiny in the flattest. S is fixed before sampling from one sum over
 clients, so kernels, estimators, compressors and their exact laws apply in z unchanged: U(m + S z) is just another
 target. S is symmetric here, S = P^{-1/2} for the chosen approximation P of the Hessian of U.
 """
@@ -23,7 +23,7 @@ from fedsample.targets.memory_limits import Portions
 
 
 class Metric(ABC):
-    """theta = m + S z with a symmetric S; all methods act on (..., d)."""
+    """The map theta = m + S z with a symmetric S; all methods act on (..., d)."""
 
     name: ClassVar[str]
 
@@ -40,28 +40,28 @@ class Metric(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """All that S is made of, besides the mean: what a run stores."""
+        """Tensors that define S, without the mean, for storing a run."""
 
     def wire(self) -> dict[str, Tensor]:
-        """What the server sends once, besides the mean; clients need S, but not its inverse."""
+        """Tensors that the server sends once, without the mean; clients need S, but not its inverse."""
         return self.tensors()
 
     def about(self, mean: Tensor) -> Metric:
-        """The same S about another centre."""
+        """The same S with another mean."""
         moved = copy(self)
         moved.mean = mean
         return moved
 
     def push(self, z: Tensor) -> Tensor:
-        """Theta = m + S z."""
+        """theta = m + S z."""
         return self.mean + self.scale(z)
 
     def pull(self, gradient: Tensor) -> Tensor:
-        """A gradient in theta as a gradient in z: S^T g."""
+        """Convert a gradient in theta into one in z: S^T g."""
         return self.scale(gradient)
 
     def invert(self, theta: Tensor) -> Tensor:
-        """Z = S^{-1} (theta - m)."""
+        """z = S^{-1} (theta - m)."""
         return self.unscale(theta - self.mean)
 
     @abstractmethod
@@ -74,20 +74,20 @@ def _width(dtype: torch.dtype) -> int:
 
 
 class Identity(Metric):
-    """S = I: the coordinates are the parameters, about the mode."""
+    """S = I: the coordinates are the parameters, relative to the mean."""
 
     name: ClassVar[str] = "identity"
 
     def scale(self, z: Tensor) -> Tensor:
-        """Z itself."""
+        """z itself."""
         return z
 
     def unscale(self, theta: Tensor) -> Tensor:
-        """Theta itself."""
+        """theta itself."""
         return theta
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing."""
+        """No tensors."""
         return {}
 
     def bits(self, dtype: torch.dtype) -> int:
@@ -107,7 +107,7 @@ class Diagonal(Metric):
     @classmethod
     def of_precision(cls, mean: Tensor, precision: Tensor) -> Diagonal:
         """From the diagonal (d,) of the Hessian of U."""
-        measured = precision > _floor(precision, torch.float64)  # each entry on its own, however unlike they are
+        measured = precision > _floor(precision, torch.float64)  # each entry by itself: scales may differ widely
         return cls(mean, torch.where(measured, precision, _floor(precision, precision.dtype)).rsqrt().to(mean.dtype))
 
     def scale(self, z: Tensor) -> Tensor:
@@ -127,16 +127,16 @@ class Diagonal(Metric):
         return _width(dtype) * len(self.scales)
 
 
-MOST_DENSE = 5000  # parameters up to which a run may have the metric of the whole Hessian
+MOST_DENSE = 5000  # largest number of parameters for the full Hessian metric
 
 
 class Dense(Metric):
     """S = P^{-1/2}, a full symmetric matrix.
 
     Attributes:
-        unmeasured: how many directions of P were too flat, beside the others, for its precision: they got the floor's
-            scale in place of their own.
-        narrowed: how many were measured, but so flat beside the others that they got the floor's scale all the same.
+        unmeasured: number of directions too flat, relative to the others, to be resolved at P's precision; they get the
+            scale of the smallest curvature that is inverted.
+        narrowed: number of directions that were resolved, but are so flat that they get that scale too.
     """
 
     name: ClassVar[str] = "hessian"
@@ -167,7 +167,11 @@ class Dense(Metric):
         return (z.reshape(-1, z.shape[-1]) @ self.root).view(z.shape)
 
     def unscale(self, theta: Tensor) -> Tensor:
-        """P^{1/2} theta; the server's, since only S travels."""
+        """P^{1/2} theta; only on the server, since only S travels.
+
+        Raises:
+            ValueError: if this metric came over the wire, without its inverse.
+        """
         if self.inverse is None:
             raise ValueError("this metric came over the wire, without its inverse")
         return (theta.reshape(-1, theta.shape[-1]) @ self.inverse).view(theta.shape)
@@ -187,7 +191,7 @@ class Dense(Metric):
 
 
 class Kronecker(Metric):
-    """Block by block S = (V_B x V_A) diag(s) (V_B x V_A)^T over parameter matrices, from Kronecker factors."""
+    """Blockwise S = (V_B x V_A) diag(s) (V_B x V_A)^T over parameter matrices, from Kronecker factors."""
 
     name: ClassVar[str] = "kronecker"
 
@@ -221,7 +225,7 @@ class Kronecker(Metric):
         return result
 
     def scale(self, z: Tensor) -> Tensor:
-        """S z, two small products a block."""
+        """S z, by small matrix products per block."""
         return self._apply(z, torch.mul)
 
     def unscale(self, theta: Tensor) -> Tensor:
@@ -237,7 +241,7 @@ class Kronecker(Metric):
         }
 
     def wire(self) -> dict[str, Tensor]:
-        """The same without the positions, which clients know from their model."""
+        """The tensors without the positions, which clients know from their model."""
         return {name: tensor for name, tensor in self.tensors().items() if not name.startswith("positions")}
 
     def bits(self, dtype: torch.dtype) -> int:
@@ -246,7 +250,7 @@ class Kronecker(Metric):
 
 
 def restore(name: str, mean: Tensor, tensors: dict[str, Tensor]) -> Metric:
-    """The metric whose `tensors` these are: what a client or a resumed run makes of them."""
+    """Rebuild a metric from its `tensors`, on a client or in a resumed run."""
     if name == Identity.name:
         return Identity(mean)
     if name == Diagonal.name:
@@ -261,26 +265,26 @@ def restore(name: str, mean: Tensor, tensors: dict[str, Tensor]) -> Metric:
 
 
 def mirrored(matrix: Tensor) -> Tensor:
-    """A nearly symmetric (..., d, d) made exactly so from its upper triangle, which is what travels."""
+    """Make a nearly symmetric (..., d, d) exactly symmetric from its upper triangle, which is what travels."""
     upper = torch.triu(matrix)
     return upper + torch.triu(matrix, 1).transpose(-1, -2)
 
 
 def _floor(curvature: Tensor, measured: torch.dtype) -> float:
-    """The smallest curvature that a metric inverts: below it a direction is flat, as far as was measured."""
+    """Smallest curvature that a metric inverts; a direction below it counts as flat at the measured precision."""
     if not bool(torch.isfinite(curvature).all()):
         raise DivergenceError("the Hessian at the mode is not finite: is the data scaled, and the mode found?")
     top = float(curvature.max())
     if top <= 0:
-        return 1.0  # no curvature at all gives no scale to work by
+        return 1.0  # without any curvature there is no scale
     return max(top * max(1e-12, 8 * torch.finfo(measured).eps), torch.finfo(torch.float32).tiny)
 
 
 def _eigen(precision: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Eigenvalues (d,), eigenvectors (d, d), in float64, and how many directions are too flat to have been measured.
+    """Eigenvalues (d,) and eigenvectors (d, d) in float64, and the number of directions too flat to be resolved.
 
-    Each entry was measured to a relative precision of sqrt(P_jj P_kk), however unlike the coordinates' scales are. So
-    what is too small to have been measured is told in coordinates of unit curvature.
+    Entry P_jk was measured to a precision relative to sqrt(P_jj P_kk), however much the coordinates' scales differ. So
+    a direction counts as unresolved by its curvature in coordinates scaled to unit diagonal.
     """
     measured, precision = precision.dtype, precision.to(torch.float64)
     if not bool(torch.isfinite(precision).all()):
@@ -301,7 +305,7 @@ def _eigen(precision: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class MetricClients(Clients):
-    """Clients seen in the coordinates of a metric: they differentiate, and so compress, in z."""
+    """Clients in the coordinates of a metric: gradients, and so compression, are in z."""
 
     def __init__(self, clients: Clients, metric: Metric) -> None:
         self.base, self.metric = clients, metric
@@ -311,7 +315,7 @@ class MetricClients(Clients):
         self._same = isinstance(metric, Identity) and not bool(metric.mean.any())
 
     def _theta(self, z: Tensor) -> Tensor:
-        """The parameters at z; where they are z itself, no sum copies what may be a large model."""
+        """The parameters at z; without a copy if they are z itself, since the model may be large."""
         return z if self._same else self.metric.push(z)
 
     def potential(self, theta: Tensor) -> Tensor:
@@ -324,7 +328,7 @@ class MetricClients(Clients):
         """(C, d) -> (n, C, d): S^T times the gradient at m + S z.
 
         Raises:
-            DeviceMemoryError: if the device's memory does not hold it, in whatever portions.
+            DeviceMemoryError: if it does not fit the device's memory, even in portions.
         """
         point = self._theta(theta)
         return self.metric.pull(self._portions.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
@@ -345,13 +349,13 @@ class MetricClients(Clients):
         return self.hessian(theta).diagonal(dim1=-2, dim2=-1)
 
     def blocks(self) -> list[Tensor]:
-        """The model's parameter matrices, which other coordinates than its own lose: there it is a single block."""
+        """The model's parameter matrices if S = I; other coordinates mix them, so there is a single block."""
         if isinstance(self.metric, Identity):
             return self.base.blocks()
         return [torch.arange(self.d, device=self.device).unsqueeze(1)]
 
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The model's own, or in other coordinates S^T H S and its trace."""
+        """The model's factors if S = I, else S^T H S and its trace."""
         if isinstance(self.metric, Identity):
             return self.base.factors(self._theta(theta))
         full = self.hessian(theta.unsqueeze(0))[:, 0]
@@ -363,7 +367,7 @@ class MetricClients(Clients):
 
 
 class MetricPrior:
-    """The prior in the coordinates of a metric; the server's, exact and never compressed."""
+    """The prior in the coordinates of a metric; exact, computed by the server, never compressed."""
 
     def __init__(self, prior: GaussianPrior, metric: Metric) -> None:
         self.base, self.metric = prior, metric

@@ -1,4 +1,4 @@
-"""Which rows a client draws for one gradient: without replacement, by key, the same on any fleet."""
+"""Draw a client's minibatch for one gradient: without replacement, by key, the same on every fleet."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def draw_rows(keys: Key, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
     Args:
         keys: (m, C) keys.
-        rows: (m,) how many rows each client has.
-        size: rows wanted, >= 1.
+        rows: (m,) number of rows of each client.
+        size: batch size, >= 1.
 
     Returns:
-        Positions (m, C, b) within the client's rows, b = min(size, largest client), and which of them count (m, C, b):
-        a client with fewer rows than b uses all of them. What a client draws depends on its own key and rows only.
+        Positions (m, C, b) within the client's rows, b = min(size, largest client), and a mask (m, C, b) of those that
+        count: a client with fewer rows than b uses all of them. A client's draw depends on its own key and rows only.
     """
     most = max(1, int(rows.max()) if len(rows) else 1)
     bits = max(_TAG_BITS, (most - 1).bit_length())

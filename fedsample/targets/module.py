@@ -1,4 +1,4 @@
-r"""Any `nn.Module` as a likelihood, by automatic differentiation: no closed forms, the same answers as `glm.py`.
+r"""Any `nn.Module` as a likelihood, by automatic differentiation; agrees with the closed forms of `glm.py`.
 
 With outputs f(theta, x) in R^K for a row x, and l the negative log-likelihood of its target,
 
@@ -12,11 +12,11 @@ Computation 14(7); equal for these likelihoods: Martens 2020, JMLR 21(146), sect
 
 over the K columns u of J^T L of every row. It is never indefinite, and is the Hessian where f is linear in theta.
 
-A call of a small network costs more in dispatch than in arithmetic. So clients of similar size are padded to one length
-and computed together, with weight 0 on the padding, until a call is large; larger ones are computed one by one, in
-runs of rows that bound memory, and without `vmap`, whose convolutions take 1.7 times as long. Which of these happens
-depends on shapes alone. On a GPU the path `cuda-graph` replays such calls, one record for each of their shapes, to the
-same bits; see `graphs.py`.
+For a small network, dispatch of a call costs more than its arithmetic. So clients of similar size are padded to one
+length and computed together, with weight 0 on the padding, until a call is large; larger ones are computed one by one,
+in runs of rows that bound memory, and without `vmap`, whose convolutions take 1.7 times as long. Which of these happens
+depends on shapes alone. On a GPU the engine `cuda-graph` replays such calls, with one recording per shape, bit for bit;
+see `cuda_graphs.py`.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 
 class _Skeleton:
-    """A module's structure, called with parameters: what `functional_call` does, at a tenth of its price.
+    """A copy of a module, called with given parameters: `functional_call` at a tenth of its cost.
 
     Args:
-        module: whose structure; it is copied.
+        module: the module; its structure is copied.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = skeleton(module)
         places: dict[nn.Parameter, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
-        for name, own in self._module.named_parameters(remove_duplicate=False):  # a tied one stands in several places
+        for name, own in self._module.named_parameters(remove_duplicate=False):  # a tied parameter has several places
             owner, _, leaf = name.rpartition(".")
             places.setdefault(own, []).append((self._module.get_submodule(owner)._parameters, leaf))
         self._places = list(places.items())
@@ -90,7 +90,7 @@ class _Skeleton:
 
 
 def _add(result: Tensor, run: list[int], gradients: Tensor) -> None:
-    """Add (g, C, d) to the entries of result (m, C, d) at `run`, which as a list would have to travel to the device."""
+    """Add (g, C, d) to the entries `run` of result (m, C, d), without copying an index to the device."""
     first, after = run[0], run[0] + len(run)
     if run == list(range(first, after)):
         result[first:after] += gradients
@@ -125,7 +125,6 @@ class ModuleClients(Clients):
         *,
         noise_scale: float = 1.0,
     ) -> None:
-        """Keep the data and a copy of the module's structure."""
         self.x, self.dtype, self.device = x, x.dtype, x.device
         self.likelihood: Likelihood = likelihood
         self.noise_scale = noise_scale
@@ -144,10 +143,10 @@ class ModuleClients(Clients):
         self._whole: dict[int, list[_Choice]] = {}  # by number of chains, the pieces of all rows, where they are kept
 
     def on(self, engine: str) -> ModuleClients:
-        """The same clients, with gradients by another path.
+        """The same clients, with gradients computed by another engine.
 
         Raises:
-            CompileError: if there is no such path for these clients or on this machine.
+            CompileError: if the engine cannot serve these clients or this machine.
         """
         if engine == "compiled":
             super().on(engine)
@@ -161,7 +160,7 @@ class ModuleClients(Clients):
         return twin
 
     def _measure(self) -> tuple[int, int]:
-        """K, and the array entries that one row keeps alive in a backward pass."""
+        """Measure K, and the array entries that one row keeps alive in a backward pass."""
         buffers = [name for name, _ in self._module.named_buffers()]
         if buffers:
             raise ConfigError(
@@ -196,7 +195,7 @@ class ModuleClients(Clients):
         return self._skeleton()(shaped, x)
 
     def _skeleton(self) -> _Skeleton:
-        """The module of this thread: the chain and the monitor's thread use the same clients at the same time."""
+        """This thread's copy of the module: the chain's and the monitor's thread use the clients concurrently."""
         thread = threading.get_ident()
         if thread not in self._skeletons:
             self._skeletons[thread] = _Skeleton(self._module)
@@ -222,12 +221,12 @@ class ModuleClients(Clients):
     # --- many clients, many chains -------------------------------------------------------------------------------
 
     def _runs(self, sizes: list[int], burden: list[int], chains: int) -> Iterator[list[int]]:
-        """Positions of the clients that are computed together; those without rows are left out.
+        """Yield the positions of clients that are computed together; clients without rows are left out.
 
         Args:
-            sizes: rows of each client.
-            burden: array entries that each client takes for each chain besides its rows.
-            chains: C.
+            sizes: number of rows of each client.
+            burden: array entries that each client takes per chain, besides those of its rows.
+            chains: number of chains C.
         """
         run: list[int] = []
         rows = entries = 0
@@ -243,16 +242,16 @@ class ModuleClients(Clients):
             yield run
 
     def _is_large(self, rows: int) -> bool:
-        """Whether so many rows of one client and chain are worth a call of their own."""
+        """Whether this many rows of one client and chain get a call of their own."""
         return rows * self._cost >= _ALONE
 
     def _passes(self, clients: list[int], chains: int) -> Iterator[tuple[list[int], _Rows]]:
-        """All rows of the clients, in pieces: positions in the list, and their rows."""
+        """Yield all rows of the clients in pieces: positions in the list, and their rows."""
         for run, index, weight in self._pieces(clients, chains):
             yield run, self._take(index, weight)
 
     def _pieces(self, clients: list[int], chains: int) -> Iterator[_Choice]:
-        """Where these rows lie (g, b)."""
+        """Yield the same pieces as row indices (g, b) and weights."""
         sizes = [self._bounds[i + 1] - self._bounds[i] for i in clients]
         for run in self._runs(sizes, [self.d] * len(sizes), chains):
             start = torch.tensor([self._bounds[clients[at]] for at in run], device=self.device).unsqueeze(-1)  # (g, 1)
@@ -262,11 +261,11 @@ class ModuleClients(Clients):
                 yield run, (start + piece).clamp_(max=len(self.x) - 1), (piece < held).to(torch.float64)
 
     def _take(self, index: Tensor, weight: Tensor) -> _Rows:
-        """Rows by index; one that belongs to the padding is any row, with weight 0."""
+        """Take rows by index; padding takes any row, with weight 0."""
         return _Rows(self.x[index], self.labels[index], weight)
 
     def _each(self, function: Callable[..., Tensor], points: tuple[Tensor, ...], rows: _Rows) -> Tensor:
-        """The function of (d,) points and one client's rows, for all clients and chains -> (g, C, ...)."""
+        """Apply a function of (d,) points and one client's rows to all clients and chains -> (g, C, ...)."""
         chain = 1 if rows.y.ndim == 3 else None
         nobody = (None,) * len(points)
         inner = vmap(function, in_dims=(*nobody, 0, 0, 0))
@@ -316,7 +315,7 @@ class ModuleClients(Clients):
         return len(index) == 1 and self._is_large(index.shape[-1])
 
     def _alone(self, point: Tensor, rows: _Rows, chain: int) -> Tensor:
-        """One client's gradient (d,) for one chain, by plain reverse mode, which `vmap` makes slower."""
+        """One client's gradient (d,) for one chain by plain reverse mode, without `vmap`, which is slower here."""
         mine = (each[0, chain] if rows.y.ndim == 3 else each[0] for each in rows)
         with torch.enable_grad():
             leaf = point.detach().requires_grad_()
@@ -329,7 +328,7 @@ class ModuleClients(Clients):
         return self._whole[chains]
 
     def _minibatches(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[_Choice]:
-        """Rows drawn for each client and chain, in pieces."""
+        """Yield the rows drawn for each client and chain, in pieces."""
         last = self._drawn
         if last is None or last[0] is not keys or last[1] != clients or last[2] != size:
             last = self._drawn = (keys, clients, size, list(self._choose(clients, keys, size, chains)))
@@ -339,7 +338,7 @@ class ModuleClients(Clients):
                 yield run, piece, share
 
     def _choose(self, clients: list[int], keys: Key, size: int, chains: int) -> Iterator[_Choice]:
-        """The rows (g, C, b) of each client and chain, and what each counts."""
+        """Draw the rows (g, C, b) of each client and chain, and their weights."""
         held = [self._bounds[i + 1] - self._bounds[i] for i in clients]
         words = keys.tensor()
         for run in self._runs([min(size, rows) for rows in held], [self.d + rows for rows in held], chains):
@@ -389,7 +388,7 @@ class ModuleClients(Clients):
         return result
 
     def diagonal(self, theta: Tensor) -> Tensor:
-        """Its diagonal at (C, d) -> (n, C, d)."""
+        """Diagonal of the Fisher information at (C, d) -> (n, C, d)."""
         result = self.x.new_zeros(self.n, len(theta), self.d)
         for i in range(self.n):
             for c, point in enumerate(theta):
@@ -398,7 +397,7 @@ class ModuleClients(Clients):
         return result
 
     def blocks(self) -> list[Tensor]:
-        """One for each parameter tensor: (out, rest) for weights, (length, 1) for vectors and scalars."""
+        """One block per parameter tensor: (out, rest) for weights, (length, 1) for vectors and scalars."""
         positions = torch.split(torch.arange(self.d, device=self.device), self._lengths)
         return [
             each.view(shape[0] if shape else 1, math.prod(shape[1:]))
@@ -406,7 +405,7 @@ class ModuleClients(Clients):
         ]
 
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For each block B (n, out, out) and A (n, rest, rest) at (d,)."""
+        """Factors B (n, out, out) and A (n, rest, rest) of each block, at (d,)."""
         blocks = self.blocks()
         sums = [
             (self.x.new_zeros(self.n, len(block), len(block)), self.x.new_zeros(self.n, *(block.shape[1],) * 2))

@@ -1,4 +1,4 @@
-"""The posterior of an experiment in the model's own parameters: what a user asks about without any sampling."""
+"""The posterior of an experiment in the model's own parameters, for use without sampling."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Posterior:
     """U = U_0 + sum_i U_i over flat parameters theta (..., d), in the order of the module's `named_parameters`.
 
     Attributes:
-        clients: the likelihood, as n clients.
-        prior: U_0.
+        clients: the likelihood, as potentials U_i of n clients.
+        prior: the Gaussian prior, U_0.
     """
 
     def __init__(self, clients: Clients, prior: GaussianPrior) -> None:

@@ -10,11 +10,11 @@ from fedsample.targets.base import Clients
 
 
 class Quadratic(Clients):
-    """Gaussian clients.
+    """Quadratic clients, the potentials of Gaussian laws.
 
     Args:
         curvature: (n, d) diagonal curvatures lambda_i >= 0, or (n, d, d) symmetric Hessians H_i.
-        center: (n, d) the a_i. Their dtype and device are the stack's.
+        center: (n, d) the centres a_i, whose dtype and device the stack takes.
     """
 
     def __init__(self, curvature: Tensor, center: Tensor) -> None:
@@ -43,12 +43,12 @@ class Quadratic(Clients):
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """(C, d) -> (n, C, d); a quadratic client has one row, so every batch is the whole."""
+        """(C, d) -> (n, C, d); a quadratic client counts as one row, so every minibatch is all of it."""
         offset = self._offset(theta, clients)
         if self._dense:
             return self._apply(offset, clients)
         curvature = self.curvature if clients is None else self.curvature[clients]
-        return offset.mul_(curvature.unsqueeze(1))  # in place: a large vector's memory costs more than its products
+        return offset.mul_(curvature.unsqueeze(1))  # in place: for a large vector, memory costs more than arithmetic
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """(C, d), (C, d) -> (n, C, d)."""
@@ -65,7 +65,7 @@ class Quadratic(Clients):
         return diagonal.unsqueeze(1).expand(self.n, theta.shape[0], self.d)
 
     def blocks(self) -> list[Tensor]:
-        """One block (d, 1): a quadratic has no matrices, so its Kronecker factor is the Hessian itself."""
+        """One block (d, 1): a quadratic has no parameter matrices, so its Kronecker factor is the Hessian."""
         return [torch.arange(self.d, device=self.device).unsqueeze(1)]
 
     def factors(self, theta: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -35,22 +35,22 @@ _UPPER = np.triu_indices(6)
 
 @dataclass(frozen=True)
 class Coordinate:
-    """A coordinate of the target, a sampler, an uplink and a downlink.
+    """One coordinate of the target, with a sampler, an uplink and a downlink.
 
     Attributes:
         sampler: "langevin" or "baoab".
-        uplink: which estimator.
+        uplink: the gradient estimator.
         curvature: lambda > 0 of U, prior included.
-        mixing: r >= 0.
-        share: lambda_c / n, a client's part of lambda.
-        clients: n >= 1.
-        friction: of baoab.
-        inclusion: of the uplink's compressor, in (0, 1].
-        participation: pi in (0, 1].
-        sync: p of marina.
-        force: zeta >= 0.
-        downlink: inclusion of the downlink's compressor; 1 where the iterate is sent as it is.
-        concentration: curvature of the clients whose noise it is, over a client's mean share (diana).
+        mixing: r >= 0, how much the clients' curvature mixes coordinates.
+        share: lambda_c / n, the mean curvature per client; 0: the clients hold all of lambda.
+        clients: number of clients n >= 1.
+        friction: gamma of baoab.
+        inclusion: inclusion probability K / d of the uplink's compressor, in (0, 1].
+        participation: probability pi that a client takes part, in (0, 1].
+        sync: probability p of a dense round (marina).
+        force: zeta >= 0, the sum of squared client gradients at the mode.
+        downlink: inclusion probability of the downlink's compressor; 1 if it does not compress.
+        concentration: curvature of the clients that cause the noise, over the mean client's share (diana).
     """
 
     sampler: Literal["langevin", "baoab"]
@@ -80,7 +80,7 @@ class Coordinate:
         return _largest(lambda h: _radius(self._recursion(h)[0]) < 1.0, high)
 
     def relaxation(self, step_size: float) -> float:
-        """Rounds in which the mean, under exact gradients, loses all but 1 / e of its distance from the mode."""
+        """Rounds in which the mean's distance from the mode falls to 1 / e of itself, under exact gradients."""
         moved, kick, _ = linear_step(self.sampler, self.friction, step_size)
         moved[:, 0] += self.curvature * kick
         rate = _radius(moved)
@@ -96,7 +96,7 @@ class Coordinate:
         return min(self.curvature, self.share * self.clients) if self.share else self.curvature
 
     def _recursion(self, step_size: float) -> tuple[Array, Array]:
-        """(m, m) and (m,): the second moments of the next round, the one of u first; only those that move."""
+        """Matrix (m, m) and constant (m,) of the recursion of second moments, E u^2 first; only moments in use."""
         used = {_U, _V, _W, *((_A,) if self.uplink == "diana" else (_A, _B) if self.uplink == "ef21" else ())}
         used |= {_X} if self.uplink == "marina" else set()
         kept = [k for k, (i, j) in enumerate(zip(*_UPPER, strict=True)) if i in used and j in used]
@@ -105,7 +105,7 @@ class Coordinate:
         return after[:, kept].T, self._next(np.zeros((6, 6)), step_size, 1.0)[_UPPER][kept]
 
     def _next(self, m: Array, h: float, temperature: float) -> Array:
-        """(..., 6, 6): E[z z^T] after a round, z = (u, v, w, phi, phi', x), from the one before."""
+        """E[z z^T] (..., 6, 6) after a round from that before it, with z = (u, v, w, phi, phi', x)."""
         m = m.copy()
         own, theirs = self.curvature - self._clients_curvature, self._clients_curvature
         moved, kick, noise = self._linear(h)
@@ -168,7 +168,7 @@ class Coordinate:
 
 
 def linear_step(sampler: str, friction: float, h: float) -> tuple[Array, Array, Array]:
-    """A sampler as (u, v) <- moved (u, v) + kick g + noise xi; langevin has no v."""
+    """Write a sampler as (u, v) <- moved (u, v) + kick g + noise xi; langevin has no v."""
     if sampler == "langevin":
         return np.diag([1.0, 0.0]), np.array([-h, 0.0]), np.array([math.sqrt(2 * h), 0.0])
     e = math.exp(-friction * h)
@@ -184,7 +184,7 @@ def _symmetric(upper: Array) -> Array:
 
 
 def _refresh(m: Array, stale: int, source: int, probability: float, apart: int = -1) -> None:
-    """In place: `stale` becomes `source` with a probability, by a coin of its own; `apart` is left as it is."""
+    """Replace `stale` by `source` in the moments, with an independent probability; keep its one with `apart`."""
     mixed = (1 - probability) * m[..., stale, :] + probability * m[..., source, :]
     square = (1 - probability) * m[..., stale, stale] + probability * m[..., source, source]
     keep = m[..., stale, apart].copy() if apart >= 0 else 0.0
@@ -199,7 +199,7 @@ def _radius(matrix: Array) -> float:
 
 
 def _largest(holds: Callable[[float], bool], high: float) -> float:
-    """Bisection in the logarithm for the end of an interval (0, h] on which `holds`."""
+    """Find the end of the interval (0, h] on which `holds`, by bisection in the logarithm."""
     if holds(high * (1 - 1e-9)):
         return high
     low = high * 1e-8

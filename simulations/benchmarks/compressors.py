@@ -1,11 +1,11 @@
-"""What compression costs: gigabytes of input a second and core, against a copy of the same memory in the same run.
+"""Speed of compression: gigabytes of input per second and core, against a copy of the same memory in the same run.
 
     python simulations/benchmarks/compressors.py [--size 10000000] [--only randk ...] [--json]
     python simulations/benchmarks/compressors.py --device cuda [--compile]
 
 On a CPU one thread encodes (compress, to_bytes) and decodes (from_bytes, decompress). Rates are bytes of the float32
-input over the time of both, by the processor time of the thread, which a busy machine disturbs less; the wall clock's
-stands beside it. Decoding makes a dense vector; `add` is the same with `add_to` a memory, as servers and clients do.
+input over the time of both, in processor time of the thread, which a busy machine disturbs less; wall-clock time is
+reported too. Decoding makes a dense vector; `add` is the same with `add_to` a memory, as servers and clients do.
 TopK is also compared with torch.topk on the magnitudes. On an accelerator, with torch alone, compress and decompress
 are timed without bytes, against the bandwidth of a copy (bytes read and written).
 """
@@ -40,7 +40,7 @@ TARGETS = {"randk", "randblock", "natural", "sign", "qsgd"}
 
 
 def best(work: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """(processor, wall) seconds of the fastest of several calls, after one to warm up."""
+    """(processor, wall-clock) seconds of the fastest of several calls, after one warm-up call."""
     work()
     times = []
     for _ in range(repeats):
@@ -125,7 +125,7 @@ def on_device(names: list[tuple[str, int]], size: int, repeats: int, device: str
 
         work = torch.compile(both) if compiled else both
         seconds = best_on_device(work, repeats)
-        rate = 8 * size / seconds  # as of a copy: the input read, the output written
+        rate = 8 * size / seconds  # as for a copy: input read, output written
         label = name if name != "qsgd" else f"qsgd s={levels}"
         rows.append({"name": label, "ms": 1e3 * seconds, "GB/s": rate / 1e9, "of a copy": rate / copied})
     return rows

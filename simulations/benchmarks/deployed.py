@@ -2,9 +2,9 @@
 
     python simulations/benchmarks/deployed.py [--rounds 4] [--json]
 
-Flower: a SuperLink, two SuperNodes and the app of simulations/flower_app under `flwr run`; a round is the time from one
-message to a node to the next, over some of them, which are those of the preparation. Ours: `fedsample server`
-and two `fedsample client` processes on the same experiment, with its own count of the seconds of a round.
+Flower: a SuperLink, two SuperNodes and the app of simulations/flower_app under `flwr run`; a round is the time between
+two messages to a node, over several, which are those of the preparation. Ours: `fedsample server`
+and two `fedsample client` processes on the same experiment, which report the seconds per round.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(*commands: list[str], folder: Path, env: dict[str, str]) -> Iterator[None]:
-    """Processes that are ended with the block, each with whatever it has started."""
+    """Run processes that end with the block, together with all that they have started."""
     started = []
     try:
         for number, command in enumerate(commands):
@@ -72,13 +72,13 @@ def flower(rounds: int, seconds: float) -> float:
         ]  # fmt: skip
         run = [tool("flwr"), "run", str(app), "here", "--stream"]
         with running(link, *nodes, folder=folder, env=env):
-            time.sleep(5)  # until they listen
+            time.sleep(5)  # wait until they listen
             with running(run, folder=folder / "home", env=env):
                 until = time.monotonic() + seconds
                 start, before = 0.0, 0
                 while time.monotonic() < until:
                     got = (folder / "log-1.txt").read_text().count("Receiving: ")
-                    if not start and got >= 2:  # the first one has started what stays
+                    if not start and got >= 2:  # the first call has started processes that stay
                         start, before = time.monotonic(), got
                     if start and got >= before + rounds:
                         return (time.monotonic() - start) / (got - before)
@@ -88,7 +88,7 @@ def flower(rounds: int, seconds: float) -> float:
 
 
 def the_app(folder: Path) -> Path:
-    """A copy of the app with the benchmark's settings in place of its own."""
+    """Copy the app, with the benchmark's settings in place of its own."""
     shutil.copytree(APP, folder)
     head, _ = (folder / "pyproject.toml").read_text().split("[tool.flwr.app.config]")
     settings = SETTINGS | {"rounds": 1, "data.name": "diabetes", "data.clients": 2, "model.name": "linear"}

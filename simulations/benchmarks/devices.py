@@ -1,12 +1,12 @@
-"""Rounds with devices over gRPC against bare streams: same TLS, same processes, same sizes, one connection a device.
+"""Rounds with devices over gRPC against bare streams: same TLS, same processes, same sizes, one connection per device.
 
     python simulations/benchmarks/devices.py [--devices 2 16 64] [--large 2500000 25000000] [--rounds 200] [--json]
 
 All devices share one other process. A bare round sends every device as many bytes as a request of ours has, and waits
-for as many as an answer has, over bidirectional streams of `grpc.aio` without any meaning; of messages above 1 MiB in
-pieces of that size, and whole, whichever is faster. Ours is `GrpcFleet.exchange` of dense gradients of a quadratic.
-The two take turns; the best of each counts. `working` are bare streams that do the same work: their devices compute the
-gradients too, and their server sums them.
+for as many as an answer has, over bidirectional streams of `grpc.aio` with arbitrary content; messages above 1 MiB go
+in pieces of that size or whole, whichever is faster. Ours is `GrpcFleet.exchange` of dense gradients of a quadratic.
+The two alternate; the best of each counts. `working` are bare streams that also do the work: their devices compute the
+gradients, and their server sums them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def bare_devices(target: str, certs: Path, count: int) -> None:
 
 
 def gradient(message: bytearray, d: int, up: int, index: int, kept: dict[tuple[int, int], Any] = {}) -> bytes:  # noqa: B006
-    """What our devices compute, by hand: the gradient of a quadratic where the message's last values say."""
+    """Compute by hand what our devices compute: the gradient of a quadratic at the message's last values."""
     import torch
 
     if (index, d) not in kept:
@@ -74,7 +74,7 @@ def gradient(message: bytearray, d: int, up: int, index: int, kept: dict[tuple[i
 
 
 async def our_devices(target: str, certs: Path, count: int, file: Path, state: Path) -> None:
-    """Take part in whatever runs there are."""
+    """Run devices that take part in every run."""
     from fedsample.clients.device_data import DataSource, DeviceData
     from fedsample.config.loading import reread
     from fedsample.fleets.grpc.device.connection import Connection, prepare_threads
@@ -97,7 +97,7 @@ async def our_devices(target: str, certs: Path, count: int, file: Path, state: P
 
 
 class Bare:
-    """A server of streams that mean nothing."""
+    """A server of bare streams with arbitrary content."""
 
     def __init__(self, certs: Path, count: int) -> None:
         self.loop, self.count = asyncio.new_event_loop(), count
@@ -230,7 +230,7 @@ class Ours:
 
 
 def compare(count: int, d: int, rounds: int) -> dict[str, Any]:
-    """One row: so many devices, points of d float32."""
+    """Make one row for this number of devices and points of d float32."""
     import numpy as np
 
     from fedsample.fleets.grpc.security import cert_folders

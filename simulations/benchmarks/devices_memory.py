@@ -1,4 +1,4 @@
-"""The server's memory: how it grows with the number of devices, whose dense answers have 10 MB each.
+"""Growth of the server's memory with the number of devices, whose dense answers have 10 MB each.
 
     python simulations/benchmarks/devices_memory.py [--devices 2 4 8 16] [--parameters 2500000] [--json]
 
@@ -21,13 +21,13 @@ from devices import Ours
 
 
 def replica(what: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
+    """Resident bytes of this process: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(what)))
 
 
 def one(count: int, d: int, rounds: int = 4) -> dict[str, Any]:
-    """One row, measured in this process."""
+    """Measure one row in this process."""
     import numpy as np
 
     from fedsample.fleets.grpc.security import cert_folders
@@ -60,7 +60,7 @@ def one(count: int, d: int, rounds: int = 4) -> dict[str, Any]:
 
 
 def measure(devices: list[int], d: int) -> list[dict[str, Any]]:
-    """A row for each number of devices."""
+    """Measure one row per number of devices."""
     rows = []
     for count in devices:
         command = [sys.executable, __file__, "--one", str(count), "--parameters", str(d)]

@@ -1,10 +1,10 @@
-"""Speed on Flower's ground: FedAvg apps on our Grid, against Flower's runtime and against a plain torch loop.
+"""Speed of FedAvg apps on our Grid, against Flower's runtime and against a plain torch loop.
 
     python simulations/benchmarks/flower_app.py [--out FILE] [--only overhead|cnn] [--clients 10 100] [--device cuda]
 
 `overhead`: a quickstart app, a perceptron that all clients train and evaluate in each round, in Flower's simulation
-runtime and on our Grid; and the same with clients that give back what they get, where nothing is left but the cost of
-carrying messages. Both ways must end with the same parameters. Starting Ray is not counted, nor is a first round.
+runtime and on our Grid; and the same with clients that return what they get, which leaves only the cost of carrying
+messages. Both ways must end with the same parameters. The start of Ray and a first round are not counted.
 
 `cnn`: the CNN of McMahan et al. (2017, arXiv 1602.05629), 1.66 M parameters, 100 clients of 500 images, 10 of
 them in a round, one local epoch with batches of 32. Each round on our Grid is followed by the same round as a plain
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from fedsample import run_flower
 
 HERE = str(Path(__file__).parent)
-if HERE not in sys.path:  # Ray's processes look for the client where this one does, wherever this file was loaded from
+if HERE not in sys.path:  # Ray's processes import the client from this process's path
     sys.path.insert(0, HERE)
 
 from agreement import agreement, plainly  # noqa: E402
@@ -51,7 +51,7 @@ RTOL = 1e-5
 
 
 def quickstart(rounds: int, idle: bool, found: dict[str, Any]) -> ServerApp:
-    """FedAvg with all clients in every round; leaves its parameters and its seconds per round in `found`."""
+    """FedAvg with all clients in every round; stores its parameters and its seconds per round in `found`."""
     app = ServerApp()
 
     @app.main()
@@ -70,7 +70,7 @@ def quickstart(rounds: int, idle: bool, found: dict[str, Any]) -> ServerApp:
 
 
 def wait_for_nodes(grid: Grid) -> list[int]:
-    """The nodes, once they have connected."""
+    """Wait for the nodes to connect, and return them."""
     while not (nodes := list(grid.get_node_ids())):
         time.sleep(0.1)
     return nodes
@@ -117,7 +117,7 @@ def overhead(clients: int, rounds: int, idle: bool) -> dict[str, Any]:
 
 
 class Noting(FedAvg):
-    """FedAvg that remembers whom it asked, so that the plain loop may ask the same."""
+    """FedAvg that records the clients of each round, so that the plain loop uses the same."""
 
     asked: Sequence[int] = ()
 
@@ -131,7 +131,7 @@ class Noting(FedAvg):
 def plain_round(
     model: nn.Module, arrays: dict[str, Tensor], cohort: Sequence[int], device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """FedAvg without any federation: each client in turn, then their mean (all have as many images)."""
+    """FedAvg without a federation: each client in turn, then their mean (all have equally many images)."""
     total = {name: torch.zeros_like(value) for name, value in arrays.items()}
     for client in cohort:
         model.load_state_dict(arrays)
@@ -205,11 +205,14 @@ def measure(
     cnn_rounds: int = 4,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """All rows, as they are printed.
+    """Measure all rows.
 
     Args:
-        clients: sizes of the federation for `overhead`. rounds: of each. only: "overhead" or "cnn"; None: both.
-            cnn_rounds: rounds of the CNN on our Grid, and as many of the plain loop. device: of the CNN.
+        clients: sizes of the federation for `overhead`.
+        rounds: rounds of each.
+        only: "overhead" or "cnn"; None: both.
+        cnn_rounds: rounds of the CNN on our Grid, and of the plain loop.
+        device: device of the CNN.
 
     Raises:
         AssertionError: if two ways to compute the same differ by more than a relative 1e-5.

@@ -32,7 +32,7 @@ def cnn() -> nn.Module:
 
 
 def started(model: nn.Module) -> nn.Module:
-    """The model with its first parameters, from keys."""
+    """The model with initial parameters from keys."""
     with torch.no_grad():
         for place, param in enumerate(model.parameters()):
             scale = param[0].numel() ** -0.5 if param.dim() > 1 else 0.01
@@ -43,7 +43,7 @@ def started(model: nn.Module) -> nn.Module:
 
 @cache
 def rows(client: int, n: int, shape: tuple[int, ...]) -> Rows:
-    """A client's n inputs (n, *shape) around one centre a class, and their labels (n,)."""
+    """A client's n inputs (n, *shape) around one centre per class, and their labels (n,)."""
     size = int(np.prod(shape))
     centres = key(seed=0, purpose="centres").normal(CLASSES * size, torch.float32).view(CLASSES, size)
     labels = key(seed=0, client=client, purpose="labels").integers(CLASSES, n)
@@ -53,13 +53,13 @@ def rows(client: int, n: int, shape: tuple[int, ...]) -> Rows:
 
 @cache
 def placed(client: int, n: int, shape: tuple[int, ...], device: str) -> Rows:
-    """The same on a device."""
+    """The same inputs and labels on a device."""
     inputs, labels = rows(client, n, shape)
     return inputs.to(device), labels.to(device)
 
 
 def train(model: nn.Module, data: Rows, client: int, round: int) -> float:
-    """One epoch of stochastic gradient descent in a keyed order; the last loss."""
+    """Train one epoch of stochastic gradient descent in a keyed order; return the last loss."""
     inputs, labels = data
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     order = key(seed=0, client=client, round=round, purpose="order").permutation(len(labels)).to(labels.device)
@@ -86,7 +86,7 @@ def job(context: Context) -> tuple[nn.Module, Rows, int]:
 
 @client_app.train()
 def local_epoch(message: Message, context: Context) -> Message:
-    """Train from the server's parameters, or give them back where the server says `idle`."""
+    """Train from the server's parameters, or return them unchanged where the server says `idle`."""
     if message.content["config"].get("idle"):
         content = RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})})
         return Message(content, reply_to=message)
@@ -100,7 +100,7 @@ def local_epoch(message: Message, context: Context) -> Message:
 
 @client_app.evaluate()
 def local_accuracy(message: Message, context: Context) -> Message:
-    """How well the server's parameters do here, or nothing where the server says `idle`."""
+    """Accuracy of the server's parameters on this client, or nothing where the server says `idle`."""
     if message.content["config"].get("idle"):
         return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
     model, (inputs, labels), _ = job(context)

@@ -2,16 +2,18 @@
 
     python simulations/benchmarks/gpu.py [--device cuda] [--parts a b c] [--seconds 3] [--quick] [--json]
 
-From a source tree, without installing anything of it. Under five minutes.
+Runs from a source tree, without installation, in under five minutes.
 
     a   Langevin-MARINA on logistic regression: d = 123, 300 rows per client, 100 and 1,000 clients, all rows
     b   a local epoch of a CNN of 1,663,370 parameters: 500 images, batches of 32
-    c   QLSD++ on LeNet-5 and ResNet-20: 20 clients of 300 rows, 5 of them a round, batches of 64; the full gradients at
+    c   QLSD++ on LeNet-5 and ResNet-20: 20 clients of 300 rows, 5 of them per round, batches of 64; the full gradients
+    at
         the reference, needed now and then, are left out
 
-Of each way the fastest of repeats that take `--seconds` together. `agree` rows compare results: with CUDA graphs to the
-same bits as without, with the CPU to the stated rtol (float32 throughout: TF32 is switched off, and cuDNN adds in a
-fixed order). On a CPU (`--device cpu --quick`) it shows that it works; CUDA graphs are left out, and said to be.
+Each way is repeated for `--seconds`; the fastest repeat counts. `agree` rows compare results: with CUDA graphs bit for
+bit with those without, on the GPU with the CPU's up to the stated rtol (float32 throughout: TF32 is off, and cuDNN adds
+in a fixed order). On a CPU (`--device cpu --quick`) it shows that the script works; CUDA graphs are left out, as a row
+says.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the source tree; where fedsample is installed, it again
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the source tree, even if fedsample is installed
 
 from agreement import agreement, plainly
 
@@ -46,17 +48,23 @@ from fedsample.targets import Clients, GeneralizedLinear, ModuleClients
 from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 
 SEED, STEP, RATE, BATCH = 0, 1e-7, 0.05, 32
-BLOCK = 16  # rounds whose noise is made at once, as samplers do
+BLOCK = 16  # rounds whose noise is made together, as in samplers
 Row = dict[str, Any]
 Ways = dict[str, Callable[[], object]]
 
 
 class Chain:
-    """A Langevin chain over a simulated federation: a server as `fedsample.strategies` has it, without its checks.
+    """A Langevin chain over a simulated federation: the server of `fedsample.strategies`, without its checks.
+
+    Minibatches use the start as the reference of variance reduction.
 
     Args:
-        clients, uplink: of the federation. engine: how gradients are computed. start: (1, d). batch_size: rows of a
-            gradient; None: all. cohort: clients of a round; None: all. A batch has the start as its reference.
+        clients: the federation's clients.
+        uplink: its gradient estimator.
+        engine: the engine that computes gradients.
+        start: (1, d) starting point.
+        batch_size: rows per gradient; None: all.
+        cohort: clients per round; None: all.
     """
 
     def __init__(
@@ -83,7 +91,7 @@ class Chain:
             about.round = torch.ones(clients.n, dtype=torch.int64)
 
     def step(self) -> None:
-        """One round."""
+        """Do one round."""
         self.round += 1
         noise, syncs = self._drawn()
         request = Request(
@@ -107,7 +115,7 @@ class Chain:
         self.applied = torch.where(aggregate.arrived.to(noise.device), self.round, self.applied)
 
     def _drawn(self) -> tuple[Tensor, bool]:
-        """The noise (1, d) of this round, and whether it is a dense one; made for some rounds at once."""
+        """The noise (1, d) of this round, and whether the round is dense; drawn for `BLOCK` rounds together."""
         index, at = divmod(self.round - 1, BLOCK)
         if self.block is None or self.block[0] != index:
             rounds = torch.arange(index * BLOCK + 1, (index + 1) * BLOCK + 1)
@@ -129,17 +137,18 @@ class Chain:
 
 
 class Clock:
-    """Times ways to do the same.
+    """Times several ways to do the same.
 
     Args:
-        device: which answers before it has finished. seconds: for each way.
+        device: the device, whose calls may return before they are finished.
+        seconds: time for each way.
     """
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds = device, seconds
 
     def rows(self, part: str, clients: int | None, ways: Ways) -> Iterator[Row]:
-        """A row each: milliseconds and rounds per second, the fastest of repeats of at least one call."""
+        """Yield one row per way: milliseconds and rounds per second, the fastest of repeats of at least one call."""
         for what, work in ways.items():
             work()
             calls, best, end = 1, float("inf"), time.perf_counter() + self.seconds
@@ -164,7 +173,7 @@ class Clock:
 
 
 def recorded(clients: Clients) -> str:
-    """Why there are no CUDA graphs here; empty: there are."""
+    """The reason why CUDA graphs are not available for these clients; empty if they are."""
     try:
         clients.on("cuda-graph")
     except CompileError as error:
@@ -218,7 +227,7 @@ def part_a(clock: Clock, quick: bool) -> Iterator[Row]:
 
 
 def twenty(clients: Clients, here: Clients, engine: str, n: int) -> Row:
-    """Where a chain stands after twenty rounds, with every draw the same: only products round otherwise."""
+    """Position of a chain after twenty rounds with the same draws everywhere: only products round differently."""
     ends = []
     for each, way in ((clients, engine), (here, "batched")):
         start = torch.zeros(1, each.d, device=each.device)
@@ -245,7 +254,8 @@ class Epochs:
     """Local epochs of stochastic gradient descent, always from the same start.
 
     Args:
-        device: where. images: how many rows.
+        device: where to compute.
+        images: number of rows.
     """
 
     def __init__(self, device: torch.device, images: int) -> None:
@@ -264,7 +274,7 @@ class Epochs:
         self.start = torch.cat(pieces).to(device)
 
     def step(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """(d,), rows and labels of a batch -> (d,)."""
+        """One gradient step on a batch: parameters (d,) -> (d,)."""
         leaf = theta.detach().requires_grad_()
         pieces = torch.split(leaf, [shape.numel() for shape in self.shapes.values()])
         shaped = {name: each.view(shape) for each, (name, shape) in zip(pieces, self.shapes.items(), strict=True)}
@@ -280,8 +290,8 @@ class Epochs:
         return theta
 
     def plain(self) -> None:
-        """The same as one writes it down."""
-        torch.nn.utils.vector_to_parameters(self.start.clone(), self.module.parameters())  # views of it
+        """The same epoch with a plain module and optimizer."""
+        torch.nn.utils.vector_to_parameters(self.start.clone(), self.module.parameters())  # views of the copy
         optimizer = torch.optim.SGD(self.module.parameters(), lr=RATE)
         for batch in self.order:
             optimizer.zero_grad()
@@ -362,7 +372,7 @@ PARTS = {"a": part_a, "b": part_b, "c": part_c}
 
 
 def machine(device: torch.device) -> Row:
-    """What was measured."""
+    """Describe the machine."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "device": gpu.name if gpu else "cpu", "memory_gib": round(gpu.total_memory / 2**30, 1) if gpu else None,
@@ -371,21 +381,21 @@ def machine(device: torch.device) -> Row:
 
 
 def measure(parts: list[str], device: torch.device, seconds: float, quick: bool) -> list[Row]:
-    """All rows, printed as they come to standard error; a part that fails has one that says why."""
+    """Measure all rows, printing each to standard error; a part that fails gets a row with the reason."""
     clock, rows = Clock(device, seconds), []
     for part in parts:
         try:
             for row in PARTS[part](clock, quick):
                 rows.append(row)
                 print(text(row), file=sys.stderr, flush=True)
-        except (RuntimeError, FedSampleError, TypeError, ValueError) as error:  # the other parts are not lost with it
+        except (RuntimeError, FedSampleError, TypeError, ValueError) as error:  # the other parts still run
             rows.append({"part": part, "clients": None, "what": "failed", "why": f"{type(error).__name__}: {error}"})
             print(text(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
 def text(row: Row) -> str:
-    """A line for a person."""
+    """Format a row as one line."""
     head = f"{row['part']}  {row['clients'] or '':>5}  {row['what']:58} "
     if "why" in row:
         return f"{head}not measured: {row['why']}"
@@ -396,7 +406,7 @@ def text(row: Row) -> str:
 
 
 def main() -> int:
-    """Measure and print; 1 if something failed or differs."""
+    """Measure and print; return 1 if something failed or differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))

@@ -1,4 +1,4 @@
-"""How time per round and memory grow with the number of clients and of rounds.
+"""Growth of time per round and of memory with the number of clients and of rounds.
 
     python simulations/benchmarks/growth.py [--clients 10 100 1000 10000] [--rows 20] [--long 10000] [--json]
 
@@ -6,8 +6,8 @@ A fresh process for each number of clients runs the experiment of workload A (20
 the fastest of several rounds, `peak_mb` the largest resident size less that of the process before it reads any data,
 and `times_data` that over the bytes of the rows (float32). `state_kb` is the server's state between two rounds, which
 must not grow with the clients but for one integer each. `--full` adds numbers of clients with 300 rows each, whose peak
-memory is told from what a process needs anyway. `--long` measures, at the smallest number of clients, how much the
-process has grown between round 1,000 and the last one.
+memory can be told from what a process needs anyway. `--long` measures, at the smallest number of clients, how
+much the process has grown between round 1,000 and the last one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def memory(name: str) -> float:
 
 
 def alone(file: Path, engine: str, rounds: int, long: int) -> dict[str, Any]:
-    """Everything about one experiment, in this process, which did nothing else before."""
+    """Measure one experiment in this fresh process."""
     import torch
     from workload_a import settings
 
@@ -79,7 +79,7 @@ def measure(
     engine: str = "auto",
     long: int = 0,
 ) -> list[dict[str, Any]]:
-    """One row for each number of clients; `long` rounds at the smallest."""
+    """Measure one row per number of clients; `long` rounds at the smallest."""
     found = []
     for n in clients:
         with tempfile.TemporaryDirectory() as folder:

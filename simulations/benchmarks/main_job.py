@@ -1,4 +1,4 @@
-"""The main job as a user runs it: time to the first round, time in all, and what recording costs.
+"""The main job as a user runs it: time to the first round, total time, and the cost of recording.
 
     python simulations/benchmarks/main_job.py [--repeats 2] [--set section.key=value ...]
 
@@ -26,7 +26,7 @@ QUIET = (
 
 
 def run(overrides: list[str]) -> dict[str, Any]:
-    """One fresh process -> its summary, with seconds to the first round and in all as a clock on the wall saw them."""
+    """Run one fresh process; return its summary, with wall-clock seconds to the first round and in total."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "fedsample", "simulate", "--quiet", "--json", "--out", str(out)]

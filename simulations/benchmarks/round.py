@@ -1,4 +1,4 @@
-"""What a round costs beside its bare gradient: the same process, interleaved, best of several repeats.
+"""Cost of a round relative to its bare gradient: same process, interleaved, best of several repeats.
 
     python simulations/benchmarks/round.py [--set section.key=value ...] [--json]
 
@@ -20,7 +20,7 @@ from fedsample.runs.build import assemble
 
 
 def seconds(work: Callable[[], object], count: int) -> float:
-    """Seconds of one call, the mean over `count` of them."""
+    """Seconds per call, the mean over `count` calls."""
     start = time.perf_counter()
     for _ in range(count):
         work()
@@ -43,7 +43,7 @@ def main() -> None:
         for worker in chain.fleet.workers:
             worker.clients.gradient(chain.state.params)
 
-    seconds(chain.round, options.rounds)  # warm up: caches, and past marina's dense first round
+    seconds(chain.round, options.rounds)  # warm up caches, and pass marina's dense first round
     pairs = [
         (seconds(chain.round, options.rounds), seconds(one_gradient, options.rounds)) for _ in range(options.repeats)
     ]

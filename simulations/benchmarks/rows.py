@@ -1,4 +1,4 @@
-"""Rows of a benchmark, for a person or as JSON."""
+"""Print rows of a benchmark as text or as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def show(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print them: a line per row, or one JSON array."""
+    """Print the rows: a line per row, or one JSON array."""
     if as_json:
         print(json.dumps(rows, indent=1))
         return

@@ -1,4 +1,4 @@
-"""Workload A: a round of Langevin-MARINA on logistic regression, beside the same work done in other ways.
+"""Workload A: a round of Langevin-MARINA on logistic regression, and the same work done in other ways.
 
     python simulations/benchmarks/workload_a.py [--clients 10 100 1000] [--torch-compile] [--device cuda] [--json]
 
@@ -8,12 +8,12 @@ interleaved, the fastest of several repeats of each:
     floor       one pass over the data
     gradient    every client's gradient and nothing else: two products over all rows, batched products, the engines, and
                 torch.compile where it is asked for
-    loop        the round as a plain loop over clients in PyTorch, without keyed draws, prior, memories or accounts
+    loop        the round as a plain loop over clients in PyTorch, without keyed draws, prior, memories or bit counts
     round       ours, with each engine: everything that a run computes between two rounds
 
 On a GPU gradients and twenty rounds are compared with the CPU's: `difference` over the largest entry, at most `rtol`.
-What cannot be measured here has a row that says `why`. `ratio` divides ours by the fastest gradient. The load of the
-machine stands beside it: on a busy one nothing is fast.
+What cannot be measured here has a row that says `why`. `ratio` divides ours by the fastest gradient. The machine's load
+is reported too, since a busy machine slows everything.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ENGINES = ("batched", "stacked", "compiled", "cuda-graph", "by-client")
 
 
 def write_data(path: Path, clients: int, rows: int = ROWS) -> None:
-    """Rows of a logistic model, the same number for each client."""
+    """Write rows of a logistic model, the same number for each client."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((clients * rows, D), dtype=np.float32)
     y = (rng.random(clients * rows) < 1 / (1 + np.exp(-x @ (rng.standard_normal(D) / 11)))).astype(np.int64)
@@ -53,7 +53,7 @@ def write_data(path: Path, clients: int, rows: int = ROWS) -> None:
 
 
 def settings(file: Path, engine: str = "auto", device: str = "cpu") -> dict[str, Any]:
-    """The experiment."""
+    """Settings of the experiment."""
     return {
         "preset": "langevin-marina",
         "chains": 1,
@@ -67,13 +67,13 @@ def settings(file: Path, engine: str = "auto", device: str = "cpu") -> dict[str,
 
 
 def rounds_of(file: Path, engine: str, device: str = "cpu") -> tuple[Problem, Callable[[], None]]:
-    """The problem, and a function that does the next round."""
+    """Build the problem, and a function that does the next round."""
     chain = assemble(load(settings(file, engine, device), environment={}))
     return chain.problem, chain.round
 
 
 def plain_loop(x: Tensor, y: Tensor) -> Callable[[], None]:
-    """The round as one writes it down: x (n, rows, d), y (n, rows)."""
+    """The round as a plain loop over clients: x (n, rows, d), y (n, rows)."""
     zeros, kept = torch.zeros(D, device=x.device), round(SHARE * D)
     point, estimate, last = zeros, zeros, [zeros for _ in x]
 
@@ -123,7 +123,7 @@ def gradients(clients: GeneralizedLinear, x: Tensor, y: Tensor, torch_compile: b
 
 
 def missing(clients: GeneralizedLinear, engine: str) -> str:
-    """Why an engine cannot be had here; empty: it can."""
+    """The reason why an engine is not available here; empty if it is."""
     try:
         clients.on(engine)
     except CompileError as error:
@@ -132,7 +132,7 @@ def missing(clients: GeneralizedLinear, engine: str) -> str:
 
 
 def agreements(file: Path, engine: str, device: str) -> list[dict[str, Any]]:
-    """How far a GPU is from the CPU: every client's gradient, and where a chain stands after twenty rounds."""
+    """Compare a GPU with the CPU: every client's gradient, and a chain's position after twenty rounds."""
     found = []
     for place, way in (("cpu", "batched"), (device, engine)):
         chain = assemble(load(settings(file, way, place), environment={}))
@@ -150,9 +150,9 @@ def agreements(file: Path, engine: str, device: str) -> list[dict[str, Any]]:
 
 
 def best(works: dict[str, Callable[[], object]], rounds: int, repeats: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of one call of each, the fastest of `repeats` times the mean of `rounds`; interleaved."""
+    """Measure milliseconds of one call of each, the fastest of `repeats` times the mean of `rounds`; interleaved."""
     found = dict.fromkeys(works, float("inf"))
-    settle = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None  # a GPU answers early
+    settle = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None  # returns early on GPUs
     for work in works.values():
         work()
         work()
@@ -176,7 +176,7 @@ def measure(
     torch_compile: bool = False,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """The table, one row a number of clients and way; `rounds` / clients of them in each repeat, at least 4."""
+    """Measure one row per number of clients and way; `rounds` / clients of them in each repeat, at least 4."""
     rows: list[dict[str, Any]] = []
     plainly(torch.device(device))
     engines = engines or usual(device)
@@ -192,7 +192,7 @@ def measure(
             for engine in engines:
                 if f"round: {engine}" not in absent:
                     _, works[f"round: {engine}"] = rounds_of(file, engine, device)
-            compiler = "" if linear.device.type == "cuda" else missing(linear, "compiled")  # a GPU's is Triton
+            compiler = "" if linear.device.type == "cuda" else missing(linear, "compiled")  # a GPU uses Triton
             if torch_compile and compiler:
                 absent["gradient: torch.compile"] = compiler
             x, y = linear.design.view(n, ROWS, D), linear.labels.view(n, ROWS).to(torch.float32)
@@ -214,7 +214,7 @@ def measure(
 
 
 def usual(device: str) -> tuple[str, ...]:
-    """The engines that are measured on such a device."""
+    """Engines to measure on this kind of device."""
     return ENGINES[:3] if device == "cpu" else ("batched", "stacked", "cuda-graph")
 
 

@@ -20,7 +20,7 @@ from rows import show
 
 
 def compare(clients: int, rounds: int) -> dict[str, Any]:
-    """One row: milliseconds a round, Flower's and ours."""
+    """One row: milliseconds per round, Flower's and ours."""
     import torch
     from workload_a import settings, write_data
 
@@ -32,7 +32,7 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "data.npz"
         write_data(file, clients)
-        experiment = load(settings(file, "compiled"), environment={})  # without a compiler, what takes its place
+        experiment = load(settings(file, "compiled"), environment={})  # without a compiler, its replacement
         chain = assemble(experiment)
         first = chain.state
 
@@ -43,7 +43,7 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
                 start = time.perf_counter()
                 chain.round(fleet)
                 spent.append(time.perf_counter() - start)
-            return float(np.median(spent[1:]))  # the first round is dense, and finds everything cold
+            return float(np.median(spent[1:]))  # the first round is dense, and nothing is cached yet
 
         ours = spend(chain.fleet, 200)
         with simulated_fleet(experiment, chain.problem.clients, chain.links) as fleet:
@@ -55,7 +55,7 @@ def compare(clients: int, rounds: int) -> dict[str, Any]:
 
 
 def measure(clients: Sequence[int] = (10, 100), rounds: int = 5) -> list[dict[str, Any]]:
-    """One row a number of clients."""
+    """One row per number of clients."""
     return [compare(n, rounds) for n in clients]
 
 

@@ -5,10 +5,10 @@
 20 clients with 300 rows, 5 of them a round, minibatches of 64, random data in the shape of Fashion-MNIST (for ResNet-20
 in three channels of 32 x 32 pixels). With a moving reference a round costs every client two minibatch gradients, at the
 iterate and at the reference, and a full one now and then, which is left out of both: the references are filled before
-the clock starts. The loop does the same as one writes it down: it indexes its rows, calls `backward`, quantises the
-difference to a memory with PyTorch's own random numbers, moves the memory and steps. Interleaved; of each the fastest
-round, by the clock on the wall and by the processor time of the thread, which a busy machine disturbs less. On a GPU
-there is a row with CUDA graphs and one without, and the minibatch gradients are compared with the CPU's.
+the clock starts. The loop does the same in plain PyTorch: it indexes its rows, calls `backward`, quantises the
+difference to a memory with PyTorch's own random numbers, moves the memory and steps. Interleaved; reports the
+fastest round of each, in wall-clock time and in processor time of the thread, which a busy machine disturbs less. On a
+GPU there is a row with CUDA graphs and one without, and the minibatch gradients are compared with the CPU's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEP = 1e-7
 
 
 def settings(file: Path, model: str, engine: str = "auto", device: str = "cpu") -> dict[str, Any]:
-    """The experiment."""
+    """Settings of the experiment."""
     return {
         "preset": "qlsd-plus-plus",
         "chains": 1,
@@ -55,7 +55,7 @@ def settings(file: Path, model: str, engine: str = "auto", device: str = "cpu") 
 
 
 def write_data(path: Path, model: str) -> None:
-    """Random rows and labels."""
+    """Write random rows and labels."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((CLIENTS * ROWS, *SHAPES[model]), dtype=np.float32)
     y = rng.integers(10, size=CLIENTS * ROWS)
@@ -63,7 +63,7 @@ def write_data(path: Path, model: str) -> None:
 
 
 def ours(file: Path, model: str, engine: str = "auto", device: str = "cpu") -> tuple[Problem, Callable[[], None]]:
-    """The problem, and a function that does the next round, all references known."""
+    """Build the problem, and a function that does the next round, with all references computed."""
     experiment = load(settings(file, model, engine, device), environment={})
     problem = build_problem(experiment)
     links = build_links(experiment, problem.clients)
@@ -93,7 +93,7 @@ def ours(file: Path, model: str, engine: str = "auto", device: str = "cpu") -> t
 
 
 def plain(problem: Problem) -> Callable[[], None]:
-    """Two minibatch gradients of each client of a cohort, by autograd on the module."""
+    """Compute two minibatch gradients of each client of a cohort, by autograd on the module."""
     clients = problem.clients
     if problem.module is None or not isinstance(clients, ModuleClients):
         raise TypeError("workload C is a network")
@@ -136,7 +136,7 @@ def plain(problem: Problem) -> Callable[[], None]:
 
 
 def sampled(problem: Problem, engine: str) -> Tensor:
-    """The minibatch gradients (COHORT, 1, d) of the first clients."""
+    """Compute the minibatch gradients (COHORT, 1, d) of the first clients."""
     path, who = problem.clients.on(engine), torch.arange(COHORT)
     keys = key(0, client=who.unsqueeze(-1), chain=torch.arange(1), purpose="batch").tensor().to(path.device)
     at = 0.05 * key(0, purpose="point").normal(problem.d, torch.float32).unsqueeze(0).to(path.device)
@@ -144,8 +144,8 @@ def sampled(problem: Problem, engine: str) -> Tensor:
 
 
 def best(works: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
-    """Milliseconds of the fastest round of each, by the clock and of the processor; interleaved."""
-    settle = torch.cuda.synchronize if device != "cpu" else lambda: None  # a GPU answers early
+    """Measure milliseconds of the fastest round of each, wall-clock and processor time; interleaved."""
+    settle = torch.cuda.synchronize if device != "cpu" else lambda: None  # GPU calls return early
     found = dict.fromkeys(works, (float("inf"), float("inf")))
     for at in range(rounds + 1):
         for name, work in works.items():
@@ -162,7 +162,7 @@ def best(works: dict[str, Callable[[], None]], rounds: int, device: str) -> dict
 def measure(
     models: Sequence[str] = ("lenet5", "resnet20"), rounds: int = 3, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """One row a model and engine: milliseconds a round, ours and the loop's, and their ratio."""
+    """One row per model and engine: milliseconds per round, ours and the loop's, and their ratio."""
     rows: list[dict[str, Any]] = []
     plainly(torch.device(device))
     engines = ("batched",) if device == "cpu" else ("batched", "cuda-graph")

@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 CLASSES, FEATURES, DIM = 10, 64, 650
-BATCHES = 20  # batches a chain in Monte-Carlo errors by batch means
+BATCHES = 20  # batches per chain in Monte-Carlo errors by batch means
 
 
 class Split(NamedTuple):

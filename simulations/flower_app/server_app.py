@@ -26,13 +26,13 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Prepare, sample, and keep the draws."""
+    """Prepare, sample, and save the draws."""
     experiment = of_run_config(context.run_config)
     check(experiment)
     out = Path(str(context.run_config["app.out"])).resolve()
     draws = DrawStore(out / "draws", SHARD_ROUNDS, start=experiment.warmup)
 
-    problem = build_problem(experiment)  # for its prior and its number of parameters: the rows stay with the clients
+    problem = build_problem(experiment)  # for the prior and the number of parameters: the rows stay with the clients
     links = build_links(experiment, problem.clients)
     fleet = fleet_on(grid, experiment, problem.clients, links)
     prepared = prepare(experiment, problem, links, fleet, Progress(experiment.rounds, mode="plain"))

@@ -1,6 +1,6 @@
-"""The bias that `auto` predicts on digits against the bias of the chain that it then runs.
+"""Compare the bias that step_size "auto" predicts on digits with the measured bias of the chain.
 
-A reference without compression and (BAOAB at a step of 0.25, whitened) without discretisation to speak of gives the
+A reference without compression and with negligible discretisation error (BAOAB at step 0.25, whitened) gives the
 posterior's covariance; its spread of single parameters is checked against the HMC run of `digits_reference`. Then each
 preset runs at its automatic step from draws of the reference, and two variances are compared with it: the mean over the
 coordinates of the preset's metric, and that along the stiffest direction of the Hessian at the mode.
@@ -33,13 +33,13 @@ from fedsample.runs.build import build_driver, build_fleet
 HMC = Path(__file__).parents[2] / "tests" / "data" / "digits_hmc.npz"
 REFERENCE = ["preset=underdamped-diana", "uplink.name=dense", "uplink.compressor=identity", "step_size=0.25"]
 PRESETS = ("underdamped-diana", "whitened-diana", "underdamped-marina", "langevin-diana", "langevin-marina")
-GROUPS = 8  # of chains, whose scatter tells the standard errors
+GROUPS = 8  # groups of chains, whose scatter gives the standard errors
 
 
 def run_chain(
     experiment: Experiment, problem: Problem, prepared: Prepared, start: Tensor, warmup: int, thin: int, seconds: float
 ) -> Tensor:
-    """(S, C, d) draws in the model's parameters, as many as are made within these seconds, warm-up included."""
+    """Sample for this many seconds, warm-up included; return draws (S, C, d) in the model's parameters."""
     links = build_links(experiment, problem.clients)
     fleet = build_fleet(experiment, problem, links)
     fleet.set_metric(prepared.geometry.metric)
@@ -56,12 +56,12 @@ def run_chain(
 
 
 def build(overrides: list[str], chains: int) -> tuple[Experiment, Problem, Prepared]:
-    """An experiment with many chains, and its preparation."""
+    """Build an experiment with many chains, and prepare it."""
     experiment = load({}, [*overrides, f"chains={chains}"])
     problem = build_problem(experiment)
     links = build_links(experiment, problem.clients)
     fleet = build_fleet(experiment, problem, links)
-    one = load({}, overrides)  # what the preset would measure and choose by itself
+    one = load({}, overrides)  # what the preset itself would measure and choose
     return experiment, problem, prepare(one, problem, links, fleet, Progress(1, mode="quiet"))
 
 
