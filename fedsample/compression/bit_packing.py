@@ -191,7 +191,7 @@ def _bytes(count: int) -> tuple[Codes, Codes]:
 
 
 def _planes(raw: Codes, whole: int, width: int) -> tuple[list[tuple[int, int, Codes]], int]:
-    """(first bit of a code, bits, bytes) of each plane, in their order on the wire; and how many bytes they take."""
+    """(first bit of a code, bits, bytes) of each plane, in their order on the wire; and their total bytes."""
     sizes = [8] * (width // 8) + [size for size in (4, 2, 1) if width & size]
     planes = []
     shift = 0

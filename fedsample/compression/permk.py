@@ -66,7 +66,7 @@ class PermK(Selector):
         return 1.0 / self.clients
 
     def support(self, keys: PacketKeys, d: int) -> Tensor:
-        """(..., K) this client's coordinates; d stands for a slot without one.
+        """Coordinates (..., K) of this client; d marks a slot without one.
 
         Raises:
             ConfigError: if the keys do not say which client this is, or it is not one of the n.

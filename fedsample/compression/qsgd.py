@@ -174,7 +174,7 @@ def _rounding(scale: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _fixed_point(dtype: torch.dtype, levels: int) -> tuple[torch.dtype, int]:
-    """The integer type of fixed-point levels and how many of its bits are fraction."""
+    """Integer type of fixed-point levels, and its number of fractional bits."""
     if dtype == torch.float32:
         return torch.int32, 30 - levels.bit_length()
     return torch.int64, 62 - levels.bit_length()
@@ -189,7 +189,7 @@ def _draw(values: Tensor, safe: Tensor, top: int, fraction: int, random: Tensor,
 def _draw_on_cpu(
     values: Tensor, safe: Tensor, top: int, fraction: int, random: Tensor, out: Tensor, work: Tensor | None = None
 ) -> None:
-    """The same of float32 by numpy, whose shifts use the CPU's vectors, within two arrays that stay in the cache.
+    """The same for float32 by numpy, whose shifts use vector instructions, in two arrays that stay in the cache.
 
     No clamp: a norm summed in float64 and rounded once is never below the magnitude of an entry, so that no quotient
     exceeds 1. Where an entry is not finite the norm is not either, whatever the levels.

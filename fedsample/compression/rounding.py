@@ -50,7 +50,7 @@ class _Rounding(Compressor):
 
     @abstractmethod
     def _exponent(self, dtype: torch.dtype) -> int:
-        """The bits of a code that are all ones where it is not finite."""
+        """Mask of the exponent bits of a code, which are all ones if it is not finite."""
 
     @abstractmethod
     def _coins(self, key: Key, d: int, dtype: torch.dtype) -> Coins:
@@ -173,7 +173,7 @@ class Natural(_Rounding):
 
 @dataclass(frozen=True)
 class Bfloat16(_Rounding):
-    """Random rounding to bfloat16: 16 bits per entry, of float64 too, whose range then shrinks to that of float32."""
+    """Random rounding to bfloat16: 16 bits per entry; float64 is limited to the range of float32."""
 
     name: ClassVar[str] = "bf16"
     summary: ClassVar[str] = "each entry rounded at random to bfloat16"

@@ -100,7 +100,7 @@ def keyed_split(table: Table, rows: Array, fraction: float | None, seed: int, cl
         Training and held-out rows, both in the table's order; if the table has its own test rows, those are held out.
 
     Raises:
-        ConfigError: if the fraction is out of range, or the table has its own test rows.
+        ConfigError: if the fraction is out of range, or positive for a table with its own test rows.
     """
     if table.x_test is not None:
         _check_fraction(table, fraction)

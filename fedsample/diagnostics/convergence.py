@@ -188,7 +188,7 @@ def _variance_ratio(scores: Array) -> Array:
     still = np.ptp(scores, axis=2).max(axis=1) == 0  # by rounding, such chains can have a variance of 1e-33
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.sqrt((draws - 1) / draws + between / np.where(still, 0.0, within))
-    # All scores are equal, as are the distances from the median of a two-valued functional: R-hat is undefined.
+    # Equal scores, as of the distances from the median of a two-valued functional, have no R-hat.
     return np.where(np.ptp(scores, axis=(1, 2)) == 0, np.nan, ratio)
 
 

@@ -5,8 +5,8 @@ r"""EF21: error feedback by a memory that tracks the gradient through a contract
 
 Richtarik, Sokolov & Fatkhullin, NeurIPS 2021 (arXiv 2106.05203); under Langevin noise D-ELF and B-ELF: Karagulyan &
 Richtarik 2023 (arXiv 2303.04622). The compressor may be biased (TopK). The estimate lags behind the gradient, which
-widens the stationary law at first order in the step. Round 1 is dense and waits for everyone; later the
-memory of an absent client stands for its gradient. Packets commit in two steps, as diana's do.
+widens the stationary law at first order in the step. Round 1 is dense and waits for everyone; later the memory of an
+absent client stands for its gradient. Packets commit in two steps, as diana's do.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Problem:
 
     @property
     def rowless(self) -> bool:
-        """Whether no rows are here, as on a server whose devices hold the data."""
+        """Whether it has no rows, as on a server whose devices hold the data."""
         return self.data is not None and len(self.data.x) + len(self.data.x_test) == 0
 
     @cached_property

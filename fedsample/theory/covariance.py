@@ -4,7 +4,7 @@ Let x = (u, v) be the chain about the mode of a quadratic target with Hessian H 
 its mean step, in which the error of the estimated gradient enters as g. Masks that keep coordinates independently make
 that error uncorrelated between coordinates, with variances N (d,), and mean zero given the past. Then
 
-    Cov x = T (Cov x) T^T + noise noise^T + kick diag(N) kick^T (+ what marina's error adds by lasting)
+    Cov x = T (Cov x) T^T + noise noise^T + kick diag(N) kick^T (+ the effect of marina's persisting error)
     direct   N_j = (1/s - 1) [ sum_i (H_i E uu^T H_i)_jj + zeta_j ]
     marina   N_j = (1/s - 1)   sum_i (H_i D H_i)_jj,       D = E (u_k - u_{k-1})(u_k - u_{k-1})^T
     diana    N_j = (1/s - 1)   sum_i (H_i D H_i)_jj / (1 + 2 (1 - s) (H_i R)_jj),

@@ -6,9 +6,8 @@ Runs from a source tree, without installation, in under five minutes.
 
     a   Langevin-MARINA on logistic regression: d = 123, 300 rows per client, 100 and 1,000 clients, all rows
     b   a local epoch of a CNN of 1,663,370 parameters: 500 images, batches of 32
-    c   QLSD++ on LeNet-5 and ResNet-20: 20 clients of 300 rows, 5 of them per round, batches of 64; the full gradients
-    at
-        the reference, needed now and then, are left out
+    c   QLSD++ on LeNet-5 and ResNet-20: 20 clients of 300 rows, 5 of them per round, batches of 64; the full
+        gradients at the reference, needed now and then, are left out
 
 Each way is repeated for `--seconds`; the fastest repeat counts. `agree` rows compare results: with CUDA graphs bit for
 bit with those without, on the GPU with the CPU's up to the stated rtol (float32 throughout: TF32 is off, and cuDNN adds

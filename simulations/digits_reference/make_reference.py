@@ -43,7 +43,7 @@ class Split(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What the chains leave behind, draw first: params (N, C, 650) float32, all others (N, C) float64."""
+    """Record of the chains, draws on the first axis: params (N, C, 650) float32, all others (N, C) float64."""
 
     params: np.ndarray
     potential: np.ndarray  # U
