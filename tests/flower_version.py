@@ -19,7 +19,8 @@ from pathlib import Path
 from fedsample.fleets.flower_grid.versions import UNCHECKED
 
 ROOT = Path(__file__).parents[1]
-CONTRACT = ["tests/fleets/flower_grid/test_flower_grid.py", "tests/fleets/flower_grid/test_app_folder.py"]
+FOLDER = ROOT / "tests" / "fleets" / "flower_grid"
+CONTRACT = [*sorted(FOLDER.glob("test_grid_*.py")), FOLDER / "test_app_folder.py"]
 
 
 def main() -> int:
