@@ -61,7 +61,7 @@ class Dice:
 
     def rule(self, patch: pytest.MonkeyPatch) -> None:
         """Put the script in the place of every key."""
-        for module in ("fedsample.strategies.base", "fedsample.strategies.cohort", "fedsample.fleets.faults"):
+        for module in ("fedsample.strategies.noise", "fedsample.strategies.cohort", "fedsample.fleets.faults"):
             patch.setattr(f"{module}.key", self.key)
         for module in ("fedsample.clients.client_stack", "fedsample.estimators.downlink"):
             patch.setattr(f"{module}.LinkKeys", self.link)
