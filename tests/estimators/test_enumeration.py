@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 from dice import SUM, Dice, Outcomes, advance, combinations, read, signs
-from moment_maps import Array, Chain, block_pairs, independent_pairs, subset_pairs
-from rounding import gamma, near
+from moment_maps import Array, Chain, block_pairs, difference, independent_pairs, subset_pairs, tolerance
+from rounding import near
 from torch import Tensor
 
 from fedsample.compression import Compressor, Identity, RandBlock, RandK, Scaled
@@ -306,30 +306,6 @@ def enumerate_rounds(
         after = after + part if after.size else part
     assert weights.sum() == near(1.0, len(paths) + 12 * len(coins))
     return before, after
-
-
-def difference(got: Array, want: Array) -> float:
-    """Largest |got - want| in units of the moments' own size."""
-    scale = np.sqrt(np.outer(np.diag(want), np.diag(want)))
-    return float((np.abs(got - want) / scale).max())
-
-
-def tolerance(before: Array, want: Array, chains: list[Chain]) -> float:
-    """How far two ways to the moments after some rounds may part, in units of `difference`.
-
-    A round adds products of no more than (|M_0| + sum |D_b|) |y| (see `moment_maps`): against the size of its result
-    that is `ratio`, squared in moments. Sums run over the thousands of ways that bits may fall, or over pairs of bits
-    and states in the map.
-    """
-    size, roundings = np.sqrt(np.abs(np.diag(before))), 4096.0
-    for chain in chains:
-        still, directions = chain.round()
-        size = (np.abs(still) + np.abs(directions).sum(0)) @ size + np.abs(chain.noise).sum(1)
-        roundings += (chain.n * chain.d) ** 2 + chain.size**2 + 40
-    ratio = float((size / np.sqrt(np.diag(want))).max())
-    bound = 2 * gamma(roundings) * ratio**2
-    assert bound < 1e-7, bound
-    return bound
 
 
 def check(

@@ -327,6 +327,36 @@ def doubt(chain: Chain) -> float:
     return 2 * gamma(roundings) * float(np.abs(chain.stationary).max())
 
 
+def difference(got: Array, want: Array) -> float:
+    """Largest |got - want| in units of the moments' own size."""
+    scale = np.sqrt(np.outer(np.diag(want), np.diag(want)))
+    return float((np.abs(got - want) / scale).max())
+
+
+def tolerance(before: Array, want: Array, chains: list[Chain], begun: float = 0.0) -> float:
+    """How far two ways to the moments after some rounds may part, in units of `difference`.
+
+    Args:
+        before: the moments that they start from.
+        want: those after the rounds.
+        chains: the law of each round.
+        begun: how far apart they start, in the same units.
+
+    A round adds products of no more than (|M_0| + sum |D_b|) |y| (see `moment_maps`): against the size of its result
+    that is `ratio`, squared in moments. Sums run over the thousands of ways that bits may fall, or over pairs of bits
+    and states in the map.
+    """
+    size, roundings = np.sqrt(np.abs(np.diag(before))), 4096.0
+    for chain in chains:
+        still, directions = chain.round()
+        size = (np.abs(still) + np.abs(directions).sum(0)) @ size + np.abs(chain.noise).sum(1)
+        roundings += (chain.n * chain.d) ** 2 + chain.size**2 + 40
+    ratio = float((size / np.sqrt(np.diag(want))).max())
+    bound = (2 * gamma(roundings) + begun) * ratio**2
+    assert bound < 1e-7, bound
+    return bound
+
+
 def coordinate(
     curvatures: list[float] | Array,
     centers: list[float] | Array,
