@@ -5,10 +5,10 @@ What proves what, of every case of `CASES`:
 | what | proof |
 |---|---|
 | one round leaves the law as it is, to rounding | `test_law`: production code over all outcomes (`one_round`) |
-| a round's map, from any point: first rounds, pending packets | `exact/test_enumeration`, over all outcomes |
-| the law is the published one | `test_the_simulated_law_is_the_published_one`, `exact/test_moments` |
+| a round's map, from any point: first rounds, pending packets | `test_enumeration`, over all outcomes |
+| the law is the published one | `test_the_simulated_law_is_the_published_one`, `test_moments` |
 | one client at a time has the same law | `test_the_verdict_does_not_depend_on_the_fleet`, over all outcomes |
-| keys draw noise, masks, coins, cohorts, losses as assumed | `exact/test_random`, `exact/test_compressors`, and |
+| keys draw noise, masks, coins, cohorts, losses as assumed | `test_random`, `test_compressors`, and |
 | anew for each client and round, so that chains get there | `test_the_law_is_reached`: `SAMPLED` cases, end to end |
 | and anew for each chain | `test_independence` |
 
