@@ -71,7 +71,7 @@ def test_a_posterior_too_narrow_for_the_dtype(metric: str, folder: Path, tmp_pat
 
 
 def test_a_step_that_suits_is_not_blamed_for_a_divergence(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DivergenceError, match=r"so it met more than that: .*model.noise_scale"):
+    with pytest.raises(DivergenceError, match=r"is below the stability limit for .*model.noise_scale"):
         sample(folder, tmp_path, "target.npz", "linear", dtype="float64")
 
 

@@ -244,8 +244,8 @@ def rounds(preset: str, model: str, rounds: int, fleet: dict[str, Any], **more: 
     assert ends[1].device == CUDA
     # Its own step may be off in the last bits. A round adds the roundings of a few hundred terms; the rounds after it
     # carry them on by at most 1 + h L / q, for a curvature L and a link that sends a coordinate with probability q.
-    inclusion = chain.sampler.uplink.compressor.inclusion(chain.problem.d)
-    growth = 1 + chain.sampler.step_size * chain.prepared.geometry.curvature / inclusion
+    inclusion = chain.driver.uplink.compressor.inclusion(chain.problem.d)
+    growth = 1 + chain.driver.sampler.step_size * chain.prepared.geometry.curvature / inclusion
     size = growth * max(1.0, float(ends[0].abs().max()))
     bound = propagated(2 * gamma(512) * size, growth, rounds)
     assert bound < 1e-7, bound

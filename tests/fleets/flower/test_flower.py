@@ -34,7 +34,7 @@ from fedsample.config import Experiment, dump_toml, load
 from fedsample.config.loading import of_run_config
 from fedsample.config.presets import PRESETS
 from fedsample.errors import ClientError, ConfigError, DataError, DivergenceError, QuorumError
-from fedsample.estimators import Diana, Ef21, Links, build_links
+from fedsample.estimators import Diana, Ef21, Links, Marina, build_links
 from fedsample.fleets.flower import simulation
 from fedsample.fleets.flower.fleet import FlowerFleet, fleet_on
 from fedsample.fleets.flower_grid.adapter import identity
@@ -167,7 +167,7 @@ def test_so_does_every_kind_of_experiment(settings: tuple[str, ...], preset: str
 def check_equality(reference: Reference) -> None:
     grid = reference.grid()
     fleet = reference.fleet_on(grid)
-    sampler, prepared = prepared_on(reference.experiment, reference.problem, fleet)
+    sampler, prepared = prepared_on(reference.experiment, reference.problem, reference.links, fleet)
     setup = prepared.geometry.traffic
     assert prepared.step_size == reference.prepared.step_size
     assert setup == reference.prepared.geometry.traffic
@@ -302,7 +302,7 @@ def test_a_second_start_may_meet_clients_that_remember_nothing(preset: str) -> N
     arrays = first.start(reference.grid(), first.arrays(first.begin(reference.prepared.start)), num_rounds=8).arrays
     state = second.state_of(second.start(grid, arrays, num_rounds=ROUNDS - 8).arrays)
     assert (state.round, state.epoch) == (ROUNDS, 1)
-    uplink = second.uplink
+    uplink = second.driver.uplink
     if not isinstance(uplink, Diana | Ef21):
         assert torch.equal(state.params, reference.state.params)
         return
@@ -325,7 +325,7 @@ def test_a_checkpoint_holds_what_clients_remember(preset: str) -> None:
     fleet = reference.fleet_on(reference.grid())
     metric = reference.prepared.geometry.metric
     fleet.set_metric(metric)
-    sampler = reference.strategy()
+    sampler = reference.driver()
     draws, state, _ = advance(sampler, sampler.begin(reference.prepared.start), fleet, 9)
     saved = fleet.state()
     again = reference.fleet_on(reference.grid())
@@ -399,7 +399,7 @@ def test_preparation_waits_for_everyone() -> None:
 def test_with_a_known_probability_who_is_silent_is_absent() -> None:
     reference, fleet = started(deaf=deaf_in({3, 7}, {1}))
     fleet.arrival = 0.9
-    sampler = reference.strategy()
+    sampler = reference.driver()
     state = sampler.begin(reference.prepared.start)
     for round in range(1, 9):
         request = sampler.request(state, observe=round == 7)
@@ -421,8 +421,8 @@ def test_a_synchronising_round_needs_everyone_all_the_same() -> None:
 def test_a_silent_client_of_marina_is_told_the_points_it_missed() -> None:
     reference, fleet = started("langevin-marina", deaf=deaf_in({2, 3}, {1}))
     fleet.arrival = 0.9
-    sampler = reference.strategy()
-    sampler.uplink._p = 1e-9  # no coin falls
+    sampler = reference.driver()
+    sampler.uplink = Marina(reference.links.uplink.compressor, 1e-9)  # no coin falls
     _, state, _ = advance(sampler, sampler.begin(reference.prepared.start), fleet, 6)
     assert state.applied.tolist() == [6, 6, 6, 6]
 
