@@ -209,7 +209,7 @@ def gradients(relative: float) -> None:
 
     The kernels are the CPU's: those of regressions give its bits, those of networks (by `vmap`, or one by one) others.
     """
-    from test_graphs import every_way, network, regression
+    from test_cuda_graphs import every_way, network, regression
 
     assert 0 < relative < 1e-2
     for make in (regression, network):
@@ -255,7 +255,7 @@ def rounds(preset: str, model: str, rounds: int, fleet: dict[str, Any], **more: 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    from test_graphs import network, own_roundings
+    from test_cuda_graphs import network, own_roundings
 
     relative = own_roundings(network())
     pretend()

@@ -339,7 +339,7 @@ def test_on_a_pretended_gpu() -> None:
     """Arrays are where they are used, what is recorded does not wait, and rounds are the CPU's; see the script."""
     here = Path(__file__).parents[1] / "support"
     script = here / "pretended_gpu.py"
-    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(here), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path.rstrip(os.pathsep)}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
