@@ -2,7 +2,7 @@
 
 import hashlib
 
-PROTOCOL = 1
+PROTOCOL = 2
 SERVICE = "fedsample.v1.Fleet"
 
 
