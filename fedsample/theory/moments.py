@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -69,15 +70,16 @@ class Coordinate:
 
     def bias(self, step_size: float) -> float:
         """Relative excess of the stationary variance over 1 / lambda at temperature 1; infinite where unstable."""
-        matrix, constant = self._recursion(step_size)
+        matrix = self.matrix(step_size)
         if _radius(matrix) >= 1.0:
             return math.inf
+        constant = self.constant(step_size)
         return float(self.curvature * np.linalg.solve(np.eye(len(constant)) - matrix, constant)[0] - 1.0)
 
     def limit(self) -> float:
         """The largest step at which second moments stay bounded."""
         high = 2.0 / (math.sqrt(self.curvature) if self.sampler == "baoab" else self.curvature)
-        return _largest(lambda h: _radius(self._recursion(h)[0]) < 1.0, high)
+        return _largest(lambda h: _radius(self.matrix(h)) < 1.0, high)
 
     def relaxation(self, step_size: float) -> float:
         """Rounds in which the mean's distance from the mode falls to 1 / e of itself, under exact gradients."""
@@ -95,14 +97,21 @@ class Coordinate:
         """lambda_c; all of lambda where no share is given."""
         return min(self.curvature, self.share * self.clients) if self.share else self.curvature
 
-    def _recursion(self, step_size: float) -> tuple[Array, Array]:
-        """Matrix (m, m) and constant (m,) of the recursion of second moments, E u^2 first; only moments in use."""
+    @cached_property
+    def _kept(self) -> list[int]:
+        """Which of the 21 second moments the recursion uses; E u^2 is the first."""
         used = {_U, _V, _W, *((_A,) if self.uplink == "diana" else (_A, _B) if self.uplink == "ef21" else ())}
         used |= {_X} if self.uplink == "marina" else set()
-        kept = [k for k, (i, j) in enumerate(zip(*_UPPER, strict=True)) if i in used and j in used]
-        basis = _symmetric(np.eye(len(_UPPER[0]))[kept])
-        after = self._next(basis, step_size, 0.0)[:, *_UPPER]
-        return after[:, kept].T, self._next(np.zeros((6, 6)), step_size, 1.0)[_UPPER][kept]
+        return [k for k, (i, j) in enumerate(zip(*_UPPER, strict=True)) if i in used and j in used]
+
+    def matrix(self, step_size: float) -> Array:
+        """(m, m) matrix of the linear recursion of the second moments in use, E u^2 first."""
+        basis = _symmetric(np.eye(len(_UPPER[0]))[self._kept])
+        return self._next(basis, step_size, 0.0)[:, *_UPPER][:, self._kept].T
+
+    def constant(self, step_size: float) -> Array:
+        """(m,) second moments that a round adds at temperature 1."""
+        return self._next(np.zeros((6, 6)), step_size, 1.0)[_UPPER][self._kept]
 
     def _next(self, m: Array, h: float, temperature: float) -> Array:
         """E[z z^T] (..., 6, 6) after a round from that before it, with z = (u, v, w, phi, phi', x)."""

@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 TRACEBACK = "Traceback (most recent call last)"
-_PRELOAD = [
-    "fedsample.runs.session",
-    "fedsample.cli.main",
-    "fedsample.targets.module",
-    "sklearn.datasets",
-    "scipy.optimize",
-]
-_PRELOAD += ["rich.progress", "rich.table", "flwr_datasets.partitioner", "datasets", "pyarrow.csv", "pyarrow.parquet"]
-_PRELOAD += ["tensorboard.compat.proto.event_pb2", "safetensors.torch", "fedsample.fleets.grpc.server.host"]
-_PRELOAD += ["fedsample.fleets.grpc.device.process", __name__]
+# All that a command may come to import: torch's symbolic shapes and dynamo alone take more than a second.
+_PRELOAD = """
+fedsample.cli.main fedsample.runs.session fedsample.runs.api fedsample.runs.checks fedsample.runs.memory
+fedsample.runs.step_check fedsample.targets.module fedsample.models.dense fedsample.models.lenet fedsample.models.resnet
+fedsample.fleets.grpc.server.host fedsample.fleets.grpc.device.process
+torch._dynamo torch.fx.experimental.symbolic_shapes torch.utils._device safetensors.torch
+scipy.optimize sklearn.datasets flwr_datasets.partitioner datasets pyarrow.csv pyarrow.parquet
+tensorboard.compat.proto.event_pb2 tensorboard.plugins.custom_scalar.summary tensorboard.plugins.hparams.summary_v2
+rich.progress rich.table rich.markdown rich._emoji_codes typer.rich_utils
+""".split()
+_PRELOAD.append(__name__)
 
 # Calls after which the disk has changed; a process that dies at one of them leaves what a power cut would.
 STEPS = ("os.replace", "os.rename", "os.fsync", "os.ftruncate", "shutil.rmtree", "pathlib.Path.unlink")

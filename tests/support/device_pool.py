@@ -8,6 +8,7 @@ from pathlib import Path
 from fedsample.clients.device_data import DataSource, DeviceData
 from fedsample.config.loading import reread
 from fedsample.fleets.grpc import fedsample_pb2 as pb
+from fedsample.fleets.grpc.device import connection
 from fedsample.fleets.grpc.device.connection import Connection, prepare_threads
 from fedsample.fleets.grpc.device.replica import Replica
 
@@ -37,5 +38,6 @@ async def attend(target: str, devices: int, state: Path, data: str) -> None:
 
 
 def run(target: str, devices: int, state: Path, data: str) -> None:
-    """For a process of its own."""
+    """For a process of its own; between two runs it looks often for the next one."""
+    connection.FIRST, connection.LONGEST = 0.05, 0.1
     asyncio.run(attend(target, devices, state, data))

@@ -54,7 +54,7 @@ def excess(exact: Chain) -> float:
 
 def doubt_of(described: Coordinate, step: float) -> float:
     """How far the package's bias may be off, by the roundings of the recursion that it solves; see `doubt`."""
-    matrix, constant = described._recursion(step)
+    matrix, constant = described.matrix(step), described.constant(step)
     moments = np.linalg.solve(np.eye(len(constant)) - matrix, constant)
     roundings = solved(np.eye(len(constant)) - matrix, 60)  # an entry: some products of nine factors at most
     return 2 * gamma(roundings) * described.curvature * float(np.abs(moments).max())

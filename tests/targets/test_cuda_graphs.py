@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -332,24 +328,6 @@ def test_a_function_that_waits_is_refused_before_it_is_recorded(monkeypatch: pyt
     with pytest.raises(torch.OutOfMemoryError):
         recorder.check(cuda.function, (17 * torch.ones(2),))
     assert cuda.mode == 0
-
-
-@pytest.mark.slow
-def test_on_a_pretended_gpu() -> None:
-    """Arrays are where they are used, what is recorded does not wait, and rounds are the CPU's; see the script."""
-    here = Path(__file__).parents[1] / "support"
-    script = here / "pretended_gpu.py"
-    path = os.pathsep.join([str(here), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path.rstrip(os.pathsep)}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split("\n")[:-1] == [
-        "gradients GeneralizedLinear",
-        "gradients ModuleClients",
-        "rounds langevin-marina logistic cuda-graph",
-        "rounds underdamped-diana logistic cuda-graph",
-        "rounds qlsd-plus-plus mlp cuda-graph",
-    ]
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

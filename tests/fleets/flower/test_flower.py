@@ -52,9 +52,9 @@ from fedsample.targets.metric import Dense, Identity
 
 pytestmark = pytest.mark.slow
 
-ROUNDS, CLIENTS = 15, 4
+ROUNDS, CLIENTS = 10, 4
 SMALL = ["data.name=diabetes", "model.name=linear", f"data.clients={CLIENTS}", f"rounds={ROUNDS}", "warmup=0", "thin=1"]
-SMALL += ["chains=3", "monitor.every=7"]
+SMALL += ["chains=3", "monitor.every=4"]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def prepared_on(experiment: Experiment, problem: Problem, links: Links, fleet: F
     return build_driver(experiment, problem, links, prepared, fleet.n), prepared
 
 
-def advance(sampler: Driver, state: State, fleet: Fleet, rounds: int, every: int = 7) -> tuple[Tensor, State, Traffic]:
+def advance(sampler: Driver, state: State, fleet: Fleet, rounds: int, every: int = 4) -> tuple[Tensor, State, Traffic]:
     """Draws (rounds, C, d) of the next rounds, the state after them, and what they cost."""
     draws, traffic = [], Traffic()
     for _ in range(rounds):
@@ -214,8 +214,8 @@ def test_flowers_own_start_drives_every_sampler(preset: str) -> None:
         grid,
         strategy.arrays(start),
         num_rounds=ROUNDS,
-        train_config=ConfigRecord({"observe-every": 7}),
-        evaluate_config=ConfigRecord({"every": 7}),
+        train_config=ConfigRecord({"observe-every": 4}),
+        evaluate_config=ConfigRecord({"every": 4}),
         evaluate_fn=keep,
     )
     assert torch.equal(torch.stack(draws), reference.draws)
@@ -223,10 +223,10 @@ def test_flowers_own_start_drives_every_sampler(preset: str) -> None:
     metric = reference.prepared.geometry.metric
     sent = CLIENTS * (metric.bits(torch.float32) + 32 * len(metric.mean))
     assert strategy.traffic == reference.traffic.plus(Traffic(down=sent))
-    assert list(result.train_metrics_clientapp) == list(result.evaluate_metrics_clientapp) == [7, 14]
+    assert list(result.train_metrics_clientapp) == list(result.evaluate_metrics_clientapp) == [4, 8]
     posterior = reference.problem.posterior
     lags = strategy.driver.downlink.name == "ef21-p"  # then clients see other points than the draws
-    for round in (7, 14):  # evaluated where the round ended, observed where it began
+    for round in (4, 8):  # evaluated where the round ended, observed where it began
         for metrics, theta in (
             (result.evaluate_metrics_clientapp[round], reference.draws[round - 1]),
             *([] if lags else [(result.train_metrics_clientapp[round], reference.draws[round - 2])]),
@@ -289,8 +289,8 @@ def test_mods_see_every_message_and_the_bytes_that_are_counted() -> None:
 def test_a_second_start_goes_on_where_the_first_ended(preset: str) -> None:
     reference = reference_of(preset)
     grid, first, second = reference.grid(), reference.strategy(), reference.strategy()
-    arrays = first.start(grid, first.arrays(first.begin(reference.prepared.start)), num_rounds=8).arrays
-    arrays = second.start(grid, arrays, num_rounds=ROUNDS - 8).arrays
+    arrays = first.start(grid, first.arrays(first.begin(reference.prepared.start)), num_rounds=6).arrays
+    arrays = second.start(grid, arrays, num_rounds=ROUNDS - 6).arrays
     assert same(second.state_of(arrays).tensors(), reference.state.tensors())
 
 
@@ -299,8 +299,8 @@ def test_a_second_start_may_meet_clients_that_remember_nothing(preset: str) -> N
     """Where clients have a memory that counts (diana, ef21), a new epoch keeps the two sums of memories equal."""
     reference = reference_of(preset)
     first, second, grid = reference.strategy(), reference.strategy(), reference.grid()
-    arrays = first.start(reference.grid(), first.arrays(first.begin(reference.prepared.start)), num_rounds=8).arrays
-    state = second.state_of(second.start(grid, arrays, num_rounds=ROUNDS - 8).arrays)
+    arrays = first.start(reference.grid(), first.arrays(first.begin(reference.prepared.start)), num_rounds=6).arrays
+    state = second.state_of(second.start(grid, arrays, num_rounds=ROUNDS - 6).arrays)
     assert (state.round, state.epoch) == (ROUNDS, 1)
     uplink = second.driver.uplink
     if not isinstance(uplink, Diana | Ef21):
@@ -326,12 +326,12 @@ def test_a_checkpoint_holds_what_clients_remember(preset: str) -> None:
     metric = reference.prepared.geometry.metric
     fleet.set_metric(metric)
     sampler = reference.driver()
-    draws, state, _ = advance(sampler, sampler.begin(reference.prepared.start), fleet, 9)
+    draws, state, _ = advance(sampler, sampler.begin(reference.prepared.start), fleet, 6)
     saved = fleet.state()
     again = reference.fleet_on(reference.grid())
     again.set_metric(metric)
     again.restore(saved)
-    rest, _, _ = advance(reference.driver(), state, again, ROUNDS - 9)
+    rest, _, _ = advance(reference.driver(), state, again, ROUNDS - 6)
     assert torch.equal(torch.cat([draws, rest]), reference.draws)
 
 
