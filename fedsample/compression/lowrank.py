@@ -50,7 +50,7 @@ class LowRank(Compressor):
     kind: ClassVar[Literal["unbiased", "contractive"]] = "contractive"
     summary: ClassVar[str] = "factors P (m, r) and Q (n, r) of each matrix; small ones whole"
     constant: ClassVar[str] = "alpha = min r/min(m, n)"
-    formula: ClassVar[str] = "32 r (m + n) a matrix"
+    formula: ClassVar[str] = "32 r (m + n) per matrix"
     independence: ClassVar[Independence] = "independent"
 
     def __init__(self, rank: int, blocks: Sequence[Tensor]) -> None:

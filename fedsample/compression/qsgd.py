@@ -62,7 +62,7 @@ class QSGD(Compressor):
         if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 1 <= self.levels <= _MAX_LEVELS:
             raise ConfigError(
                 f"compressor qsgd: levels = {self.levels!r}; choose an integer in 1..{_MAX_LEVELS}, such as 127 (8 "
-                "bits an entry) or 7 (4 bits)"
+                "bits per entry) or 7 (4 bits)"
             )
 
     @property

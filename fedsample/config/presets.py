@@ -203,7 +203,7 @@ _ROWS = (
             "fleet": {"participation": 1},
         },
         reference="Ahn, Shahbaba & Welling, ICML 2014",
-        summary="Langevin over the minibatch gradient of one client a round, scaled up",
+        summary="Langevin over the minibatch gradient of one client per round, scaled up",
         guarantee="the posterior as the step goes to 0; the bias is of order 1 in the step and grows with the clients' "
         "disagreement",
         up="the minibatch gradient of one client, d values",

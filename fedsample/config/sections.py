@@ -171,7 +171,7 @@ class FleetConfig(Section):
         1.0, "0.6: each client takes part with that probability; 6: six drawn each round; 1.0: all of them"
     )
     loss: Risk = setting(0.0, "probability that a reply is lost")
-    dropout: Risk = setting(0.0, "probability a round that a present client leaves")
+    dropout: Risk = setting(0.0, "probability per round that a present client leaves")
     dropout_rounds: Annotated[float, Field(ge=1)] = setting(10.0, "mean number of rounds that it stays away")
     snapshot_rounds: Count = setting(500, "grpc: rounds between two snapshots of the server and all devices")
     quorum: Count | Share = setting(

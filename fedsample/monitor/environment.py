@@ -24,13 +24,22 @@ PACKAGES = (
     "protobuf",
 )
 
-DECIDING = ("versions.fedsample", "versions.torch", "versions.numpy", "machine", "processor", "cpu_capability", "gpu")
+DECIDING = (
+    "versions.fedsample",
+    "versions.torch",
+    "versions.numpy",
+    "machine",
+    "processor",
+    "cpu_capability",
+    "cxxflags",
+    "gpu",
+)
 
 
 def environment() -> dict[str, Any]:
     """Describe what can change a bit of a run besides its configuration: versions, machine, threads, git revision.
 
-    It contains no path, no user or host name, and no environment variable.
+    It contains no path, no user or host name, and no environment variable but the compiled engine's flags.
     """
     import torch
 
@@ -46,6 +55,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": cuda,
         "cuda": torch.version.cuda,
+        "cxxflags": os.environ.get("FEDSAMPLE_CXXFLAGS"),
         "git_revision": _git_revision(),
     }
 

@@ -115,20 +115,20 @@ class RoundLoop:
     """The loop over rounds.
 
     Args:
-        run: the run that it belongs to.
+        keeper: what keeps the run that it belongs to: directory, checkpoints, signals.
         parts: the objects that a round uses.
         setup: traffic of preparation.
     """
 
-    def __init__(self, run: Keeper, parts: Parts, setup: Traffic) -> None:
-        self.session, self.experiment = run, run.experiment
+    def __init__(self, keeper: Keeper, parts: Parts, setup: Traffic) -> None:
+        self.keeper, self.experiment = keeper, keeper.experiment
         self.driver, self.fleet, self.checkpoints, self.draws = (
             parts.driver, parts.fleet, parts.checkpoints, parts.draws
         )  # fmt: skip
         self.recorder, self.metrics, self.progress = parts.recorder, parts.metrics, parts.progress
         self._setup = setup
         self._recovers = parts.fleet if isinstance(parts.fleet, Recovers) else None
-        self._forks = run.forks
+        self._forks = keeper.forks
 
     def run(self, state: State, traffic: Traffic, clock: Clock) -> tuple[State, Traffic, Clock]:
         """Run all remaining rounds.
@@ -155,7 +155,7 @@ class RoundLoop:
             traffic = traffic.plus(aggregate.traffic)
             t3 = time.perf_counter()
             if not bool(aggregate.arrived.all()):
-                self.session.directory.append_participation(state.round, aggregate.arrived.nonzero().flatten().tolist())
+                self.keeper.directory.append_participation(state.round, aggregate.arrived.nonzero().flatten().tolist())
             kept = state.round - experiment.warmup
             if kept > 0 and kept % experiment.thin == 0:
                 draw = self.driver.draw(state)
@@ -169,7 +169,7 @@ class RoundLoop:
             clock.exchange += t2 - t1
             clock.server += (t1 - t0) + (t3 - t2)
             clock.record += now - t3
-            stop = self.session.stopped
+            stop = self.keeper.stopped
             if stop or self._due(state.round, now - saved_at, cost) or state.round == experiment.rounds:
                 state = self._save(state, traffic, clock)
                 saved_at, saved_round = time.perf_counter(), state.round
@@ -178,7 +178,7 @@ class RoundLoop:
             if stop and state.round < experiment.rounds:
                 raise Interrupted(
                     f"stopped by {stop} after round {saved_round} of {experiment.rounds}; everything is kept. "
-                    f"{self.session.advice}"
+                    f"{self.keeper.advice}"
                 )
         return state, traffic, clock
 
@@ -193,7 +193,7 @@ class RoundLoop:
         if self._recovers is None:
             raise fork
         lost = self._recovers.resume_without(fork.clients)
-        return self.session.forked(self.driver, state, lost)
+        return self.keeper.forked(self.driver, state, lost)
 
     def _save(self, state: State, traffic: Traffic, clock: Clock) -> State:
         """Write draws and logs, then the checkpoint that relies on them; return the state, forked if need be."""
@@ -204,8 +204,8 @@ class RoundLoop:
             except Fork as fork:
                 state = self._fork(state, fork)
         self.draws.flush()
-        self.session.directory.sync()
-        self.session.save(self.checkpoints, state, kept, traffic, clock, self.recorder.unwritten())
+        self.keeper.directory.sync()
+        self.keeper.save(self.checkpoints, state, kept, traffic, clock, self.recorder.unwritten())
         return state
 
     def _log(self, before: State, state: State, aggregate: Aggregate, traffic: Traffic, clock: Clock) -> State:
@@ -228,7 +228,7 @@ class RoundLoop:
                 except Fork as fork:
                     state, scores = self._fork(state, fork), {}
                 scalars |= {f"round/{name}": value for name, value in scores.items()}
-                self.session.scores = scores or self.session.scores
+                self.keeper.scores = scores or self.keeper.scores
         self.recorder.submit(state.round, self._sent(traffic) // n, scalars, lazy=self.metrics.job(state.round))
         return state
 

@@ -113,7 +113,10 @@ def test_env_holds_versions_and_no_secret(tmp_path: Path, monkeypatch: pytest.Mo
         assert secret not in text
 
 
-def test_a_run_that_goes_on_elsewhere_says_what_is_another_there(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_elsewhere_says_what_is_another_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDSAMPLE_CXXFLAGS", raising=False)
     with RunDirectory.create(tmp_path) as run:
         run.write_env()
         as_written = (tmp_path / "env.json").read_bytes()
@@ -124,9 +127,11 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_another_there(tmp_path: Path)
         run.write_json("env.json", env | {"gpu": "A100", "cpu_count": 1})
         assert run.compare_env(60) == [f"torch 2.7.0 -> {torch.__version__}", "gpu A100 -> none"]
         assert run.compare_env(90) == []  # it has been here since
+        monkeypatch.setenv("FEDSAMPLE_CXXFLAGS", "-O3 -march=x86-64-v2")
+        assert run.compare_env(95) == ["cxxflags none -> -O3 -march=x86-64-v2"]
     kept = json.loads((tmp_path / "env.json").read_text())
     assert kept["versions"]["torch"] == "2.7.0"
-    assert [each["round"] for each in kept["resumed"]] == [60]
+    assert [each["round"] for each in kept["resumed"]] == [60, 95]
     assert kept["resumed"][0]["versions"]["torch"] == torch.__version__
 
 

@@ -114,7 +114,7 @@ def test_quadratic_clients_against_their_closed_form(
     run = sample(
         folder,
         f"moments-{dtype}-{prior_scale}",
-        rounds=4000,
+        rounds=2500,
         warmup=200,
         thin=2,
         dtype=dtype,

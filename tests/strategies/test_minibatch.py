@@ -203,7 +203,7 @@ def test_a_full_gradient_is_not_a_minibatch() -> None:
 
 # --- the law ------------------------------------------------------------------------------------------------------
 
-PRIOR, CHAINS, WARMUP, ROUNDS = 0.5, 1024, 50, 300
+PRIOR, CHAINS, WARMUP, ROUNDS = 0.5, 1024, 40, 200
 
 
 @dataclass(frozen=True)

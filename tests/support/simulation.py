@@ -73,8 +73,8 @@ class Setup:
     anchored: bool = False
     downlink: bool = False
     chains: int = 2048
-    warmup: int = 100
-    rounds: int = 300
+    warmup: int = 60
+    rounds: int = 200
     seed: int = 1
     engine: Engine = "batched"
 

@@ -158,9 +158,11 @@ def test_every_preset_draws_as_on_local_fleet_and_sends_the_bytes_it_counts(pres
         check_rounds(reference := Reference(experiment, 8, whole.prepared), *held(reference))
 
 
-@pytest.mark.parametrize("preset", ["langevin-marina", "underdamped-diana"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_so_does_every_kind_of_experiment(settings: tuple[str, ...], preset: str) -> None:
+KINDS = list(zip(["langevin-marina", "underdamped-diana"] * 2, SETTINGS.values(), strict=True))
+
+
+@pytest.mark.parametrize(("preset", "settings"), KINDS, ids=SETTINGS)
+def test_so_does_every_kind_of_experiment(preset: str, settings: tuple[str, ...]) -> None:
     check_equality(Reference(experiment_of(*settings, preset=preset)))
 
 

@@ -96,7 +96,7 @@ def test_apps_that_never_return_hold_up_no_other(workers: int) -> None:
 
     with grid_of(client(hang), 4, workers=workers) as grid:
         for _ in range(2):
-            assert [said(reply)["who"] for reply in ask(grid, timeout=1.5)] == [1, 3]
+            assert [said(reply)["who"] for reply in ask(grid, timeout=0.8)] == [1, 3]
         stuck.set()
         late = next(iter(grid.get_node_ids()))
         (reply,) = grid.send_and_receive([Message(words(), late, "train")], timeout=20)
