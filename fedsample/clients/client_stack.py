@@ -16,7 +16,7 @@ from fedsample.compression import LinkKeys
 from fedsample.estimators import Memory, Turn, Uplink, Upload
 from fedsample.protocol.answers import Answer
 from fedsample.protocol.exchange import ESTIMATE, Request
-from fedsample.protocol.quantities import evaluate, widest
+from fedsample.protocol.quantities import QUANTITIES, exact_names, widest
 from fedsample.random import key
 from fedsample.targets import Clients, Metric, MetricClients
 from fedsample.targets.memory_limits import on_device
@@ -81,7 +81,7 @@ class ClientStack:
         Raises:
             DeviceMemoryError: if m clients' outputs do not fit the device's memory.
         """
-        most = max(1, _ENTRIES // widest(self.clients, request.outputs))
+        most = max(1, _ENTRIES // widest(self.clients, request))
         if most >= self.base.n:
             yield self._evaluate(self.clients, request)
             return
@@ -90,9 +90,9 @@ class ClientStack:
 
     def _evaluate(self, clients: MetricClients, request: Request) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name in sorted(request.outputs - {ESTIMATE}):
+        for name in exact_names(request):
             with on_device(self.base, self.chains, f"the {name}"):
-                found.update(evaluate(clients, name, request.points, request.vector))
+                found |= QUANTITIES[name].evaluate(clients, request.points, request.vector)
         return found
 
     def turn(self, request: Request, who: Tensor | None = None) -> Turn:

@@ -22,7 +22,7 @@ from fedsample.errors import ConfigError, DivergenceError
 from fedsample.estimators import DenseDownlink, Downlink, Ef21P, Links, Turn, Uplink
 from fedsample.numerics.tree_sum import TreeSum
 from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
-from fedsample.protocol.quantities import exact_bits
+from fedsample.protocol.quantities import per_block
 from fedsample.protocol.wire import Form, Parcel
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class RemoteFleet(ABC):
             DataError: if an answer has another form than was asked for.
         """
         request, round = dispatch.request, dispatch.request.round
-        forms = protocol.exact_forms(request, self.blocks() if "factors" in request.outputs else [])
+        forms = protocol.exact_forms(request, self.blocks() if per_block(request.outputs) else [])
         total, exact = TreeSum(), {name: TreeSum() for name in forms}
         norms = torch.full((self.n,), float("nan"), dtype=torch.float64) if request.observe else None
         traffic, asked = Traffic(down=dispatch.down), dispatch.estimate.tolist()
@@ -251,7 +251,7 @@ class RemoteFleet(ABC):
         upload, outputs = protocol.unpack_answer(content, client, turn, request.round, forms, self.uplink)
         for name, sum_ in exact.items():
             sum_.add(outputs[name])
-        full = sum(exact_bits(name, tensor) for name, tensor in outputs.items())
+        full = sum(form.bits for form in forms.values())
         part = None
         if upload is not None and turn is not None:
             part = self.uplink.decompress(upload, turn.sync, turn.active, len(self.like))

@@ -101,7 +101,7 @@ def build_metric(survey: Survey, name: str, mode: Tensor) -> tuple[Metric, Tenso
     if name == Diagonal.name:
         return Diagonal.of_precision(mode, survey.ask(point, "diagonal")["diagonal"] + precision), None
     if name == Dense.name:
-        hessian = survey.ask(point, "hessian")["hessian"]
+        hessian = survey.ask(point, "hessian")["hessian"][0]
         eye = torch.eye(len(mode), dtype=mode.dtype, device=mode.device)
         return Dense.of_precision(mode, hessian + precision * eye), hessian
     sums = survey.ask(point, "factors")

@@ -56,7 +56,7 @@ def prepare(experiment: Experiment, problem: Problem, links: Links, fleet: Fleet
         if hessian is not None:
             hessian = metric.scale(metric.scale(hessian).T)
         elif whole and _pays(experiment, links, clients):
-            hessian = survey.ask(torch.zeros_like(metric.mean).unsqueeze(0), "hessian")["hessian"]
+            hessian = survey.ask(torch.zeros_like(metric.mean).unsqueeze(0), "hessian")["hessian"][0]
         shared = shared_masks(uplink, clients.d)
         terrain = explore(survey, metric, experiment.seed, experiment.temperature, hessian, shared)
         geometry = survey_geometry(terrain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fedsample.compression import Packet
@@ -11,7 +12,7 @@ from fedsample.errors import DataError
 from fedsample.estimators import Turn, Uplink, Upload
 from fedsample.protocol.exchange import Request
 from fedsample.protocol.names import UPLOAD, packet_stype
-from fedsample.protocol.quantities import is_symmetric
+from fedsample.protocol.quantities import symmetric_arrays
 from fedsample.protocol.wire import (
     Array,
     Form,
@@ -51,6 +52,7 @@ def pack_answer(answer: Answer, request: Request, client: int, uplink: Uplink) -
     Raises:
         DataError: if the upload holds NaN or infinite values.
     """
+    is_symmetric = symmetric_arrays(request)
     arrays = {
         name: (triangle if is_symmetric(name) else dense)(tensor[0]) for name, tensor in sorted(answer.exact.items())
     }
@@ -77,7 +79,7 @@ def unpack_answer(
         uplink: the estimator.
 
     Raises:
-        DataError: if the answer belongs to another request, or anything in it has another form.
+        DataError: if the answer belongs to another request, anything in it has another form, or is not finite.
     """
     what = f"the answer of client {client} in round {round}"
     head, arrays = Header(parcel, what), parcel.arrays
@@ -86,6 +88,9 @@ def unpack_answer(
             raise DataError(f"{what} says {name} {head.integer(name)}: it belongs to another request")
     same_names(arrays, [*exact, *([] if turn is None else [UPLOAD])], what)
     outputs = {name: read(arrays[name], form, f"{what}: {name}") for name, form in exact.items()}
+    for name, each in outputs.items():
+        if not bool(torch.isfinite(each).all()):
+            raise DataError(f"{what}: {name} holds NaN or infinite values")
     if turn is None:
         return None, outputs
     array, dtype = arrays[UPLOAD], turn.point.dtype

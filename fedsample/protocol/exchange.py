@@ -12,18 +12,6 @@ from fedsample.compression import Packet
 from fedsample.targets.metric import Metric
 
 ESTIMATE = "estimate"  # the uplink estimator's upload
-EXACT = (
-    "value",
-    "gradient",
-    "hvp",
-    "squared_hvp",
-    "cubed_hvp",
-    "squared_gradient",
-    "gradient_variance",
-    "hessian",
-    "diagonal",
-    "factors",
-)
 
 
 @dataclass(frozen=True)
@@ -33,7 +21,7 @@ class Request:
     Attributes:
         round: 1, 2, ... for rounds of a chain; 0 while the run is being prepared.
         points: (C, d) in the coordinates of the metric that the clients hold.
-        outputs: `ESTIMATE` and / or names from `EXACT`, which are sent uncompressed.
+        outputs: `ESTIMATE` and / or names from `quantities.QUANTITIES`, which are sent uncompressed.
         previous: (C, d) the points of the round before, if the estimator needs them.
         sync: (C,) bool, chains that want dense uploads; None: none.
         active: (n, C) bool, which client is asked for which chain; None: all. Exact outputs are asked of all clients.

@@ -1,8 +1,15 @@
-"""Exact quantities that a server may ask of its clients, and their size on the wire."""
+"""Exact quantities: what clients compute at points, whose sums over clients a server may ask for. One row each.
+
+Forms on the wire, bits, limits, the memory that a computation needs, and the table of docs/devices/protocol.md follow
+from the rows; a new quantity is a row here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,53 +19,238 @@ from fedsample.protocol.wire import DENSE, TRIANGLE, Form
 from fedsample.targets import Clients, MetricClients
 from fedsample.targets.metric import Identity, mirrored
 
+Compute = Callable[[Clients, Tensor, Tensor], Sequence[Tensor]]
 
-def evaluate(clients: Clients, name: str, points: Tensor, vector: Tensor | None) -> dict[str, Tensor]:
-    """Compute one quantity for every client -> tensors (n, ...) by name; the server wants their sums over clients.
+
+class Output(NamedTuple):
+    """One array of a quantity.
+
+    Attributes:
+        name: on the wire; with "{b}" there is one for each parameter matrix, by its number.
+        dims: one client's axes: "P" points, "d" parameters, "out" and "in" sides of the parameter matrix.
+        dtype: "chain", that of the points, or "float64".
+        symmetric: whether the last two axes are a symmetric matrix, of which one triangle travels.
+    """
+
+    name: str
+    dims: str
+    dtype: Literal["chain", "float64"] = "chain"
+    symmetric: bool = False
+
+
+class Sizes(NamedTuple):
+    """What shapes depend on.
+
+    Attributes:
+        points: number of points P.
+        d: number of parameters.
+        dtype: of the points.
+        blocks: (out, in) of the parameter matrices, in the coordinates of the points.
+    """
+
+    points: int
+    d: int
+    dtype: torch.dtype
+    blocks: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something that each client computes at points, of which the server gets the sum over clients.
+
+    Attributes:
+        name: in a request's `outputs`.
+        summary: what it is, for the protocol's page.
+        outputs: its arrays.
+        compute: (clients, points (P, d), vectors (P, d)) -> its arrays, in order, (n, ...) each.
+        needs_vector: whether vectors come with the points.
+        through_hessian: whether, in other coordinates than the model's, each client's d x d Hessian is computed for it.
+    """
+
+    name: str
+    summary: str
+    outputs: tuple[Output, ...]
+    compute: Compute
+    needs_vector: bool = False
+    through_hessian: bool = False
+
+    @property
+    def per_block(self) -> bool:
+        """Whether there are arrays for each parameter matrix."""
+        return any("{b}" in output.name for output in self.outputs)
+
+    def forms(self, sizes: Sizes) -> dict[str, Form]:
+        """The forms of one client's arrays by name."""
+        count = len(sizes.blocks) if self.per_block else 1
+        return {output.name.format(b=b): _form(output, b, sizes) for b in range(count) for output in self.outputs}
+
+    def evaluate(self, clients: Clients, points: Tensor, vector: Tensor | None) -> dict[str, Tensor]:
+        """Compute it for every client -> arrays (n, ...) by name; symmetric ones exactly so.
+
+        Args:
+            clients: in the coordinates of the points.
+            points: (P, d).
+            vector: (P, d), for products with the Hessian.
+
+        Raises:
+            ValueError: if it needs vectors and there are none.
+        """
+        if self.needs_vector and vector is None:
+            raise ValueError(f"{self.name} needs a vector")
+        computed = self.compute(clients, points, points if vector is None else vector)
+        found = {}
+        for at, each in enumerate(computed):
+            b, place = divmod(at, len(self.outputs))
+            output = self.outputs[place]
+            found[output.name.format(b=b)] = mirrored(each) if output.symmetric else each
+        return found
+
+
+def _form(output: Output, b: int, sizes: Sizes) -> Form:
+    out, into = sizes.blocks[b] if "{b}" in output.name else (0, 0)
+    lengths = {"P": sizes.points, "d": sizes.d, "out": out, "in": into}
+    shape = tuple(lengths[axis] for axis in output.dims.split())
+    dtype = torch.float64 if output.dtype == "float64" else sizes.dtype
+    return Form(TRIANGLE if output.symmetric else DENSE, shape, dtype)
+
+
+def _squared_products(clients: Clients, points: Tensor, vector: Tensor) -> Tensor:
+    """Mean over the vectors, which are all probes, of the squared products with the Hessian -> (n, d)."""
+    return clients.hvp(points, vector).square().mean(1)
+
+
+def _factors(clients: Clients, points: Tensor, _: Tensor) -> list[Tensor]:
+    return [side for pair in clients.factors(points[0]) for side in pair]
+
+
+QUANTITIES: Mapping[str, Quantity] = {
+    row.name: row
+    for row in (
+        Quantity(
+            "value",
+            "the potential summed over the client's rows, without the prior",
+            (Output("value", "P", "float64"),),
+            lambda clients, points, _: [clients.potential(points)],
+        ),
+        Quantity(
+            "gradient",
+            "its gradient",
+            (Output("gradient", "P d"),),
+            lambda clients, points, _: [clients.gradient(points)],
+        ),
+        Quantity(
+            "value_and_gradient",
+            "both, in one pass over the rows",
+            (Output("value", "P", "float64"), Output("gradient", "P d")),
+            lambda clients, points, _: clients.value_and_gradient(points),
+        ),
+        Quantity(
+            "squared_gradient",
+            "the squares of the gradient's entries",
+            (Output("squared_gradient", "P d"),),
+            lambda clients, points, _: [clients.gradient(points).square()],
+        ),
+        Quantity(
+            "gradient_variance",
+            "the variance of the client's gradient over the points",
+            (Output("gradient_variance", "d"),),
+            lambda clients, points, _: [clients.gradient(points).var(1)],
+        ),
+        Quantity(
+            "hessian",
+            "the Hessian; of networks the Fisher information",
+            (Output("hessian", "P d d", symmetric=True),),
+            lambda clients, points, _: [clients.hessian(points)],
+            through_hessian=True,
+        ),
+        Quantity(
+            "diagonal",
+            "the diagonal of the Hessian, at the first point",
+            (Output("diagonal", "d"),),
+            lambda clients, points, _: [clients.diagonal(points[:1])[:, 0]],
+            through_hessian=True,
+        ),
+        Quantity(
+            "factors",
+            "Kronecker factors of each parameter matrix, at the first point",
+            (Output("outer{b}", "out out", symmetric=True), Output("inner{b}", "in in", symmetric=True)),
+            _factors,
+            through_hessian=True,
+        ),
+        Quantity(
+            "hvp",
+            "the product of the Hessian with `vector`",
+            (Output("hvp", "P d"),),
+            lambda clients, points, vector: [clients.hvp(points, vector)],
+            needs_vector=True,
+        ),
+        Quantity(
+            "squared_hvp",
+            "the mean over the points of the squares of `hvp`",
+            (Output("squared_hvp", "d"),),
+            lambda clients, points, vector: [_squared_products(clients, points, vector)],
+            needs_vector=True,
+        ),
+        Quantity(
+            "cubed_hvp",
+            "`squared_hvp` times the diagonal of the Hessian at the first point",
+            (Output("cubed_hvp", "d"),),
+            lambda clients, points, vector: [
+                _squared_products(clients, points, vector) * clients.diagonal(points[:1])[:, 0]
+            ],
+            needs_vector=True,
+            through_hessian=True,
+        ),
+    )
+}
+
+
+def exact_names(request: Request) -> list[str]:
+    """Names of the exact quantities that a request asks for, in the order in which they are computed."""
+    return sorted(request.outputs - {ESTIMATE})
+
+
+def unsound_outputs(outputs: Iterable[str]) -> str:
+    """Say why no request can ask for these outputs together; empty: one can."""
+    outputs = set(outputs)
+    known = {ESTIMATE, *QUANTITIES}
+    if not outputs or not outputs <= known:
+        return f"asks for {sorted(outputs)}, expected some of {sorted(known)}"
+    arrays = [array.name for name in sorted(outputs - {ESTIMATE}) for array in QUANTITIES[name].outputs]
+    if twice := sorted({name for name in arrays if arrays.count(name) > 1}):
+        return f"asks for {sorted(outputs)}, which hold {', '.join(twice)} twice"
+    return ""
+
+
+def exact_forms(request: Request, blocks: Sequence[Tensor] = ()) -> dict[str, Form]:
+    """List the forms of the arrays in which one client's exact outputs arrive.
 
     Args:
-        clients: in the coordinates of the points.
-        name: one of `exchange.EXACT`.
-        points: (C, d).
-        vector: (C, d), for products with the Hessian.
+        request: the request.
+        blocks: flat positions (out, in) of the parameter matrices, needed for factors only.
     """
-    if name == "value":
-        return {name: clients.potential(points)}
-    if name == "gradient":
-        return {name: clients.gradient(points)}
-    if name == "squared_gradient":
-        return {name: clients.gradient(points).square()}
-    if name == "gradient_variance":  # of each client's gradient, over the points
-        return {name: clients.gradient(points).var(1)}
-    if name == "hessian":
-        return {name: mirrored(clients.hessian(points[:1])[:, 0])}
-    if name == "diagonal":
-        return {name: clients.diagonal(points[:1])[:, 0]}
-    if name == "factors":
-        pairs = clients.factors(points[0])
-        sides = ("outer", "inner")
-        return {f"{side}{b}": mirrored(pair[j]) for b, pair in enumerate(pairs) for j, side in enumerate(sides)}
-    if vector is None:
-        raise ValueError(f"{name} needs a vector")
-    product = clients.hvp(points, vector)
-    if name == "hvp":
-        return {name: product}
-    squares = product.square().mean(1)  # over the vectors, which are all probes
-    return {name: squares if name == "squared_hvp" else squares * clients.diagonal(points[:1])[:, 0]}
+    points, d = request.points.shape
+    sizes = Sizes(points, d, request.points.dtype, [_sides(each) for each in blocks])
+    found: dict[str, Form] = {}
+    for name in exact_names(request):
+        found |= QUANTITIES[name].forms(sizes)
+    return found
 
 
-def is_symmetric(name: str) -> bool:
-    """Whether an output is a symmetric matrix, of which one triangle is sent."""
-    return name == "hessian" or name.startswith(("outer", "inner"))
+def _sides(block: Tensor) -> tuple[int, int]:
+    return len(block), block.shape[1]
 
 
-def exact_bits(name: str, tensor: Tensor) -> int:
-    """Bits of one client's tensor (without the client axis); of symmetric matrices one triangle is sent."""
-    width = 8 * tensor.element_size()
-    if is_symmetric(name):
-        side = tensor.shape[-1]
-        return width * (side * (side + 1) // 2)
-    return width * tensor.numel()
+def per_block(names: Iterable[str]) -> bool:
+    """Whether the forms of these outputs depend on the parameter matrices."""
+    return any(QUANTITIES[name].per_block for name in set(names) - {ESTIMATE})
+
+
+def symmetric_arrays(request: Request) -> Callable[[str], bool]:
+    """Whether an array of a request's exact outputs holds symmetric matrices, of which one triangle travels."""
+    outputs = [output for name in exact_names(request) for output in QUANTITIES[name].outputs]
+    stems = {output.name.removesuffix("{b}"): output.symmetric for output in outputs}
+    return lambda array: stems[array] if array in stems else stems[array.rstrip("0123456789")]
 
 
 def point_bits(points: Tensor) -> int:
@@ -66,37 +258,31 @@ def point_bits(points: Tensor) -> int:
     return 8 * points.element_size() * points.numel()
 
 
-def exact_forms(request: Request, blocks: Sequence[Tensor]) -> dict[str, Form]:
-    """List the forms of the arrays in which one client's exact outputs arrive.
-
-    Args:
-        request: the request.
-        blocks: flat positions of the parameter matrices, needed for factors only.
-    """
-    c, d = request.points.shape
-    dtype = request.points.dtype
-    forms = {}
-    for name in request.outputs - {ESTIMATE}:
-        if name == "value":
-            forms[name] = Form(DENSE, (c,), torch.float64)
-        elif name == "hessian":
-            forms[name] = Form(TRIANGLE, (d, d), dtype)
-        elif name in ("diagonal", "squared_hvp", "cubed_hvp", "gradient_variance"):
-            forms[name] = Form(DENSE, (d,), dtype)
-        elif name == "factors":
-            for b, positions in enumerate(blocks):
-                for side, size in zip(("outer", "inner"), positions.shape, strict=True):
-                    forms[f"{side}{b}"] = Form(TRIANGLE, (size, size), dtype)
-        else:
-            forms[name] = Form(DENSE, (c, d), dtype)
-    return forms
+def widest(clients: MetricClients, request: Request) -> int:
+    """Count the entries of the matrices of one client that these outputs need at the same time; 1 for none."""
+    d, entries = clients.base.d, 1
+    blocks = clients.base.blocks() if per_block(request.outputs) else []
+    sizes = Sizes(len(request.points), d, request.points.dtype, [_sides(each) for each in blocks])
+    for name in exact_names(request):
+        quantity = QUANTITIES[name]
+        if quantity.through_hessian and not isinstance(clients.metric, Identity):
+            entries = max(entries, d * d)
+        shapes = [form.shape for form in quantity.forms(sizes).values() if form.stype == TRIANGLE]
+        entries = max(entries, sum(map(math.prod, shapes)))
+    return entries
 
 
-def widest(clients: MetricClients, outputs: frozenset[str]) -> int:
-    """Count the entries of the largest matrix of one client that these outputs need; 1 for none."""
-    metric, d = clients.metric, clients.base.d
-    if "hessian" in outputs or (outputs & {"diagonal", "cubed_hvp", "factors"} and not isinstance(metric, Identity)):
-        return d * d
-    if "factors" in outputs:
-        return sum(rows**2 + columns**2 for rows, columns in (block.shape for block in clients.base.blocks()))
-    return 1
+def markdown() -> str:
+    """The table of docs/devices/protocol.md."""
+    lines = ["| output | arrays | what it is |", "|---|---|---|"]
+    for row in QUANTITIES.values():
+        arrays = "; ".join(map(_described, row.outputs))
+        lines.append(f"| `{row.name}` | {arrays} | {row.summary} |")
+    return "\n".join(lines) + "\n"
+
+
+def _described(output: Output) -> str:
+    axes = output.dims.split()
+    shape = f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
+    kind = " float64" if output.dtype == "float64" else ""
+    return f"`{output.name.replace('{b}', '<b>')}` {shape}{kind}{', triangle' if output.symmetric else ''}"

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fedsample.errors import DataError
 from fedsample.estimators import Downlink, Ef21P
-from fedsample.protocol.exchange import ESTIMATE, EXACT, Request
+from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.protocol.names import packet_stype
+from fedsample.protocol.quantities import unsound_outputs
 from fedsample.protocol.wire import (
     BITS,
     DENSE,
@@ -163,8 +164,8 @@ def unpack_request(
     what = "a request"
     head, arrays = Header(parcel, what), parcel.arrays
     outputs, round = frozenset(head.texts("outputs")), head.integer("round")
-    if not outputs or not outputs <= {ESTIMATE, *EXACT}:
-        raise DataError(f"{what} asks for {sorted(outputs)}, expected some of {[ESTIMATE, *EXACT]}")
+    if fault := unsound_outputs(outputs):
+        raise DataError(f"{what} {fault}")
     where = "increments" if "increments" in arrays else "points"
     same_names(arrays, {where, *({"vector", "previous", "sync", "reference"} & set(arrays))}, what)
     rows = chains if ESTIMATE in outputs or where == "increments" else next(iter(arrays["points"].shape), 0)

@@ -81,8 +81,10 @@ class Form(NamedTuple):
     @property
     def entries(self) -> int:
         """Number of values that are sent."""
-        side = self.shape[0] if self.stype == TRIANGLE else 0
-        return side * (side + 1) // 2 if self.stype == TRIANGLE else math.prod(self.shape)
+        if self.stype != TRIANGLE:
+            return math.prod(self.shape)
+        *many, side, _ = self.shape
+        return math.prod(many) * (side * (side + 1) // 2)
 
     def __str__(self) -> str:
         """Describe the form, for error messages."""
@@ -95,9 +97,9 @@ def dense(tensor: Tensor) -> Array:
 
 
 def triangle(matrix: Tensor) -> Array:
-    """Serialise the upper triangle, row by row, of an exactly symmetric (d, d) matrix."""
-    rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device).unbind()
-    return Array(_NAMES[matrix.dtype], tuple(matrix.shape), TRIANGLE, _bytes(matrix[rows, columns]))
+    """Serialise the upper triangles, row by row, of exactly symmetric (..., d, d) matrices."""
+    rows, columns = torch.triu_indices(*matrix.shape[-2:], device=matrix.device).unbind()
+    return Array(_NAMES[matrix.dtype], tuple(matrix.shape), TRIANGLE, _bytes(matrix[..., rows, columns]))
 
 
 def bits(mask: Tensor) -> Array:
@@ -125,9 +127,10 @@ def read(array: Array, form: Form, what: str) -> Tensor:
     if form.stype != TRIANGLE:
         return found.view(form.shape)
     matrix = found.new_empty(form.shape)
-    rows, columns = torch.triu_indices(*form.shape).unbind()
-    matrix[rows, columns] = found
-    matrix[columns, rows] = found
+    rows, columns = torch.triu_indices(*form.shape[-2:]).unbind()
+    triangles = found.view(*form.shape[:-2], len(rows))
+    matrix[..., rows, columns] = triangles
+    matrix[..., columns, rows] = triangles
     return matrix
 
 

@@ -48,6 +48,10 @@ class Clients(ABC):
         scaled by N_i / min(batch, N_i).
         """
 
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """U_i (n, C) float64 and its gradient (n, C, d) at (C, d), in one pass over the rows where a model can."""
+        return self.potential(theta), self.gradient(theta)
+
     @abstractmethod
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """Hessian of U_i at (C, d) times (C, d) -> (n, C, d)."""

@@ -225,6 +225,22 @@ class GeneralizedLinear(Clients):
             ((span, self._residual(self._outputs(matrix, r), self._targets[:, r])) for span, r in self._rows(spans)),
         )
 
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """(C, d) -> (n, C) float64 and (n, C, d); outputs of the model are computed once for both."""
+        values = torch.zeros(self.n, theta.shape[0], dtype=torch.float64, device=self.device)
+        matrix = self.matrix(theta)
+
+        def residuals() -> Iterator[tuple[tuple[int, int], Tensor]]:
+            for (first, last), rows in self._rows(list(self._groups(theta.shape[0]))):
+                outputs, targets = self._outputs(matrix, rows), self._targets[:, rows]
+                each = self._row_potential(outputs, targets).to(torch.float64)
+                for i in range(first, last):
+                    values[i] = each[:, self._bounds[i] - rows.start : self._bounds[i + 1] - rows.start].sum(-1)
+                yield (first, last), self._residual(outputs, targets)
+
+        gradients = self._gather(theta.shape[0], self.n, residuals())
+        return values, gradients
+
     def _rows(self, spans: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], slice]]:
         for first, last in spans:
             yield (first, last), slice(self._bounds[first], self._bounds[last])

@@ -7,6 +7,7 @@ and what would fit.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,17 @@ class Portions:
                 f"and {self._most[1]} chains at a time, which may change their last bits",
                 stacklevel=2,
             )
+
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Clients.value_and_gradient`; in two passes where one does not fit in memory.
+
+        Raises:
+            DeviceMemoryError: if a single client and chain do not fit, or the result does not.
+        """
+        if self._most is None:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return self._clients.value_and_gradient(theta)
+        return self._clients.potential(theta), self.gradient(theta)
 
     def _in_portions(
         self, portion: tuple[int, int], theta: Tensor, clients: Tensor | None, keys: Key | None, batch_size: int | None

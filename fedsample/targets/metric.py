@@ -333,6 +333,11 @@ class MetricClients(Clients):
         point = self._theta(theta)
         return self.metric.pull(self._portions.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
 
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """(C, d) -> (n, C) float64 and (n, C, d)."""
+        values, gradients = self._portions.value_and_gradient(self._theta(theta))
+        return values, self.metric.pull(gradients)
+
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """S^T H S v."""
         return self.metric.pull(self.base.hvp(self._theta(theta), self.metric.scale(vector)))

@@ -25,11 +25,11 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, grad_and_value, jacrev, vmap
 
 from fedsample.errors import ConfigError
 from fedsample.random import Key
@@ -266,12 +266,23 @@ class ModuleClients(Clients):
 
     def _each(self, function: Callable[..., Tensor], points: tuple[Tensor, ...], rows: _Rows) -> Tensor:
         """Apply a function of (d,) points and one client's rows to all clients and chains -> (g, C, ...)."""
+        values: Tensor = self._mapped(function, points, rows)
+        return values.transpose(0, 1)
+
+    def _both(
+        self, function: Callable[..., tuple[Tensor, Tensor]], points: tuple[Tensor, ...], rows: _Rows
+    ) -> tuple[Tensor, Tensor]:
+        """The same for a function of two results."""
+        one, other = self._mapped(function, points, rows)
+        return one.transpose(0, 1), other.transpose(0, 1)
+
+    def _mapped(self, function: Callable[..., Any], points: tuple[Tensor, ...], rows: _Rows) -> Any:
+        """Results (C, g, ...) of a function, chains first."""
         chain = 1 if rows.y.ndim == 3 else None
         nobody = (None,) * len(points)
         inner = vmap(function, in_dims=(*nobody, 0, 0, 0))
         outer = vmap(inner, in_dims=(*(0 for _ in points), chain, chain, chain))
-        values: Tensor = outer(*(point.detach() for point in points), *rows)  # (C, g, ...)
-        return values.transpose(0, 1)
+        return outer(*(point.detach() for point in points), *rows)
 
     def potential(self, theta: Tensor) -> Tensor:
         """(C, d) -> (n, C) float64."""
@@ -299,28 +310,46 @@ class ModuleClients(Clients):
             elif self._is_alone(index):
                 rows = self._take(index, weight)
                 for c in range(len(theta)):
-                    result[run[0], c] += self._alone(theta[c], rows, c)
+                    result[run[0], c] += self._alone(theta[c], rows, c)[1]
             else:
                 result[run] += self._each(grad(self._loss), (theta,), self._take(index, weight))
         return result
+
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """(C, d) -> (n, C) float64 and (n, C, d); one forward pass for both."""
+        values = torch.zeros(self.n, len(theta), dtype=torch.float64, device=self.device)
+        gradients = self.x.new_zeros(self.n, len(theta), self.d)
+        for run, index, weight in self._pieces(list(range(self.n)), len(theta)):
+            rows = self._take(index, weight)
+            if self._is_alone(index):
+                for c in range(len(theta)):
+                    value, gradient = self._alone(theta[c], rows, c)
+                    values[run[0], c] += value
+                    gradients[run[0], c] += gradient
+            else:
+                gradient, value = self._both(grad_and_value(self._loss), (theta,), rows)
+                values[run] += value
+                gradients[run] += gradient
+        return values, gradients
 
     def _piece(self, theta: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """The gradients (g, C, d) of some clients' rows (g, b) or (g, C, b)."""
         rows = self._take(index, weight)
         if self._is_alone(index):
-            return torch.stack([self._alone(theta[c], rows, c) for c in range(len(theta))]).unsqueeze(0)
+            return torch.stack([self._alone(theta[c], rows, c)[1] for c in range(len(theta))]).unsqueeze(0)
         return self._each(grad(self._loss), (theta,), rows)
 
     def _is_alone(self, index: Tensor) -> bool:
         return len(index) == 1 and self._is_large(index.shape[-1])
 
-    def _alone(self, point: Tensor, rows: _Rows, chain: int) -> Tensor:
-        """One client's gradient (d,) for one chain by plain reverse mode, without `vmap`, which is slower here."""
+    def _alone(self, point: Tensor, rows: _Rows, chain: int) -> tuple[Tensor, Tensor]:
+        """One client's loss and gradient (d,) for one chain by plain reverse mode; `vmap` is slower here."""
         mine = (each[0, chain] if rows.y.ndim == 3 else each[0] for each in rows)
         with torch.enable_grad():
             leaf = point.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self._loss(leaf, *mine), leaf)
-        return gradient
+            value = self._loss(leaf, *mine)
+            (gradient,) = torch.autograd.grad(value, leaf)
+        return value.detach(), gradient
 
     def _kept_pieces(self, chains: int) -> list[_Choice]:
         if chains not in self._whole:

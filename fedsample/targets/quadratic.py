@@ -50,6 +50,12 @@ class Quadratic(Clients):
         curvature = self.curvature if clients is None else self.curvature[clients]
         return offset.mul_(curvature.unsqueeze(1))  # in place: for a large vector, memory costs more than arithmetic
 
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """(C, d) -> (n, C) float64 and (n, C, d)."""
+        offset = self._offset(theta)
+        gradient = self._apply(offset)
+        return 0.5 * (offset * gradient).sum(-1, dtype=torch.float64), gradient
+
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """(C, d), (C, d) -> (n, C, d)."""
         return self._apply(vector.expand(self.n, *vector.shape))

@@ -126,14 +126,15 @@ def test_matrices_of_many_clients_are_never_held_at_once(
     with RunningError() as analysis:
         whole = fleet.exchange(request)
     held: list[int] = []
-    evaluate = workers.evaluate
+    evaluate = workers.ClientStack._evaluate
 
-    def counted(part: Clients, *arguments: Any) -> dict[str, Tensor]:
+    def counted(self: workers.ClientStack, part: Clients, *arguments: Any) -> dict[str, Tensor]:
         held.append(part.n)
-        return evaluate(part, *arguments)
+        return evaluate(self, part, *arguments)
 
-    monkeypatch.setattr(workers, "evaluate", counted)
-    monkeypatch.setattr(workers, "_ENTRIES", 2 * clients.d**2)
+    monkeypatch.setattr(workers.ClientStack, "_evaluate", counted)
+    points = CHAINS if outputs == ("hessian",) else 1  # Hessians are those of every point
+    monkeypatch.setattr(workers, "_ENTRIES", 2 * points * clients.d**2)
     with analysis:
         runs = fleet.exchange(request)
     assert runs.traffic == whole.traffic

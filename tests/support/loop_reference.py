@@ -116,6 +116,7 @@ def everything(clients: Clients, theta: Tensor, vector: Tensor) -> dict[str, Ten
         "hvp": clients.hvp(theta, vector),
         "hessian": clients.hessian(theta),
         "diagonal": clients.diagonal(theta),
+        **dict(zip(("value", "its gradient"), clients.value_and_gradient(theta), strict=True)),
     }
     for b, pair in enumerate(clients.factors(theta[0])):
         answers |= {f"{side}{b}": factor for side, factor in zip(("outer", "inner"), pair, strict=True)}

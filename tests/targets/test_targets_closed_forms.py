@@ -63,6 +63,10 @@ def test_generalised_linear_models_equal_autograd_on_a_loop(likelihood: Likeliho
     close(clients.potential(theta), on_a_loop(potential, theta, *arrays))
     gradient = on_a_loop(grad(potential), theta, *arrays)
     close(clients.gradient(theta), gradient)
+    for got, want in zip(
+        clients.value_and_gradient(theta), (on_a_loop(potential, theta, *arrays), gradient), strict=True
+    ):
+        close(got, want)
     close(clients.gradient(theta, clients=torch.tensor([3, 1, 0])), gradient[[3, 1, 0]])
     close(clients.hessian(theta), curvature)
     close(clients.hvp(theta, vector), torch.einsum("ncde,ce->ncd", curvature, vector))
@@ -84,6 +88,9 @@ def test_quadratics_equal_autograd(kind: str) -> None:
 
         close(clients.potential(theta)[i], torch.stack([potential(point) for point in theta]))
         close(clients.gradient(theta)[i], torch.stack([grad(potential)(point) for point in theta]))
+        value, gradient = clients.value_and_gradient(theta)
+        close(value[i], torch.stack([potential(point) for point in theta]))
+        close(gradient[i], torch.stack([grad(potential)(point) for point in theta]))
         close(clients.hessian(theta)[i], torch.stack([hessian(potential)(point) for point in theta]))
         close(clients.hvp(theta, vector)[i], vector @ matrix)
         close(clients.diagonal(theta)[i], matrix.diagonal().expand(3, -1))

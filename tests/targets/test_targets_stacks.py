@@ -108,7 +108,7 @@ def test_single_precision_is_close_to_double(kind: str) -> None:
     want["minibatch"] = double.gradient(theta, keys=keys, batch_size=2)
     got["minibatch"] = single.gradient(theta.float(), keys=keys, batch_size=2)
     for name, answer in got.items():
-        assert answer.dtype == (F64 if name == "potential" else torch.float32), name
+        assert answer.dtype == (F64 if name in ("potential", "value") else torch.float32), name
         close(answer, want[name], name, SEES[torch.float32])
         if name == "gradient":
             assert not torch.equal(answer.double(), want[name])

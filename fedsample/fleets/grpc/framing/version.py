@@ -2,7 +2,7 @@
 
 import hashlib
 
-PROTOCOL = 2
+PROTOCOL = 3
 SERVICE = "fedsample.v1.Fleet"
 
 
