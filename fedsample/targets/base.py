@@ -17,8 +17,17 @@ from fedsample.errors import CompileError
 from fedsample.random import Key
 
 
+def collapsed(points: Tensor) -> Tensor:
+    """Return (C, d) where all clients have the same points (n, C, d), so that shared points are computed as such."""
+    if points.ndim == 3 and len(points) and bool((points[1:] == points[:1]).all()):
+        return points[0]
+    return points
+
+
 class Clients(ABC):
-    """Potentials U_i of n clients and their derivatives at C points.
+    """Potentials U_i of n clients and their derivatives at C points, shared (C, d) or each client's own (n, C, d).
+
+    At shared points both give equal bits. A client alone has n = 1.
 
     Attributes:
         n: number of clients.
@@ -36,33 +45,33 @@ class Clients(ABC):
 
     @abstractmethod
     def potential(self, theta: Tensor) -> Tensor:
-        """U_i at (C, d) -> (n, C) float64."""
+        """U_i at (C, d) or (n, C, d) -> (n, C) float64."""
 
     @abstractmethod
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """Gradient of U_i at (C, d) -> (n, C, d), or (m, C, d) for the m clients whose indices are given.
+        """Gradient of U_i at (C, d) or (n, C, d) -> (n, C, d); n is m for the m clients whose indices are given.
 
         With a batch size, an unbiased estimate from that many rows without replacement, drawn by `keys` (m, C) and
         scaled by N_i / min(batch, N_i).
         """
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """U_i (n, C) float64 and its gradient (n, C, d) at (C, d), in one pass over the rows where a model can."""
+        """U_i (n, C) float64 and its gradient (n, C, d) at (C, d) or (n, C, d), in one pass over the rows."""
         return self.potential(theta), self.gradient(theta)
 
     @abstractmethod
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
-        """Hessian of U_i at (C, d) times (C, d) -> (n, C, d)."""
+        """Hessian of U_i at (C, d) or (n, C, d) times a vector of the same shape -> (n, C, d)."""
 
     @abstractmethod
     def hessian(self, theta: Tensor) -> Tensor:
-        """Hessian of U_i (for networks the Fisher information, which is never indefinite) at (C, d) -> (n, C, d, d)."""
+        """Hessian of U_i at (C, d) or (n, C, d) -> (n, C, d, d); of networks the Fisher, which is never indefinite."""
 
     @abstractmethod
     def diagonal(self, theta: Tensor) -> Tensor:
-        """Diagonal of `hessian` at (C, d) -> (n, C, d)."""
+        """Diagonal of `hessian` at (C, d) or (n, C, d) -> (n, C, d)."""
 
     @abstractmethod
     def blocks(self) -> list[Tensor]:

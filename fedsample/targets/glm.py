@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedsample.errors import CompileError
 from fedsample.random import Key
-from fedsample.targets.base import Clients
+from fedsample.targets.base import Clients, collapsed
 from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 from fedsample.targets.fused import FusedGradient
 from fedsample.targets.minibatch import draw_rows
@@ -180,8 +180,12 @@ class GeneralizedLinear(Clients):
 
     # --- Clients -------------------------------------------------------------------------------------------------
 
-    def _groups(self, chains: int) -> Iterator[tuple[int, int]]:
-        """Runs of successive clients whose outputs fit in a chunk."""
+    def _groups(self, matrix: Tensor) -> Iterator[tuple[int, int]]:
+        """Runs of successive clients whose outputs fit in a chunk; of one client each at points of their own."""
+        if matrix.ndim == 4:
+            yield from ((i, i + 1) for i in range(self.n))
+            return
+        chains = len(matrix)
         budget = max(1, _CHUNK // (chains * self.outputs))
         first = 0
         while first < self.n:
@@ -192,12 +196,13 @@ class GeneralizedLinear(Clients):
             first = last
 
     def potential(self, theta: Tensor) -> Tensor:
-        """(C, d) -> (n, C) float64."""
-        result = torch.zeros(self.n, theta.shape[0], dtype=torch.float64, device=self.device)
-        matrix = self.matrix(theta)
-        for first, last in self._groups(theta.shape[0]):
+        """(C, d) or (n, C, d) -> (n, C) float64."""
+        result = torch.zeros(self.n, theta.shape[-2], dtype=torch.float64, device=self.device)
+        matrix = self.matrix(collapsed(theta))
+        for first, last in self._groups(matrix):
             rows = slice(self._bounds[first], self._bounds[last])
-            values = self._row_potential(self._outputs(matrix, rows), self._targets[:, rows]).to(torch.float64)
+            outputs = self._outputs(_of(matrix, first), rows)
+            values = self._row_potential(outputs, self._targets[:, rows]).to(torch.float64)
             for i in range(first, last):
                 result[i] = values[:, self._bounds[i] - rows.start : self._bounds[i + 1] - rows.start].sum(-1)
         return result
@@ -205,40 +210,42 @@ class GeneralizedLinear(Clients):
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """(C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
+        """(C, d) or (n, C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
+        theta = collapsed(theta)
         matrix = self.matrix(theta)
         if batch_size is not None and keys is not None:
             return self._batch_gradient(matrix, clients, keys, batch_size)
-        if self._fused is not None:
+        shared = matrix.ndim == 3
+        if self._fused is not None and shared:
             return self._fused(matrix[:, 0], clients)
-        if self._replayed is not None and clients is None:
+        if self._replayed is not None and clients is None and shared:
             return self._replayed(theta)
-        if self._runs is not None and clients is None:
+        if self._runs is not None and clients is None and shared:
             return self._stacked_gradient(matrix, self._runs)
         if clients is not None:
             spans = [(i, i + 1) for i in clients.tolist()]
         else:
-            spans = list(self._groups(theta.shape[0]))
-        return self._gather(
-            theta.shape[0],
-            self.n if clients is None else len(clients),
-            ((span, self._residual(self._outputs(matrix, r), self._targets[:, r])) for span, r in self._rows(spans)),
+            spans = list(self._groups(matrix))
+        parts = (
+            (span, self._residual(self._outputs(_of(matrix, at), rows), self._targets[:, rows]))
+            for at, (span, rows) in enumerate(self._rows(spans))
         )
+        return self._gather(theta.shape[-2], self.n if clients is None else len(clients), parts)
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(C, d) -> (n, C) float64 and (n, C, d); outputs of the model are computed once for both."""
-        values = torch.zeros(self.n, theta.shape[0], dtype=torch.float64, device=self.device)
-        matrix = self.matrix(theta)
+        """(C, d) or (n, C, d) -> (n, C) float64 and (n, C, d); outputs of the model are computed once for both."""
+        values = torch.zeros(self.n, theta.shape[-2], dtype=torch.float64, device=self.device)
+        matrix = self.matrix(collapsed(theta))
 
         def residuals() -> Iterator[tuple[tuple[int, int], Tensor]]:
-            for (first, last), rows in self._rows(list(self._groups(theta.shape[0]))):
-                outputs, targets = self._outputs(matrix, rows), self._targets[:, rows]
+            for (first, last), rows in self._rows(list(self._groups(matrix))):
+                outputs, targets = self._outputs(_of(matrix, first), rows), self._targets[:, rows]
                 each = self._row_potential(outputs, targets).to(torch.float64)
                 for i in range(first, last):
                     values[i] = each[:, self._bounds[i] - rows.start : self._bounds[i + 1] - rows.start].sum(-1)
                 yield (first, last), self._residual(outputs, targets)
 
-        gradients = self._gather(theta.shape[0], self.n, residuals())
+        gradients = self._gather(theta.shape[-2], self.n, residuals())
         return values, gradients
 
     def _rows(self, spans: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], slice]]:
@@ -283,31 +290,35 @@ class GeneralizedLinear(Clients):
         """Minibatch gradients (m, C, d), drawn per client and chain, in runs of clients that bound memory."""
         rows = self.rows if clients is None else self.rows[clients]
         start = (self.offsets[:-1] if clients is None else self.offsets[:-1][clients.cpu()]).to(self.device)
+        chains = matrix.shape[-3]
         if len(self.design) == 0 or len(rows) == 0:
-            return matrix.new_zeros(len(rows), matrix.shape[0], self.d)
+            return matrix.new_zeros(len(rows), chains, self.d)
         most, words = int(rows.max()), keys.tensor()
-        step = max(1, _CHUNK // (matrix.shape[0] * max(1, most, min(size, most) * self.design.shape[1])))
+        step = max(1, _CHUNK // (chains * max(1, most, min(size, most) * self.design.shape[1])))
         parts = []
         for at in range(0, len(rows), step):
             run = slice(at, at + step)
             position, valid = draw_rows(Key(words[run], keys.device), rows[run], size)  # (g, C, b)
             index = (start[run, None, None] + position).clamp_(max=len(self.design) - 1)
             design = self.design[index]  # (g, C, b, q)
-            outputs = torch.matmul(matrix, design.transpose(-1, -2))  # (g, C, k, b)
+            mine = matrix if matrix.ndim == 3 else matrix[run]
+            outputs = torch.matmul(mine, design.transpose(-1, -2))  # (g, C, k, b)
             residual = self._residual(outputs, self._targets[:, index].movedim(0, -2))
             weight = rows[run].to(self.dtype) / rows[run].clamp(min=1, max=size).to(self.dtype)
             parts.append(torch.matmul(residual * (valid * weight[:, None, None]).unsqueeze(-2), design))
         return self.flat(torch.cat(parts))
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
-        """(C, d), (C, d) -> (n, C, d)."""
+        """Two of (C, d) or (n, C, d) -> (n, C, d)."""
+        theta, vector = collapsed(theta), collapsed(vector)
+        if theta.ndim != vector.ndim:
+            theta, vector = (each.expand(self.n, *each.shape[-2:]) for each in (theta, vector))
         matrix, direction = self.matrix(theta), self.matrix(vector)
-        spans = list(self._groups(theta.shape[0]))
         parts = (
-            (span, self._curve(self._outputs(matrix, rows), self._outputs(direction, rows)))
-            for span, rows in self._rows(spans)
+            (span, self._curve(self._outputs(_of(matrix, at), rows), self._outputs(_of(direction, at), rows)))
+            for at, (span, rows) in enumerate(self._rows(list(self._groups(matrix))))
         )
-        return self._gather(theta.shape[0], self.n, parts)
+        return self._gather(theta.shape[-2], self.n, parts)
 
     def _weights(self, matrix: Tensor, rows: slice) -> Tensor:
         """Lambda at one point (k, q) for some rows: (k, k, rows)."""
@@ -316,13 +327,14 @@ class GeneralizedLinear(Clients):
         return self._curve(outputs.expand(self.outputs, -1, -1), unit.expand(-1, -1, outputs.shape[-1]))
 
     def hessian(self, theta: Tensor) -> Tensor:
-        """(C, d) -> (n, C, d, d)."""
+        """(C, d) or (n, C, d) -> (n, C, d, d)."""
         k, q = self.outputs, self.design.shape[1]
-        result = self.design.new_empty(self.n, theta.shape[0], self.d, self.d)
+        result = self.design.new_empty(self.n, theta.shape[-2], self.d, self.d)
+        points = self.matrix(theta)
         order = torch.argsort(self._positions().flatten())
         for i, low, high in zip(range(self.n), self._bounds, self._bounds[1:], strict=False):
             design = self.design[low:high]
-            for c, matrix in enumerate(self.matrix(theta)):
+            for c, matrix in enumerate(_of(points, i)):
                 weights = self._weights(matrix, slice(low, high))
                 blocks = self.design.new_empty(k, q, k, q)
                 for a in range(k):
@@ -334,11 +346,11 @@ class GeneralizedLinear(Clients):
         return result
 
     def diagonal(self, theta: Tensor) -> Tensor:
-        """(C, d) -> (n, C, d)."""
-        result = self.design.new_empty(self.n, theta.shape[0], self.d)
-        square = self.design.square()
+        """(C, d) or (n, C, d) -> (n, C, d)."""
+        result = self.design.new_empty(self.n, theta.shape[-2], self.d)
+        square, points = self.design.square(), self.matrix(theta)
         for i, low, high in zip(range(self.n), self._bounds, self._bounds[1:], strict=False):
-            for c, matrix in enumerate(self.matrix(theta)):
+            for c, matrix in enumerate(_of(points, i)):
                 weights = self._weights(matrix, slice(low, high)).diagonal(dim1=0, dim2=1).T  # (k, rows)
                 result[i, c] = self.flat(weights @ square[low:high])
         return result
@@ -376,3 +388,8 @@ class GeneralizedLinear(Clients):
             intercept=self.intercept,
             noise_scale=self.noise_scale,
         )
+
+
+def _of(matrix: Tensor, i: int) -> Tensor:
+    """Points (C, k, q) of the client at position i: its own, or shared."""
+    return matrix if matrix.ndim == 3 else matrix[i]

@@ -41,7 +41,8 @@ class Portions:
         Raises:
             DeviceMemoryError: if a single client and chain do not fit, or the result does not.
         """
-        asked = self._clients.n if clients is None else len(clients), len(theta)
+        chains = theta.shape[-2]
+        asked = self._clients.n if clients is None else len(clients), chains
         while True:
             portion = asked if self._most is None else (min(asked[0], self._most[0]), min(asked[1], self._most[1]))
             try:
@@ -51,7 +52,7 @@ class Portions:
             except torch.OutOfMemoryError as error:
                 said = str(error)  # keep the text only: the error's traceback keeps large arrays alive
             if max(portion) <= 1:
-                raise too_large(self._clients, len(theta), "the gradient of a single client and chain", said)
+                raise too_large(self._clients, chains, "the gradient of a single client and chain", said)
             self._most = ((portion[0] + 1) // 2, portion[1]) if portion[0] > 1 else (1, (portion[1] + 1) // 2)
             if self._clients.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -77,16 +78,16 @@ class Portions:
     ) -> Tensor:
         device = self._clients.device
         who = torch.arange(self._clients.n, device=device) if clients is None else clients
-        with on_device(self._clients, len(theta), "all gradients together"):
-            result = theta.new_empty(len(who), *theta.shape)
+        chains = theta.shape[-2]
+        with on_device(self._clients, chains, "all gradients together"):
+            result = theta.new_empty(len(who), *theta.shape[-2:])
         for first in range(0, len(who), portion[0]):
             mine = slice(first, first + portion[0])
-            for start in range(0, len(theta), portion[1]):
+            for start in range(0, chains, portion[1]):
                 these = slice(start, start + portion[1])
                 own = None if keys is None else Key(keys.tensor()[mine, these], keys.device)
-                result[mine, these] = self._clients.gradient(
-                    theta[these], clients=who[mine], keys=own, batch_size=batch_size
-                )
+                points = theta[these] if theta.ndim == 2 else theta[mine, these]
+                result[mine, these] = self._clients.gradient(points, clients=who[mine], keys=own, batch_size=batch_size)
         return result
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsample.errors import DivergenceError
 from fedsample.random import Key
-from fedsample.targets.base import Clients, GaussianPrior
+from fedsample.targets.base import Clients, GaussianPrior, collapsed
 from fedsample.targets.memory_limits import Portions
 
 
@@ -316,6 +316,7 @@ class MetricClients(Clients):
 
     def _theta(self, z: Tensor) -> Tensor:
         """The parameters at z; without a copy if they are z itself, since the model may be large."""
+        z = collapsed(z)
         return z if self._same else self.metric.push(z)
 
     def potential(self, theta: Tensor) -> Tensor:
@@ -340,7 +341,7 @@ class MetricClients(Clients):
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """S^T H S v."""
-        return self.metric.pull(self.base.hvp(self._theta(theta), self.metric.scale(vector)))
+        return self.metric.pull(self.base.hvp(self._theta(theta), self.metric.scale(collapsed(vector))))
 
     def hessian(self, theta: Tensor) -> Tensor:
         """S^T H S -> (n, C, d, d)."""

@@ -33,7 +33,7 @@ from torch.func import grad, grad_and_value, jacrev, vmap
 
 from fedsample.errors import ConfigError
 from fedsample.random import Key
-from fedsample.targets.base import Clients
+from fedsample.targets.base import Clients, collapsed
 from fedsample.targets.cuda_graphs import CudaRecorder, Replayed
 from fedsample.targets.glm import Likelihood
 from fedsample.targets.minibatch import draw_rows
@@ -265,7 +265,10 @@ class ModuleClients(Clients):
         return _Rows(self.x[index], self.labels[index], weight)
 
     def _each(self, function: Callable[..., Tensor], points: tuple[Tensor, ...], rows: _Rows) -> Tensor:
-        """Apply a function of (d,) points and one client's rows to all clients and chains -> (g, C, ...)."""
+        """Apply a function of (d,) points and one client's rows to all clients and chains -> (g, C, ...).
+
+        Points are (C, d), or (g, C, d) with each client's own.
+        """
         values: Tensor = self._mapped(function, points, rows)
         return values.transpose(0, 1)
 
@@ -279,55 +282,59 @@ class ModuleClients(Clients):
     def _mapped(self, function: Callable[..., Any], points: tuple[Tensor, ...], rows: _Rows) -> Any:
         """Results (C, g, ...) of a function, chains first."""
         chain = 1 if rows.y.ndim == 3 else None
-        nobody = (None,) * len(points)
-        inner = vmap(function, in_dims=(*nobody, 0, 0, 0))
-        outer = vmap(inner, in_dims=(*(0 for _ in points), chain, chain, chain))
+        inner = vmap(function, in_dims=(*(None if point.ndim == 2 else 0 for point in points), 0, 0, 0))
+        outer = vmap(inner, in_dims=(*(point.ndim - 2 for point in points), chain, chain, chain))
         return outer(*(point.detach() for point in points), *rows)
 
     def potential(self, theta: Tensor) -> Tensor:
-        """(C, d) -> (n, C) float64."""
-        result = torch.zeros(self.n, len(theta), dtype=torch.float64, device=self.device)
+        """(C, d) or (n, C, d) -> (n, C) float64."""
+        theta = collapsed(theta)
+        result = torch.zeros(self.n, theta.shape[-2], dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            for run, rows in self._passes(list(range(self.n)), len(theta)):
-                result[run] += self._each(self._loss, (theta,), rows)
+            for run, rows in self._passes(list(range(self.n)), theta.shape[-2]):
+                result[run] += self._each(self._loss, (_of(theta, run),), rows)
         return result
 
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """(C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
+        """(C, d) or (n, C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
+        theta = collapsed(theta)
+        chains, shared = theta.shape[-2], theta.ndim == 2
         chosen = list(range(self.n)) if clients is None else clients.tolist()
-        result = self.x.new_zeros(len(chosen), len(theta), self.d)
+        result = self.x.new_zeros(len(chosen), chains, self.d)
         if batch_size is not None and keys is not None:
-            pieces: Iterable[_Choice] = self._minibatches(chosen, keys, batch_size, len(theta))
-        elif clients is None and self._replayed is not None:
-            pieces = self._kept_pieces(len(theta))
+            pieces: Iterable[_Choice] = self._minibatches(chosen, keys, batch_size, chains)
+        elif clients is None and self._replayed is not None and shared:
+            pieces = self._kept_pieces(chains)
         else:
-            pieces = self._pieces(chosen, len(theta))
+            pieces = self._pieces(chosen, chains)
         for run, index, weight in pieces:
-            if self._replayed is not None:
+            if self._replayed is not None and shared:
                 _add(result, run, self._replayed(theta, index, weight))
             elif self._is_alone(index):
                 rows = self._take(index, weight)
-                for c in range(len(theta)):
-                    result[run[0], c] += self._alone(theta[c], rows, c)[1]
+                for c, point in enumerate(_of(theta, run[0])):
+                    result[run[0], c] += self._alone(point, rows, c)[1]
             else:
-                result[run] += self._each(grad(self._loss), (theta,), self._take(index, weight))
+                result[run] += self._each(grad(self._loss), (_of(theta, run),), self._take(index, weight))
         return result
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(C, d) -> (n, C) float64 and (n, C, d); one forward pass for both."""
-        values = torch.zeros(self.n, len(theta), dtype=torch.float64, device=self.device)
-        gradients = self.x.new_zeros(self.n, len(theta), self.d)
-        for run, index, weight in self._pieces(list(range(self.n)), len(theta)):
+        """(C, d) or (n, C, d) -> (n, C) float64 and (n, C, d); one forward pass for both."""
+        theta = collapsed(theta)
+        chains = theta.shape[-2]
+        values = torch.zeros(self.n, chains, dtype=torch.float64, device=self.device)
+        gradients = self.x.new_zeros(self.n, chains, self.d)
+        for run, index, weight in self._pieces(list(range(self.n)), chains):
             rows = self._take(index, weight)
             if self._is_alone(index):
-                for c in range(len(theta)):
-                    value, gradient = self._alone(theta[c], rows, c)
+                for c, point in enumerate(_of(theta, run[0])):
+                    value, gradient = self._alone(point, rows, c)
                     values[run[0], c] += value
                     gradients[run[0], c] += gradient
             else:
-                gradient, value = self._both(grad_and_value(self._loss), (theta,), rows)
+                gradient, value = self._both(grad_and_value(self._loss), (_of(theta, run),), rows)
                 values[run] += value
                 gradients[run] += gradient
         return values, gradients
@@ -378,10 +385,12 @@ class ModuleClients(Clients):
             yield run, (start[:, None, None] + position).clamp_(max=len(self.x) - 1), weight
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
-        """The exact Hessian of U_i at (C, d) times (C, d) -> (n, C, d)."""
-        result = self.x.new_zeros(self.n, len(theta), self.d)
-        for run, rows in self._passes(list(range(self.n)), len(theta)):
-            result[run] += self._each(self._product, (theta, vector), rows)
+        """The exact Hessian of U_i at (C, d) or (n, C, d) times a vector of either shape -> (n, C, d)."""
+        theta, vector = collapsed(theta), collapsed(vector)
+        chains = theta.shape[-2]
+        result = self.x.new_zeros(self.n, chains, self.d)
+        for run, rows in self._passes(list(range(self.n)), chains):
+            result[run] += self._each(self._product, (_of(theta, run), _of(vector, run)), rows)
         return result
 
     # --- Fisher information --------------------------------------------------------------------------------------
@@ -407,20 +416,20 @@ class ModuleClients(Clients):
             yield (jacobian - (p * jacobian).sum(1, keepdim=True)) * p.sqrt()
 
     def hessian(self, theta: Tensor) -> Tensor:
-        """Fisher information at (C, d) -> (n, C, d, d)."""
-        result = self.x.new_zeros(self.n, len(theta), self.d, self.d)
+        """Fisher information at (C, d) or (n, C, d) -> (n, C, d, d)."""
+        result = self.x.new_zeros(self.n, theta.shape[-2], self.d, self.d)
         for i in range(self.n):
-            for c, point in enumerate(theta):
+            for c, point in enumerate(_of(theta, i)):
                 for columns in self._columns(point, i):
                     flat = columns.flatten(0, 1)
                     result[i, c].addmm_(flat.T, flat)
         return result
 
     def diagonal(self, theta: Tensor) -> Tensor:
-        """Diagonal of the Fisher information at (C, d) -> (n, C, d)."""
-        result = self.x.new_zeros(self.n, len(theta), self.d)
+        """Diagonal of the Fisher information at (C, d) or (n, C, d) -> (n, C, d)."""
+        result = self.x.new_zeros(self.n, theta.shape[-2], self.d)
         for i in range(self.n):
-            for c, point in enumerate(theta):
+            for c, point in enumerate(_of(theta, i)):
                 for columns in self._columns(point, i):
                     result[i, c] += columns.square().sum((0, 1))
         return result
@@ -460,3 +469,8 @@ class ModuleClients(Clients):
             x = torch.cat([self.x[:0], *(self.x[low:high] for low, high in spans)])
             y = torch.cat([self.labels[:0], *(self.labels[low:high] for low, high in spans)])
         return ModuleClients(self._module, x, y, torch.cumsum(sizes, 0), self.likelihood, noise_scale=self.noise_scale)
+
+
+def _of(points: Tensor, run: int | list[int]) -> Tensor:
+    """Points of one client (C, d) or of some (g, C, d): their own, or shared (C, d)."""
+    return points if points.ndim == 2 else points[run]

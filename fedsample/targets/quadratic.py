@@ -33,17 +33,17 @@ class Quadratic(Clients):
 
     def _offset(self, theta: Tensor, clients: Tensor | None = None) -> Tensor:
         center = self.center if clients is None else self.center[clients]
-        return theta.unsqueeze(0) - center.unsqueeze(1)  # (n, C, d)
+        return theta - center.unsqueeze(1)  # (n, C, d)
 
     def potential(self, theta: Tensor) -> Tensor:
-        """(C, d) -> (n, C) float64."""
+        """(C, d) or (n, C, d) -> (n, C) float64."""
         offset = self._offset(theta)
         return 0.5 * (offset * self._apply(offset)).sum(-1, dtype=torch.float64)
 
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """(C, d) -> (n, C, d); a quadratic client counts as one row, so every minibatch is all of it."""
+        """(C, d) or (n, C, d) -> (n, C, d); a quadratic client counts as one row, so every minibatch is all of it."""
         offset = self._offset(theta, clients)
         if self._dense:
             return self._apply(offset, clients)
@@ -51,24 +51,24 @@ class Quadratic(Clients):
         return offset.mul_(curvature.unsqueeze(1))  # in place: for a large vector, memory costs more than arithmetic
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(C, d) -> (n, C) float64 and (n, C, d)."""
+        """(C, d) or (n, C, d) -> (n, C) float64 and (n, C, d)."""
         offset = self._offset(theta)
         gradient = self._apply(offset)
         return 0.5 * (offset * gradient).sum(-1, dtype=torch.float64), gradient
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
-        """(C, d), (C, d) -> (n, C, d)."""
-        return self._apply(vector.expand(self.n, *vector.shape))
+        """Two of (C, d) or (n, C, d) -> (n, C, d)."""
+        return self._apply(vector.expand(self.n, *vector.shape[-2:]))
 
     def hessian(self, theta: Tensor) -> Tensor:
         """(C, d) -> (n, C, d, d), the same at every point."""
         dense = self.curvature if self._dense else torch.diag_embed(self.curvature)
-        return dense.unsqueeze(1).expand(self.n, theta.shape[0], self.d, self.d)
+        return dense.unsqueeze(1).expand(self.n, theta.shape[-2], self.d, self.d)
 
     def diagonal(self, theta: Tensor) -> Tensor:
         """(C, d) -> (n, C, d)."""
         diagonal = self.curvature.diagonal(dim1=-2, dim2=-1) if self._dense else self.curvature
-        return diagonal.unsqueeze(1).expand(self.n, theta.shape[0], self.d)
+        return diagonal.unsqueeze(1).expand(self.n, theta.shape[-2], self.d)
 
     def blocks(self) -> list[Tensor]:
         """One block (d, 1): a quadratic has no parameter matrices, so its Kronecker factor is the Hessian."""

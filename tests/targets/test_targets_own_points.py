@@ -1,0 +1,139 @@
+"""Potentials of clients that each have points of their own, on every class of target and in every coordinate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from loop_reference import CHAINS, LIKELIHOODS, batch_keys, close, glm, normal, stack
+from torch import Tensor
+
+from fedsample.errors import CompileError
+from fedsample.random import Key
+from fedsample.targets import Clients, MetricClients
+from fedsample.targets import module as module_module
+from fedsample.targets.base import collapsed
+from fedsample.targets.memory_limits import Portions
+from fedsample.targets.metric import Dense, Diagonal, Identity, Metric
+
+pytestmark = pytest.mark.usefixtures("analysis")
+
+STACKS = ("glm", "glm-gaussian", "module", "module-gaussian", "dense", "diagonal")
+METRICS: dict[str, Callable[[int], Metric]] = {
+    "none": lambda d: Identity(torch.zeros(d, dtype=torch.float64)),
+    "moved": lambda d: Identity(normal(d, seed=11)),
+    "diagonal": lambda d: Diagonal(normal(d, seed=11), normal(d, seed=12).abs() + 0.1),
+    "dense": lambda d: Dense(
+        normal(d, seed=11),
+        torch.eye(d, dtype=torch.float64) + 0.05 * (normal(d, d, seed=12) + normal(d, d, seed=12).T),
+        None,
+    ),
+}
+
+
+def answers(clients: Clients, points: Tensor, vector: Tensor, who: Tensor, keys: Key) -> dict[str, Tensor]:
+    """Everything that takes points, clients first; `who` (m,) are asked for gradients with the first m points."""
+    some = points if points.ndim == 2 else points[: len(who)]
+    value, gradient = clients.value_and_gradient(points)
+    return {
+        "potential": clients.potential(points),
+        "gradient": clients.gradient(points),
+        "value": value,
+        "its gradient": gradient,
+        "some": clients.gradient(some, clients=who),
+        "minibatch": clients.gradient(some, clients=who, keys=keys, batch_size=2),
+        "hvp": clients.hvp(points, vector),
+        "hessian": clients.hessian(points),
+        "diagonal": clients.diagonal(points),
+    }
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", STACKS)
+def test_each_answers_at_its_own_points_as_it_would_alone(kind: str, metric: str) -> None:
+    base = stack(kind)
+    clients = MetricClients(base, METRICS[metric](base.d))
+    points, vector = normal(base.n, CHAINS, base.d, seed=21), normal(base.n, CHAINS, base.d, seed=22)
+    who = torch.tensor([3, 0])
+    keys = batch_keys(2)
+    found = answers(clients, points, vector, who, keys)
+    for i in range(base.n):
+        alone = clients.client(i)
+        want = answers(alone, points[i], vector[i], torch.tensor([0]), Key(keys.tensor()[:1], keys.device))
+        for name in found.keys() - {"some", "minibatch"}:
+            close(found[name][i], want[name][0], what=name)
+    for place, i in enumerate(who.tolist()):
+        own = Key(keys.tensor()[place : place + 1], keys.device)
+        want = answers(clients.client(i), points[place], vector[place], torch.tensor([0]), own)
+        close(found["some"][place], want["some"][0])
+        close(found["minibatch"][place], want["minibatch"][0])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", STACKS)
+def test_at_shared_points_the_bits_are_those_of_shared_points(kind: str, metric: str) -> None:
+    base = stack(kind)
+    clients = MetricClients(base, METRICS[metric](base.d))
+    points, vector = normal(CHAINS, base.d, seed=21), normal(CHAINS, base.d, seed=22)
+    who, keys = torch.arange(base.n), batch_keys(base.n)
+    want = answers(clients, points, vector, who, keys)
+    for copied in (False, True):
+        own, along = (each.expand(base.n, *each.shape) for each in (points, vector))
+        own, along = (own.clone(), along.clone()) if copied else (own, along)
+        for name, answer in answers(clients, own, along, who, keys).items():
+            assert torch.equal(answer, want[name]), name
+
+
+@pytest.mark.parametrize("engine", ["stacked", "compiled"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_engines_for_shared_points_leave_own_points_alone(likelihood: str, engine: str) -> None:
+    clients = glm(likelihood)  # type: ignore[arg-type]
+    points = normal(clients.n, CHAINS, clients.d, seed=21)
+    try:
+        fast = clients.on(engine)
+    except CompileError as error:
+        pytest.skip(str(error))
+    assert torch.equal(fast.gradient(points), clients.gradient(points))
+
+
+def test_points_of_one_kind_and_vectors_of_another() -> None:
+    for kind in STACKS:
+        clients = stack(kind)
+        points, vector = normal(clients.n, CHAINS, clients.d), normal(CHAINS, clients.d, seed=5)
+        mixed = clients.hvp(points, vector)
+        close(mixed, clients.hvp(points, vector.expand(clients.n, -1, -1)))
+        mixed = clients.hvp(vector, points)
+        close(mixed, clients.hvp(vector.expand(clients.n, -1, -1).clone(), points))
+
+
+def test_networks_that_are_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = stack("module")
+    points = normal(clients.n, CHAINS, clients.d)
+    want, (value, gradient) = clients.gradient(points), clients.value_and_gradient(points)
+    monkeypatch.setattr(module_module, "_ALONE", 1)
+    close(clients.gradient(points), want)
+    close(clients.value_and_gradient(points)[0], value)
+    close(clients.value_and_gradient(points)[1], gradient)
+
+
+@pytest.mark.parametrize("kind", ["glm", "module"])
+def test_portions_take_the_points_of_their_clients(kind: str) -> None:
+    clients = stack(kind)
+    points, keys = normal(clients.n, 4, clients.d), batch_keys(clients.n, 4)
+    portions = Portions(clients)
+    whole = portions.gradient(points), portions.gradient(points, keys=keys, batch_size=2)
+    portions._most = (2, 3)
+    for got, want in zip(
+        (portions.gradient(points), portions.gradient(points, keys=keys, batch_size=2)), whole, strict=True
+    ):
+        close(got, want)
+    close(portions.value_and_gradient(points)[1], whole[0])
+
+
+def test_nan_is_no_shared_point() -> None:
+    points = torch.full((2, 1, 3), float("nan"))
+    assert collapsed(points).ndim == 3
+    assert collapsed(torch.zeros(1, 2, 3)).ndim == 2
+    assert collapsed(torch.zeros(0, 2, 3)).shape == (0, 2, 3)
