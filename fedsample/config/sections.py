@@ -105,8 +105,8 @@ class ScheduleConfig(Section):
 class SamplerConfig(Section):
     """The sampler: transition kernel of the chains."""
 
-    name: Literal["baoab", "langevin"] = setting("baoab", "transition kernel, see `fedsample list samplers`")
-    friction: Positive = setting(1.0, "friction of baoab, per unit of time in whitened coordinates")
+    name: Literal["baoab", "langevin", "sghmc"] = setting("baoab", "transition kernel, see `fedsample list samplers`")
+    friction: Positive = setting(1.0, "friction of baoab and sghmc, per unit of time in whitened coordinates")
 
 
 class MetricConfig(Section):

@@ -21,6 +21,8 @@ import torch
 
 from fedsample.compression import Compressor, Identity
 from fedsample.estimators import DenseDownlink, Direct, Downlink, Ef21, Ef21P, Marina, Uplink
+from fedsample.strategies import theory_of
+from fedsample.theory.base import StepTheory
 from fedsample.theory.covariance import UPLINKS, Array, Covariance, Spread, measured
 from fedsample.theory.moments import Coordinate
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 MOST_MOMENTS = 1000  # largest number of parameters for which all d x d moments are solved
 _EVALUATIONS = 16
-_PERSISTENCE = 1.5  # lags of topk under baoab over those under langevin; measured 1.4 to 1.8 at K / d of 5 to 25 %
 _CLOSE = 1e-3  # how close to the tolerance an automatic step's predicted bias comes, relatively
 
 
@@ -168,20 +169,19 @@ def step_rule(
     clients: int,
 ) -> StepRule:
     """Build the rule from the moments of single coordinates; `participation` includes lost replies."""
-    d, mixing, name = len(geometry.mixing), geometry.mixing.numpy(), experiment.sampler.name
+    d, mixing, sampler = len(geometry.mixing), geometry.mixing.numpy(), theory_of(experiment.sampler)
     up, down = uplink.compressor, downlink.compressor if isinstance(downlink, Ef21P) else Identity()
     lagging = isinstance(uplink, Ef21)  # a gradient's lag matters as its curvature does, the root of mixing
     anchored = isinstance(uplink, Direct) and uplink.anchored
     typical = Coordinate(
-        sampler=name,
+        sampler=sampler,
         uplink=experiment.uplink.name,
         curvature=max(geometry.mean_curvature, 1e-12 * geometry.curvature),
         mixing=float(geometry.mixing.mean()),
         share=geometry.share,
         clients=clients,
-        downlink=_followed(1 / down.typical(d) - 1, down.inclusion(d), name),
-        friction=experiment.sampler.friction,
-        inclusion=_weighted(up, name, mixing, np.sqrt(mixing)) if lagging else up.typical(d),
+        downlink=_followed(1 / down.typical(d) - 1, down.inclusion(d), sampler),
+        inclusion=_weighted(up, sampler, mixing, np.sqrt(mixing)) if lagging else up.typical(d),
         participation=participation,
         sync=uplink.probability(d) if isinstance(uplink, Marina) else 0.0,
         force=0.0 if anchored else float(geometry.force.mean()) / (experiment.temperature or 1.0),
@@ -190,8 +190,8 @@ def step_rule(
     steep = max(0.0, geometry.curvature - prior) / clients
     stiff = _calm(replace(typical, curvature=geometry.curvature, share=steep))
     if lagging:
-        alike = _followed(1 / up.typical(d) - 1, up.inclusion(d), name)  # errors along one direction move together
-        stiff = replace(stiff, inclusion=min(alike, _weighted(up, name, mixing, mixing)))
+        alike = _followed(1 / up.typical(d) - 1, up.inclusion(d), sampler)  # errors along one direction move together
+        stiff = replace(stiff, inclusion=min(alike, _weighted(up, sampler, mixing, mixing)))
     worst = replace(
         typical, curvature=geometry.curvature, share=steep, mixing=float(torch.quantile(geometry.mixing, 0.9))
     )
@@ -200,7 +200,7 @@ def step_rule(
     return StepRule(typical, stiff, worst, slow, sure=(up.inclusion(d), down.alpha(d)))
 
 
-def _weighted(compressor: Compressor, sampler: str, mixing: Array, weights: Array) -> float:
+def _weighted(compressor: Compressor, sampler: StepTheory, mixing: Array, weights: Array) -> float:
     """The K / d that represents ef21: that of the mean lag over coordinates, weighted, since their lags differ.
 
     A coordinate that hardly moves waits very long for a threshold that others set, and has then hardly moved. Its lag
@@ -212,10 +212,9 @@ def _weighted(compressor: Compressor, sampler: str, mixing: Array, weights: Arra
     return _followed(lag, inclusion, sampler)
 
 
-def _followed(lag: float, inclusion: float, sampler: str) -> float:
-    """The K / d of random masks with this lag of the memory, which is larger under baoab: momentum persists."""
-    if sampler == "baoab":
-        lag = max(lag, min(_PERSISTENCE * lag, 1 / inclusion - 1))
+def _followed(lag: float, inclusion: float, sampler: StepTheory) -> float:
+    """The K / d of random masks with this lag of the memory, which is larger where momentum persists."""
+    lag = max(lag, min(sampler.persistence * lag, 1 / inclusion - 1))
     return 1 / (1 + lag)
 
 
@@ -270,7 +269,6 @@ def with_moments(
         inclusion=typical.inclusion,
         sync=typical.sync,
         force=geometry.force.numpy() / temperature if typical.force > 0 else 0.0,
-        friction=typical.friction,
         noise=None if typical.uplink == "dense" else uplink.compressor.noise,
         concentration=concentration,
     )

@@ -20,7 +20,7 @@ from fedsample.preparation.prepare import prepare
 from fedsample.preparation.prepared import Prepared
 from fedsample.problem import Problem, build_problem
 from fedsample.protocol.exchange import Fleet
-from fedsample.strategies import SAMPLERS, Cohort, Driver, Stability, State
+from fedsample.strategies import SAMPLERS, Cohort, Driver, Stability, State, options_of
 from fedsample.strategies.schedule import schedule_of
 from fedsample.targets.metric import MOST_DENSE
 
@@ -69,12 +69,11 @@ def build_fleet(
 
 def build_driver(experiment: Experiment, problem: Problem, links: Links, prepared: Prepared, n: int) -> Driver:
     """Build the server's half of an experiment, once its geometry is known."""
-    extra = {"friction": experiment.sampler.friction} if experiment.sampler.name == "baoab" else {}
     sampler = SAMPLERS[experiment.sampler.name](
         step_size=schedule_of(experiment.step_size, prepared.step_size),
         temperature=experiment.temperature,
         seed=experiment.seed,
-        **extra,
+        **options_of(experiment.sampler),
     )
     return Driver(
         sampler,

@@ -14,14 +14,16 @@ use the gradient at the same position, which in a federation arrives between the
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from fedsample.random import SERVER, key
-from fedsample.strategies.base import Sampler
-from fedsample.strategies.state import State
+from fedsample.strategies.base import Sampler, Told
+from fedsample.strategies.noise import Keys
+from fedsample.theory.base import Linear, StepTheory
 
 
 def baoab_step(
@@ -57,6 +59,43 @@ def baoab_step(
     return params + (step_size / 2) * momenta, momenta
 
 
+@dataclass(frozen=True)
+class BaoabTheory(StepTheory):
+    """BAOAB on a quadratic; v are the momenta before their closing B.
+
+    Attributes:
+        friction: gamma > 0.
+    """
+
+    friction: float = 1.0
+    momenta: ClassVar[bool] = True
+    persistence: ClassVar[float] = 1.5  # measured 1.4 to 1.8 at K / d of 5 to 25 %
+
+    def linear(self, step_size: float) -> Linear:
+        """B A O A of a full kick."""
+        h = step_size
+        e = math.exp(-self.friction * h)
+        s = math.sqrt(1 - e * e)
+        drifted = np.array([[1.0, (h / 2) * (1 + e)], [0.0, e]])
+        return Linear(drifted, drifted @ np.array([0.0, -h]), np.array([(h / 2) * s, s]))
+
+    def limit(self, curvature: float) -> float:
+        """2 / sqrt(lambda)."""
+        return 2.0 / math.sqrt(curvature)
+
+
+class PhaseSpace(NamedTuple):
+    """Positions and momenta.
+
+    Attributes:
+        params: (C, d).
+        momenta: (C, d), before the closing B of the last step.
+    """
+
+    params: Tensor
+    momenta: Tensor
+
+
 class Baoab(Sampler):
     """BAOAB with an estimated gradient.
 
@@ -68,30 +107,35 @@ class Baoab(Sampler):
     name: ClassVar[str] = "baoab"
     rule: ClassVar[str] = "underdamped Langevin, splitting B A O A B, one gradient per step"
     reference: ClassVar[str] = "Leimkuhler & Matthews 2013"
+    state: ClassVar[type[PhaseSpace]] = PhaseSpace
+    options: ClassVar[tuple[str, ...]] = ("friction",)
 
     def __init__(self, *, friction: float, **rest: Any) -> None:
         super().__init__(**rest)
         self.friction = friction
 
-    def start(self, params: Tensor) -> dict[str, Tensor]:
-        """Draw momenta from their equilibrium N(0, T)."""
-        chains, d = params.shape
-        keys = key(self.seed, None, SERVER, torch.arange(chains, device=params.device), "momenta", params.device)
-        return {"momenta": keys.normal(d, params.dtype) * math.sqrt(self.temperature)}
+    @classmethod
+    def theory(cls, **options: Any) -> BaoabTheory:
+        """A map of positions and momenta."""
+        return BaoabTheory(**options)
 
-    def step(self, state: State, gradient: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def begin(self, start: Tensor, keys: Keys) -> PhaseSpace:
+        """Draw momenta from their equilibrium N(0, T)."""
+        return PhaseSpace(start, keys.normal("momenta", start) * math.sqrt(self.temperature))
+
+    def tell(self, state: PhaseSpace, reply: Mapping[str, Tensor], keys: Keys) -> Told:
         """Take one BAOAB step; the momenta in a state still lack their closing B."""
-        params, momenta = baoab_step(
+        moved = baoab_step(
             state.params,
-            state.kernel["momenta"],
-            gradient,
-            noise,
-            self.step_at(state.round + 1),
+            state.momenta,
+            reply["gradient"],
+            keys.normal("noise", state.params),
+            self.step_at(keys.step),
             self.friction,
             self.temperature,
-            first=state.round == 0,
+            first=keys.step == 1,
         )
-        return params, {"momenta": momenta}
+        return Told(PhaseSpace(*moved))
 
     def noise_scale(self, step_size: float) -> float:
         """(h / 2) sqrt(T (1 - exp(-2 gamma h))): what O adds to the momenta, carried by the A that follows it."""

@@ -4,14 +4,14 @@
     update(state, request, aggregate) -> state
     draw(state) -> (C, d) in the model's parameters
 
-A state holds everything that lasts between two rounds, as tensors. The sampler supplies one step of its equation, the
-uplink estimator the gradient of the likelihood; the server adds the prior's exact gradient and the noise, which is
-keyed by round and chain.
+A state holds everything that lasts between two rounds, as tensors. The sampler says what it asks of U and what it makes
+of the reply; the uplink estimates the gradient of the likelihood, and the server adds the prior's exact gradient.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request
 from fedsample.strategies.base import Sampler
 from fedsample.strategies.cohort import Cohort
 from fedsample.strategies.divergence import Stability
-from fedsample.strategies.noise import Noise, SyncCoins
+from fedsample.strategies.noise import Keys, Noise, SyncCoins
 from fedsample.strategies.state import State
 from fedsample.targets import GaussianPrior, Metric, MetricPrior
 
@@ -67,11 +67,12 @@ class Driver:
         """Create the state before round 1, at positions (C, d) in the metric's coordinates."""
         chains, d = params.shape
         uplink = self.uplink.start(chains, d, params.device)
+        begun = self.sampler.begin(params, self.keys(0))
         applied = torch.zeros(self.cohort.n, dtype=torch.int64, device=params.device)
         if isinstance(self.uplink, Direct) and self.anchor is not None:
             uplink = self.uplink.anchor(uplink, self.anchor)
         origin = torch.zeros_like(params)
-        return State(0, params, params, self.sampler.start(params), uplink, applied, 0, params, origin)
+        return State(0, params, params, _own(begun), uplink, applied, 0, self.sampler.ask(begun).points, origin)
 
     def request(self, state: State, *, observe: bool = False) -> Request:
         """Build the next round's request; with `observe`, also ask for the potentials and the uploads' norms."""
@@ -105,14 +106,16 @@ class Driver:
             DivergenceError: if a chain has diverged; checked in round 1 and every 16 rounds.
         """
         gradient, uplink = self.gradient(state, request, aggregate)
-        params, kernel = self.sampler.step(state, gradient, self.noise.at(request.round, state.params))
+        told = self.sampler.tell(self.held(state), {"gradient": gradient}, self.keys(request.round))
+        params, asked = self.sampler.draw(told.state), self.sampler.ask(told.state).points
         applied = torch.where(aggregate.arrived.to(state.applied.device), request.round, state.applied)
         if request.round % _CHECK_EVERY == 0 or request.round == 1:
             self.check(params, request.round)
-        seen, packet = self.downlink.see(state.seen, params, request.round + 1)
+        seen, packet = self.downlink.see(state.seen, asked, request.round + 1)
         self._increment = (request.round + 1, packet)
         reference = state.reference if request.reference is None else request.reference
-        return State(request.round, params, request.points, kernel, uplink, applied, state.epoch, seen, reference)
+        own = _own(told.state)
+        return State(request.round, params, request.points, own, uplink, applied, state.epoch, seen, reference)
 
     def gradient(self, state: State, request: Request, aggregate: Aggregate) -> tuple[Tensor, ServerState]:
         """Estimate the gradient (C, d) of U at the state's positions; also return the estimator's new server state."""
@@ -122,14 +125,22 @@ class Driver:
         estimate, uplink = self.uplink.decode(state.uplink, aggregate.total, request.sync, inclusion)
         return estimate.to(state.params.dtype) + self.prior.gradient(state.params), uplink
 
+    def keys(self, round: int) -> Keys:
+        """The sampler's randomness of a round; 0: before round 1."""
+        return Keys(self.sampler.seed, round, self.noise)
+
+    def held(self, state: State) -> Any:
+        """The sampler's own state, as it made it."""
+        return self.sampler.state(state.params, **state.kernel)
+
     def draw(self, state: State) -> Tensor:
         """The chains' positions as parameters theta (C, d)."""
         return self.metric.push(state.params)
 
     def drift(self, before: State, after: State) -> float:
         """Root mean square, over chains, of the displacement that the gradient alone caused in one round."""
-        noise = self.noise.at(after.round, before.params)
-        still, _ = self.sampler.step(before, torch.zeros_like(before.params), noise)
+        nothing = {"gradient": torch.zeros_like(before.params)}
+        still = self.sampler.draw(self.sampler.tell(self.held(before), nothing, self.keys(after.round)).state)
         return float((after.params - still).norm(dim=-1).square().mean().sqrt())
 
     def check(self, params: Tensor, round: int) -> None:
@@ -151,7 +162,10 @@ class Driver:
     def _increment_of(self, state: State, round: int) -> Packet:
         """Compressed increment from the previous round's points to this round's; recomputed after a resume."""
         if self._increment[0] != round or self._increment[1] is None:
-            self._increment = (round, self.downlink.see(state.previous, state.params, round)[1])
+            self._increment = (
+                round,
+                self.downlink.see(state.previous, self.sampler.ask(self.held(state)).points, round)[1],
+            )
         return self._increment[1]  # type: ignore[return-value]
 
     def _reference(self, state: State, round: int) -> tuple[Tensor | None, int]:
@@ -162,3 +176,10 @@ class Driver:
             return state.reference, 0
         since = (round - 1) // self.refresh * self.refresh + 1
         return (state.seen if since == round else state.reference), since
+
+
+def _own(held: Any) -> dict[str, Tensor]:
+    """A sampler's own variables besides the positions, by name."""
+    variables: dict[str, Tensor] = held._asdict()
+    del variables[held._fields[0]]
+    return variables

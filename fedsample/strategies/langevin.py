@@ -10,12 +10,16 @@ stable for h lambda < 2. T = 0 is gradient descent. Roberts & Tweedie 1996; over
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from fedsample.strategies.base import Sampler
-from fedsample.strategies.state import State
+from fedsample.strategies.base import Sampler, Told, Traits
+from fedsample.strategies.noise import Keys
+from fedsample.theory.base import Linear, StepTheory
 
 
 def langevin_step(params: Tensor, gradient: Tensor, noise: Tensor, step_size: float, temperature: float) -> Tensor:
@@ -31,20 +35,53 @@ def langevin_step(params: Tensor, gradient: Tensor, noise: Tensor, step_size: fl
     return params - step_size * gradient + math.sqrt(2 * step_size * temperature) * noise
 
 
+@dataclass(frozen=True)
+class LangevinTheory(StepTheory):
+    """Langevin dynamics on a quadratic."""
+
+    def linear(self, step_size: float) -> Linear:
+        """U <- u - h g + sqrt(2 h) xi."""
+        h = step_size
+        return Linear(np.diag([1.0, 0.0]), np.array([-h, 0.0]), np.array([math.sqrt(2 * h), 0.0]))
+
+    def limit(self, curvature: float) -> float:
+        """2 / lambda."""
+        return 2.0 / curvature
+
+
+class Positions(NamedTuple):
+    """All that Langevin dynamics has.
+
+    Attributes:
+        params: (C, d).
+    """
+
+    params: Tensor
+
+
 class Langevin(Sampler):
     """The unadjusted Langevin algorithm with an estimated gradient."""
 
     name: ClassVar[str] = "langevin"
     rule: ClassVar[str] = "x <- x - h g + sqrt(2 h T) xi"
     reference: ClassVar[str] = "Roberts & Tweedie 1996; Sun, Salim & Richtarik 2022"
+    traits: ClassVar[Traits] = Traits(noise="carried")
+    state: ClassVar[type[Positions]] = Positions
 
-    def start(self, params: Tensor) -> dict[str, Tensor]:
-        """Return no variables: the positions are all."""
-        return {}
+    @classmethod
+    def theory(cls, **options: Any) -> LangevinTheory:
+        """A map without momenta."""
+        return LangevinTheory(**options)
 
-    def step(self, state: State, gradient: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def begin(self, start: Tensor, keys: Keys) -> Positions:
+        """The positions are all."""
+        return Positions(start)
+
+    def tell(self, state: Positions, reply: Mapping[str, Tensor], keys: Keys) -> Told:
         """One Euler-Maruyama step."""
-        return langevin_step(state.params, gradient, noise, self.step_at(state.round + 1), self.temperature), {}
+        noise = keys.normal("noise", state.params)
+        moved = langevin_step(state.params, reply["gradient"], noise, self.step_at(keys.step), self.temperature)
+        return Told(Positions(moved))
 
     def noise_scale(self, step_size: float) -> float:
         """sqrt(2 h T)."""

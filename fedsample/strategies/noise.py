@@ -1,11 +1,11 @@
-"""The server's random numbers: standard normals and coin flips for synchronising rounds, per chain and round."""
+"""The server's random numbers, keyed by chain and round: a sampler's draws, and coin flips for synchronising rounds."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fedsample.random import SERVER, key
+from fedsample.random import SERVER, Key, key
 
 _NOISE_BLOCK = 16  # rounds of noise drawn together; a round's values do not depend on it
 _COIN_BLOCK = 64  # the same for the coin flips
@@ -38,6 +38,34 @@ class Noise:
             rounds = torch.arange(index * block + 1, (index + 1) * block + 1, device=like.device).unsqueeze(-1)
             self._block = (index, keys.fold("round").fold(rounds).normal(d, like.dtype))
         return self._block[1][round - 1 - index * block]
+
+
+class Keys:
+    """A sampler's randomness in one step of its chains.
+
+    Args:
+        seed: the experiment's seed.
+        step: 1, 2, ...; 0 before the first step.
+        noise: draws the purpose "noise", many rounds at a time; None: it is drawn like any other purpose.
+    """
+
+    def __init__(self, seed: int, step: int, noise: Noise | None = None) -> None:
+        self.step, self._seed, self._noise = step, seed, noise
+
+    def normal(self, purpose: str, like: Tensor) -> Tensor:
+        """(C, d) standard normals in the shape and dtype of the positions `like`."""
+        if purpose == "noise" and self._noise is not None:
+            return self._noise.at(self.step, like)
+        return self._key(purpose, like).normal(like.shape[1], like.dtype)
+
+    def uniform(self, purpose: str, like: Tensor) -> Tensor:
+        """(C,) float64, uniform in [0, 1), one for each chain of the positions `like`."""
+        return self._key(purpose, like).uniform(1)[:, 0]
+
+    def _key(self, purpose: str, like: Tensor) -> Key:
+        chains = torch.arange(len(like), device=like.device)
+        made = key(self._seed, client=SERVER, chain=chains, purpose=purpose, device=like.device)
+        return made.fold("round").fold(self.step) if self.step else made
 
 
 class SyncCoins:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsample.theory.moments import linear_step
+from fedsample.theory.base import StepTheory
 
 Array = NDArray[np.float64]
 Spread = Callable[[Array], Array]  # D (d, d) -> sum_i diag(H_i D H_i) (d,)
@@ -47,12 +47,11 @@ class Covariance:
         hessian: (d, d) Hessian of U.
         clients_hessian: (d, d), the clients' part of `hessian`.
         clients: number of clients n >= 1.
-        sampler: "langevin" or "baoab".
+        sampler: what it says of itself on a quadratic.
         uplink: one of `UPLINKS`.
         inclusion: inclusion probability s = K / d of the compressor, in (0, 1].
         sync: probability p of a dense round (marina).
         force: (d,) zeta = sum_i (grad U_i)^2 at the mode (direct).
-        friction: gamma of baoab.
         concentration: (d,) curvature of the clients that cause a coordinate's noise, over the mean client's (diana).
         noise: mean squares (d,) of a vector -> variances (d,) that compressing it adds; None: (1 / s - 1) times the
             mean squares, as for masks.
@@ -61,12 +60,11 @@ class Covariance:
     hessian: Array
     clients_hessian: Array
     clients: int
-    sampler: str
+    sampler: StepTheory
     uplink: str
     inclusion: float = 1.0
     sync: float = 0.0
     force: Array | float = 0.0
-    friction: float = 1.0
     concentration: Array | float = 1.0
     noise: Callable[[Array], Array] | None = None
 
@@ -222,9 +220,9 @@ class Covariance:
 class _Modes:
     """The response (T^t kick)_u along every eigenvector of H, as a sum of powers of its rates."""
 
-    def __init__(self, curvatures: Array, sampler: str, friction: float, step_size: float, same: bool) -> None:
-        moved, kick, noise = linear_step(sampler, friction, step_size)
-        m = 1 if sampler == "langevin" else 2
+    def __init__(self, curvatures: Array, sampler: StepTheory, step_size: float, same: bool) -> None:
+        moved, kick, noise = sampler.linear(step_size)
+        m = 2 if sampler.momenta else 1
         self.same = same
         lam = curvatures[:1] if same else curvatures
         step = moved[:m, :m] + kick[:m, None] * np.eye(m)[0] * lam[:, None, None]  # (d, m, m)
@@ -264,7 +262,7 @@ class _Modes:
 
 def _modes(chain: Covariance, step_size: float) -> _Modes:
     values, vectors = chain._spectrum
-    return _Modes(values, chain.sampler, chain.friction, step_size, vectors is None)
+    return _Modes(values, chain.sampler, step_size, vectors is None)
 
 
 def measured(

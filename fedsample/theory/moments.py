@@ -26,9 +26,8 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from fedsample.theory.base import Array, StepTheory
 
 _U, _V, _W, _A, _B, _X = range(6)  # position, momentum, what clients see, memories of two clients, marina's error
 _UPPER = np.triu_indices(6)
@@ -39,13 +38,12 @@ class Coordinate:
     """One coordinate of the target, with a sampler, an uplink and a downlink.
 
     Attributes:
-        sampler: "langevin" or "baoab".
+        sampler: what it says of itself on a quadratic.
         uplink: the gradient estimator.
         curvature: lambda > 0 of U, prior included.
         mixing: r >= 0, how much the clients' curvature mixes coordinates.
         share: lambda_c / n, the mean curvature per client; 0: the clients hold all of lambda.
         clients: number of clients n >= 1.
-        friction: gamma of baoab.
         inclusion: inclusion probability K / d of the uplink's compressor, in (0, 1].
         participation: probability pi that a client takes part, in (0, 1].
         sync: probability p of a dense round (marina).
@@ -54,13 +52,12 @@ class Coordinate:
         concentration: curvature of the clients that cause the noise, over the mean client's share (diana).
     """
 
-    sampler: Literal["langevin", "baoab"]
+    sampler: StepTheory
     uplink: Literal["dense", "direct", "marina", "diana", "ef21"]
     curvature: float
     mixing: float = 0.0
     share: float = 0.0
     clients: int = 1
-    friction: float = 1.0
     inclusion: float = 1.0
     participation: float = 1.0
     sync: float = 0.0
@@ -78,12 +75,12 @@ class Coordinate:
 
     def limit(self) -> float:
         """The largest step at which second moments stay bounded."""
-        high = 2.0 / (math.sqrt(self.curvature) if self.sampler == "baoab" else self.curvature)
-        return _largest(lambda h: _radius(self.matrix(h)) < 1.0, high)
+        return _largest(lambda h: _radius(self.matrix(h)) < 1.0, self.sampler.limit(self.curvature))
 
     def relaxation(self, step_size: float) -> float:
         """Rounds in which the mean's distance from the mode falls to 1 / e of itself, under exact gradients."""
-        moved, kick, _ = linear_step(self.sampler, self.friction, step_size)
+        moved, kick, _ = self.sampler.linear(step_size)
+        moved = moved.copy()
         moved[:, 0] += self.curvature * kick
         rate = _radius(moved)
         return -1 / math.log(rate) if 0 < rate < 1 else math.inf if rate >= 1 else 0.0
@@ -117,7 +114,7 @@ class Coordinate:
         """E[z z^T] (..., 6, 6) after a round from that before it, with z = (u, v, w, phi, phi', x)."""
         m = m.copy()
         own, theirs = self.curvature - self._clients_curvature, self._clients_curvature
-        moved, kick, noise = self._linear(h)
+        moved, kick, noise = self.sampler.linear(h)
         s = self.participation * (1.0 if self.uplink == "dense" else self.inclusion)
         heat = 1.0 / s - 1.0
         # variance of the gradient's fresh noise (...,); its covariance with each variable (..., 6)
@@ -171,19 +168,6 @@ class Coordinate:
             after[..., :, _X] *= 1 - self.sync
             after[..., _X, _X] = (1 - self.sync) * (m[..., _X, _X] + heat * self.mixing * self.downlink * gap)
         return after
-
-    def _linear(self, h: float) -> tuple[Array, Array, Array]:
-        return linear_step(self.sampler, self.friction, h)
-
-
-def linear_step(sampler: str, friction: float, h: float) -> tuple[Array, Array, Array]:
-    """Write a sampler as (u, v) <- moved (u, v) + kick g + noise xi; langevin has no v."""
-    if sampler == "langevin":
-        return np.diag([1.0, 0.0]), np.array([-h, 0.0]), np.array([math.sqrt(2 * h), 0.0])
-    e = math.exp(-friction * h)
-    s = math.sqrt(1 - e * e)
-    drifted = np.array([[1.0, (h / 2) * (1 + e)], [0.0, e]])
-    return drifted, drifted @ np.array([0.0, -h]), np.array([(h / 2) * s, s])
 
 
 def _symmetric(upper: Array) -> Array:

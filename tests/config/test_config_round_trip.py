@@ -99,7 +99,7 @@ def test_every_key_is_described() -> None:
     assert by_path["uplink.k"].allowed == "a whole number >= 1 or a number > 0 and <= 1"
     assert by_path["model.prior_scale"].allowed == 'a number > 0 or "flat"'
     assert by_path["model.hidden"].allowed == "a list, each a whole number >= 1"
-    assert by_path["sampler.name"].allowed == 'one of "baoab", "langevin"'
+    assert by_path["sampler.name"].allowed == 'one of "baoab", "langevin", "sghmc"'
 
 
 # --- the package ------------------------------------------------------------------------------------------------------

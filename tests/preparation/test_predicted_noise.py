@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from moment_maps import Array, Chain, coordinate, independent_pairs
+from scalar_pairs import theory
 
 import fedsample
 from fedsample.compression import QSGD, LinkKeys, Natural, PermK, build
 from fedsample.preparation.curvature import GeometryProbe
 from fedsample.preparation.step_rule import _weighted
+from fedsample.strategies.langevin import LangevinTheory
 from fedsample.theory.covariance import Covariance
 from fedsample.theory.moments import Coordinate
 
@@ -88,7 +90,7 @@ def test_a_partition_heats_less_than_masks_of_its_omega(
         return result
 
     force = (1 + c) * np.square(forces).sum(0) - c * np.square(forces.sum(0))
-    described = Covariance(exact.precision, clients, n, "langevin", uplink, 1 / n, sync, force)
+    described = Covariance(exact.precision, clients, n, LangevinTheory(), uplink, 1 / n, sync, force)
     heat = exact.spread() - described.coordinates(described.calm(step))
     added = described.heating(step, spread)[0]
     close = pytest.approx(heat, rel=0.1) if uplink == "diana" else pytest.approx(heat, rel=1e-4, abs=1e-9)
@@ -187,7 +189,7 @@ def test_a_coordinate_of_unequal_clients_that_are_sampled(sampler: Any, step: fl
     lam = np.array([0.02, 0.05, 0.13, 0.8])
     exact = coordinate(lam, np.zeros(4), sampler, "diana", step, keep=0.25, arrive=arrive, friction=1.0)
     cubes, squares = (lam**3).sum(), float((lam**2).sum())
-    plain = Coordinate(sampler, "diana", 1.0, squares, 0.25, 4, 1.0, 0.25, arrive)
+    plain = Coordinate(theory(sampler), "diana", 1.0, squares, 0.25, 4, 0.25, arrive)
     described = replace(plain, concentration=4 * cubes / squares)
     calm = plain.exact().bias(step)
     heat = exact.spread()[0] - 1 - calm
@@ -199,8 +201,8 @@ def test_a_column_that_hardly_moves_does_not_count_for_all_others() -> None:
     """Its own memory lags by t^2 / s^2 rounds, which have no bound as its steps s go to zero."""
     mixing = np.array([0.0, 1e-31, 1e-6, 0.1, 0.2, 0.1, 0.3, 0.1])
     compressor = build("topk", 2)
-    few = _weighted(compressor, "langevin", mixing[3:], np.sqrt(mixing[3:]))
-    assert compressor.inclusion(8) < _weighted(compressor, "langevin", mixing, np.sqrt(mixing)) < 2 * few
+    few = _weighted(compressor, LangevinTheory(), mixing[3:], np.sqrt(mixing[3:]))
+    assert compressor.inclusion(8) < _weighted(compressor, LangevinTheory(), mixing, np.sqrt(mixing)) < 2 * few
 
 
 def test_the_step_under_client_sampling_knows_whose_noise_it_is(
@@ -225,7 +227,7 @@ def test_the_largest_stable_step_of_unequal_clients(sampler: Any) -> None:
     """Whoever has most curvature sets it: without that it is said a quarter too large and more."""
     lam = np.array([0.02, 0.05, 0.13, 0.8])
     exact = coordinate(lam, np.zeros(4), sampler, "diana", 0.01, keep=0.25, friction=1.0).limit()
-    plain = Coordinate(sampler, "diana", 1.0, float((lam**2).sum()), 0.25, 4, 1.0, 0.25)
+    plain = Coordinate(theory(sampler), "diana", 1.0, float((lam**2).sum()), 0.25, 4, 0.25)
     told = replace(plain, concentration=4 * float((lam**3).sum() / (lam**2).sum()))
     assert told.limit() == pytest.approx(exact, rel=0.03)
     assert plain.limit() > 1.25 * exact

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from fedsample.strategies import Driver, State
 from fedsample.strategies.baoab import baoab_step
 from fedsample.strategies.langevin import langevin_step
 from fedsample.strategies.noise import Noise
+from fedsample.strategies.sghmc import sghmc_step
 from fedsample.targets import Quadratic
 
 pytestmark = pytest.mark.law
@@ -69,6 +71,14 @@ CASES = [
     Setup("baoab", "marina", 0.12),
     Setup("baoab", "diana", 0.08),
     Setup("baoab", "diana", 0.1),
+    Setup("sghmc", "dense", 0.1),
+    Setup("sghmc", "dense", 0.3),
+    Setup("sghmc", "marina", 0.08),
+    Setup("sghmc", "diana", 0.1),
+    Setup("sghmc", "direct", 0.08, anchored=True, temperature=0.5, prior=0.5),
+    Setup("sghmc", "ef21", 0.05),
+    Setup("sghmc", "diana", 0.06, hessians=crossed()),
+    Setup("sghmc", "diana", 0.08, participation=0.6, loss=0.2),
     # blocks have the coordinatewise law of subsets
     Setup("langevin", "diana", 0.04, compressor="randblock", k=2),
     Setup("langevin", "marina", 0.03, compressor="randblock", k=2),
@@ -153,6 +163,8 @@ SAMPLED = [
     "baoab-dense-0.1",
     "baoab-marina-0.12",
     "baoab-diana-0.1",
+    "sghmc-dense-0.3",
+    "sghmc-diana-0.1",
     "baoab-direct-0.1",
     "baoab-direct-0.1-anchored=True",
     "baoab-ef21-0.08",
@@ -291,6 +303,21 @@ def uphill(patch: Patch) -> None:
 def half_kicks(patch: Patch) -> None:
     """The closing half kick of the step before is forgotten."""
     patch.setattr("fedsample.strategies.baoab.baoab_step", lambda *given, first: baoab_step(*given, first=True))
+
+
+def friction_dropped(patch: Patch) -> None:
+    patch.setattr(
+        "fedsample.strategies.sghmc.sghmc_step", lambda x, v, g, xi, h, c, t: sghmc_step(x, v, g, xi, h, 0.5 * c, t)
+    )
+
+
+def moved_by_the_old_momenta(patch: Patch) -> None:
+    """Forward Euler, which heats, in place of the symplectic step."""
+
+    def step(x: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + rest[2] * v, sghmc_step(x, v, *rest)[1]
+
+    patch.setattr("fedsample.strategies.sghmc.sghmc_step", step)
 
 
 def memory_dropped(patch: Patch) -> None:
@@ -448,6 +475,11 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (temperature_ignored, "baoab-marina-0.1-temperature=0.5-prior=0.5"),
     (uphill, "langevin-dense-0.05"),
     (half_kicks, "baoab-dense-0.3"),
+    (half_the_noise, "sghmc-dense-0.3"),
+    (friction_dropped, "sghmc-diana-0.1"),
+    (moved_by_the_old_momenta, "sghmc-dense-0.3"),
+    (compression_off, "sghmc-diana-0.1"),
+    (memory_dropped, "sghmc-diana-0.06-crossed"),
     (memory_dropped, "langevin-diana-0.02"),
     (memory_dropped, "baoab-diana-0.1"),
     (memory_committed_at_once, "langevin-diana-0.02-participation=0.6-loss=0.2"),

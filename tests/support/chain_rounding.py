@@ -121,7 +121,7 @@ class _Noise:
 
         patch.setattr(MetricClients, "gradient", rounded)
         for kind in SAMPLERS.values():
-            patch.setattr(kind, "step", self._updated(kind.step))
+            patch.setattr(kind, "tell", self._updated(kind.tell))
         patch.setattr(Driver, "gradient", self._estimated(Driver.gradient))
 
     def move(self, value: Tensor, error: Tensor) -> Tensor:
@@ -141,13 +141,16 @@ class _Noise:
 
         return moved
 
-    def _updated(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _updated(self, tell: Callable[..., Any]) -> Callable[..., Any]:
         """The next position is a sum of the last one, the drift and the noise: each no larger than these."""
 
-        def moved(sampler: Any, state: Any, gradient: Tensor, noise: Tensor) -> Any:
-            params, kernel = step(sampler, state, gradient, noise)
+        def moved(sampler: Any, state: Any, reply: Any, keys: Any) -> Any:
+            told = tell(sampler, state, reply, keys)
+            params, *rest = told.state
             unit = gamma(UPDATE, params.dtype)
-            size = params.abs() + state.params.abs() + sampler.step_size * gradient.abs() + noise.abs()
-            return self.move(params, unit * size), {k: self.move(x, unit * (x.abs() + size)) for k, x in kernel.items()}
+            drift = sampler.step_size * reply["gradient"].abs()
+            size = params.abs() + state[0].abs() + drift + keys.normal("noise", params).abs()
+            others = (self.move(each, unit * (each.abs() + size)) for each in rest)
+            return told._replace(state=type(told.state)(self.move(params, unit * size), *others))
 
         return moved

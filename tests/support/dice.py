@@ -66,7 +66,11 @@ class Dice:
         for module in ("fedsample.clients.client_stack", "fedsample.estimators.downlink"):
             patch.setattr(f"{module}.LinkKeys", self.link)
 
-    def key(self, seed: int, round: int = -1, client: Any = None, chain: Any = None, purpose: str = "") -> Draws:
+    def key(
+        self, seed: int, round: int = -1, client: Any = None, chain: Any = None, purpose: str = "", device: Any = "cpu"
+    ) -> Draws:
+        if purpose == "momenta":  # of the start, which is overwritten
+            return Draws(normal=lambda d, dtype: torch.zeros(len(chain), d, dtype=dtype))
         if purpose == "sync":  # coins are tossed for many rounds at once
             nothing = torch.zeros_like(next(iter(self.rounds.values())).coin)
             coins = torch.stack(

@@ -56,9 +56,9 @@ class Chain:
     """A sampler, an uplink and quadratic clients.
 
     Attributes:
-        hessians: (n, d, d). centers: (n, d). sampler: "langevin" or "baoab". uplink: "dense", "direct", "marina",
-            "diana" or "ef21".
-        step: h. friction: of baoab. temperature: T. masks: (d, d) probabilities that a mask keeps two coordinates;
+        hessians: (n, d, d). centers: (n, d). sampler: "langevin", "baoab" or "sghmc". uplink: "dense", "direct",
+            "marina", "diana" or "ef21".
+        step: h. friction: of baoab and sghmc. temperature: T. masks: (d, d) that a mask keeps two coordinates;
             diagonal K / d; None: all kept. clients: (n, n) probabilities that two clients' uploads both arrive; None:
             all do. sync: marina's p. prior, prior_center: Hessian (d, d) and centre (d,) of U_0. first:
             whether it is the round before which momenta are whole. anchored: whether direct's clients subtract their
@@ -114,7 +114,7 @@ class Chain:
     @cached_property
     def layout(self) -> dict[str, slice]:
         """Where each part of y = (1, x, ...) lies."""
-        names = ["x"] + (["v"] if self.sampler == "baoab" else []) + (["w"] if self.at == "w" else [])
+        names = ["x"] + (["v"] if self.sampler in ("baoab", "sghmc") else []) + (["w"] if self.at == "w" else [])
         if self.uplink == "marina":
             names += ["before", "g"]
         if self.uplink in ("diana", "ef21"):
@@ -151,7 +151,11 @@ class Chain:
         h, x = self.step, self.part("x").T
         if self.sampler == "langevin":
             return x @ x.T, -h * x
-        e, v = math.exp(-self.friction * h), self.part("v").T
+        v = self.part("v").T
+        if self.sampler == "sghmc":
+            kicked = h * x + v  # what a change of the momenta becomes
+            return x @ x.T + (1 - h * self.friction) * kicked @ v.T, -h * kicked
+        e = math.exp(-self.friction * h)
         kicked = h / 2 * (1 + e) * x + e * v  # what momenta become: positions and momenta
         return x @ x.T + kicked @ v.T, -(h / 2 if self.first else h) * kicked
 
@@ -161,6 +165,10 @@ class Chain:
         entry, h, t = np.zeros((self.size, self.d)), self.step, self.temperature
         if self.sampler == "langevin":
             entry[self.layout["x"]] = math.sqrt(2 * h * t) * np.eye(self.d)
+            return entry
+        if self.sampler == "sghmc":
+            scale = math.sqrt(2 * self.friction * h * t)
+            entry[self.layout["x"]], entry[self.layout["v"]] = h * scale * np.eye(self.d), scale * np.eye(self.d)
             return entry
         scale = math.sqrt(t * (1 - math.exp(-2 * self.friction * h)))
         entry[self.layout["x"]] = h / 2 * scale * np.eye(self.d)

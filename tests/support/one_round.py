@@ -135,7 +135,7 @@ def began(setup: Setup, law: Chain, y: Tensor, sampler: Driver, fleet: LocalFlee
         memory["memory.shift"] = torch.cat([shifts[..., : setup.k] - waits, shifts[..., setup.k :]], dim=-1)
         memory["memory.round"] = sent
     fleet.restore(memory)
-    kernel = {"momenta": part["v"]} if setup.sampler == "baoab" else {}
+    kernel = {"momenta": part["v"]} if "v" in part else {}
     previous, seen = part.get("before", x), part.get("w", x)
     return State(BEFORE, x, previous, kernel, uplink, applied, 0, seen, torch.zeros_like(x))
 

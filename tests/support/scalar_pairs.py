@@ -8,9 +8,17 @@ import numpy as np
 from moment_maps import Chain, coordinate, doubt
 from rounding import gamma, solved
 
+from fedsample.strategies import SAMPLERS as KINDS
+from fedsample.theory.base import StepTheory
 from fedsample.theory.moments import Coordinate
 
-SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "direct", "marina", "diana", "ef21")
+SAMPLERS, UPLINKS = ("langevin", "baoab", "sghmc"), ("dense", "direct", "marina", "diana", "ef21")
+
+
+def theory(sampler: str, friction: float = 1.0) -> StepTheory:
+    """What a sampler of this name says of itself on a quadratic."""
+    kind = KINDS[sampler]
+    return kind.theory(**({"friction": friction} if "friction" in kind.options else {}))
 
 
 def pair(
@@ -31,13 +39,12 @@ def pair(
     rest: dict[str, Any] = {"sync": sync, "friction": friction, "prior": np.array([[prior]])}
     exact = coordinate(lam, a, sampler, uplink, step, keep=keep, arrive=arrive, see=see, **rest)
     described = Coordinate(
-        sampler,  # type: ignore[arg-type]
+        theory(sampler, friction),
         uplink,  # type: ignore[arg-type]
         curvature=float(exact.precision[0, 0]),
         mixing=float((lam**2).sum()),
         share=float(lam.mean()),
         clients=len(lam),
-        friction=friction,
         inclusion=1.0 if uplink == "dense" else keep,
         participation=arrive,
         sync=sync,

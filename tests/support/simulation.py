@@ -48,7 +48,7 @@ class Setup:
     Coordinate j of d = 4 sees R4 rolled by j clients: all coordinates have the law of R4, and no two clients are alike.
 
     Attributes:
-        sampler, uplink, step: as configured; friction: of baoab. k: coordinates kept of 4. sync: marina's p.
+        sampler, uplink, step: as configured; friction: of baoab and sghmc. k: coordinates kept of 4. sync: marina's p.
         participation, loss, temperature: as configured. prior: precision of U_0. hessians: (n, d, d) instead of R4.
         curvatures: of four clients instead of R4's. spread: factor on how far R4's centres lie from their mean.
         anchored: whether direct subtracts the gradients at the mode. downlink: whether it is ef21-p, with the same k.
@@ -171,7 +171,7 @@ def federation(setup: Setup, clients: Clients) -> tuple[Driver, LocalFleet]:
     fleet = LocalFleet(clients, uplink, setup.seed, setup.chains, engine=setup.engine, faults=faults)
     metric = Identity(torch.from_numpy(setup.origin) if setup.anchored else torch.zeros(clients.d, dtype=torch.float64))
     fleet.set_metric(metric)
-    friction = {"friction": setup.friction} if setup.sampler == "baoab" else {}
+    friction = {"friction": setup.friction} if "friction" in SAMPLERS[setup.sampler].options else {}
     extra: dict[str, Any] = {}
     if setup.anchored:
         asked = Request(0, torch.zeros(1, clients.d, dtype=torch.float64), frozenset({"gradient"}))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from moment_maps import Array, Chain, independent_pairs, subset_pairs
 from rounding import near, solved
+from scalar_pairs import theory
 
 from fedsample.theory.covariance import Covariance, Spread, measured
 from fedsample.theory.moments import Coordinate
 
-SAMPLERS, UPLINKS = ("langevin", "baoab"), ("dense", "direct", "marina", "diana")
+SAMPLERS, UPLINKS = ("langevin", "baoab", "sghmc"), ("dense", "direct", "marina", "diana")
 KEEP, SYNC, FRICTION = 0.4, 0.3, 0.7
 
 
@@ -34,7 +35,7 @@ def pair(
     masks = independent_pairs(d, KEEP) if masks is None else masks
     exact = Chain(hessians, centers, sampler, uplink, step, FRICTION, masks=masks, sync=sync, prior=prior)
     force = np.square(np.einsum("ijk,ik->ij", hessians, exact.mode - centers)).sum(0)
-    described = Covariance(exact.precision, hessians.sum(0), n, sampler, uplink, KEEP, sync, force, FRICTION)
+    described = Covariance(exact.precision, hessians.sum(0), n, theory(sampler, FRICTION), uplink, KEEP, sync, force)
     return exact, described, lambda lag: np.einsum("ijk,kl,ilj->j", hessians, lag, hessians)
 
 
@@ -81,7 +82,7 @@ def test_a_client_that_holds_a_coordinate_alone_is_exact(sampler: str, step: flo
         hessians, np.zeros((3, 3)), sampler, "diana", step, FRICTION, masks=independent_pairs(3, KEEP), sync=0.0,
         prior=0.1 * np.eye(3),
     )  # fmt: skip
-    described = Covariance(exact.precision, hessians.sum(0), 3, sampler, "diana", KEEP, friction=FRICTION)
+    described = Covariance(exact.precision, hessians.sum(0), 3, theory(sampler, FRICTION), "diana", KEEP)
     alone = replace(described, concentration=np.full(3, 3.0))
 
     def spread(lag: Array) -> Array:
@@ -107,10 +108,10 @@ def test_one_curvature_everywhere_is_a_coordinate(sampler: str, uplink: str) -> 
     """H = lambda I takes no eigenvectors, and says what the solver of one coordinate does."""
     d, n, lam, step = 4, 3, 1.2, 0.2
     eye = np.eye(d)
-    described = Covariance(lam * eye, 0.9 * eye, n, sampler, uplink, KEEP, SYNC, 0.5, FRICTION)
+    described = Covariance(lam * eye, 0.9 * eye, n, theory(sampler, FRICTION), uplink, KEEP, SYNC, 0.5)
     assert described.isotropic
     spread = measured(np.full(d, 0.27), eye, 0.9 * eye)
-    one = Coordinate(sampler, uplink, lam, 0.27, 0.3, n, FRICTION, KEEP, sync=SYNC, force=0.5)  # type: ignore[arg-type]
+    one = Coordinate(theory(sampler, FRICTION), uplink, lam, 0.27, 0.3, n, KEEP, sync=SYNC, force=0.5)  # type: ignore[arg-type]
     assert lam * variances(described, step, spread) - 1 == pytest.approx(one.bias(step), rel=1e-4, abs=1e-9)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from moment_maps import R4, Array, doubt
 from rounding import gamma, solved
-from scalar_pairs import SAMPLERS, doubt_of, excess, pair, run_warnings, seen
+from scalar_pairs import SAMPLERS, doubt_of, excess, pair, run_warnings, seen, theory
 
 ELF = ([0.25] * 4, [-1.0, 0.5, 2.0, -0.5])  # curvature 1 in mean form, four clients
 
@@ -39,6 +39,25 @@ def test_langevin_marina_reference(step: float, want: float) -> None:
     assert exact.spread()[0] == pytest.approx(stationary[0], abs=seen(doubt(exact)))
     if step == 0.1:
         assert stationary[1:] == pytest.approx([-0.070758, 0.374007], abs=5e-7)
+
+
+@pytest.mark.parametrize(("step", "want"), [(0.1, 1.002639), (0.2, 1.011236)])
+def test_sghmc_reference(step: float, want: float) -> None:
+    """At curvature 1 and friction 1; in closed form 1 / (1 - h^2 lambda / (4 - 2 h C))."""
+    exact, described = pair(([1.0], [0.0]), "sghmc", "dense", step, friction=1.0)
+    assert exact.spread()[0] == pytest.approx(want, abs=5e-7)
+    assert exact.spread()[0] == pytest.approx(1 / (1 - step**2 / (4 - 2 * step)), abs=seen(doubt(exact)))
+    assert 1 + described.bias(step) == pytest.approx(want, abs=5e-7)
+
+
+@pytest.mark.parametrize("friction", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_stated_limit_is_where_the_map_becomes_unstable(sampler: str, friction: float) -> None:
+    for curvature in (0.2, 1.0, 30.0):
+        limit = theory(sampler, friction).limit(curvature)
+        for step, stable in ((0.99 * limit, True), (1.01 * limit, False)):
+            exact, _ = pair(([curvature], [0.0]), sampler, "dense", step, friction=friction)
+            assert (exact.radius < 1) == stable
 
 
 @pytest.mark.parametrize(("step", "want"), [(0.005, 0.202983), (0.01, 0.206949), (0.02, 0.218053)])
