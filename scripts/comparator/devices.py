@@ -6,6 +6,7 @@ import contextlib
 import re
 import shutil
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import tomli_w
 
 from comparator.campaign import Result, refused_with_version
 from comparator.cases import HALF, ROUNDS
-from comparator.checkouts import Ended, Worker
+from comparator.checkouts import Ended, Job, Worker
 from comparator.directories import compare_draws, compare_runs, read_draws
 from comparator.findings import Finding, broken, difference
 from comparator.frames import read_frame
@@ -25,6 +26,7 @@ from comparator.relay import Relay
 
 DEVICES = 2
 _LONGEST = 180.0  # seconds for one run of devices
+_GRACE = 8.0  # seconds for the others to end by themselves once one has failed
 _IN_A_RUN = "device-0-in-a-run"
 SIDES = {  # whether the server, device 0 and device 1 go on in the new checkout
     "all": (True, True, True),
@@ -120,9 +122,18 @@ def serve(
             relay.held.wait(_LONGEST)
             started[1].kill()
             started[1] = _device(replace_by, relay.port, 0, place, f"{name}-again")
-        with ThreadPoolExecutor(len(started)) as pool:  # one that fails ends the others
-            ended = list(pool.map(lambda job: job.wait(_LONGEST), started))
-    return Served(tuple(ended), _in_order(relay.frames))
+        ended = _to_the_end(started)
+    return Served(ended, _in_order(relay.frames))
+
+
+def _to_the_end(jobs: Sequence[Job]) -> tuple[Ended, ...]:
+    """Wait for all; where one has failed the others wait for it in vain, and are ended."""
+    end = time.monotonic() + _LONGEST
+    while time.monotonic() < end and not all(job.over.is_set() for job in jobs):
+        if any(job.over.is_set() and job.code for job in jobs):
+            end = min(end, time.monotonic() + _GRACE)
+        time.sleep(0.05)
+    return tuple(job.wait(0) for job in jobs)
 
 
 def _device(worker: Worker, port: int, index: int, place: Place, name: str) -> Any:
