@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,6 +32,7 @@ def _shares_are_drawn_once() -> Iterator[None]:
     drawn: dict[Any, np.ndarray] = {}
     draw = partition._dirichlet
 
+    @functools.wraps(draw)
     def remembered(targets: np.ndarray, clients: int, alpha: float, seed: int) -> np.ndarray:
         key = (targets.tobytes(), targets.dtype.str, clients, alpha, seed)
         if key not in drawn:

@@ -21,7 +21,7 @@ from fedsample.fleets.engines import Engine
 from fedsample.fleets.faults import Faults
 from fedsample.numerics.tree_sum import TreeSum, tree_sum
 from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
-from fedsample.protocol.quantities import exact_forms, per_block, point_bits
+from fedsample.protocol.quantities import exact_forms, per_block, point_bits, unsound_outputs
 from fedsample.targets import Clients, Metric
 from fedsample.targets.memory_limits import on_device
 
@@ -203,6 +203,8 @@ class LocalFleet:
         """Sum exact outputs over all clients, in client order; `told` clients have the points already."""
         if request.outputs == {ESTIMATE}:
             return {}, Traffic()
+        if fault := unsound_outputs(request.outputs):
+            raise ValueError(f"a request {fault}")
         totals: dict[str, TreeSum] = defaultdict(TreeSum)
         for worker in self.workers:
             for found in worker.exact(request):
@@ -210,7 +212,7 @@ class LocalFleet:
                     for term in terms:
                         totals[name].add(term)
         sums = {name: total.total() for name, total in totals.items()}
-        forms = exact_forms(request, self.blocks() if per_block(request.outputs) else [])
+        forms = exact_forms(request, self.workers[0].clients.blocks() if per_block(request.outputs) else [])
         up = self.n * sum(form.bits for form in forms.values())
         down = point_bits(request.points) + (0 if request.vector is None else point_bits(request.vector))
         return sums, Traffic(up, (self.n - told) * down, up)

@@ -39,7 +39,7 @@ DECIDING = (
 def environment() -> dict[str, Any]:
     """Describe what can change a bit of a run besides its configuration: versions, machine, threads, git revision.
 
-    It contains no path, no user or host name, and no environment variable but the compiled engine's flags.
+    It contains no path, no user or host name, and no environment variable but what decides the compiled engine's code.
     """
     import torch
 
@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": cuda,
         "cuda": torch.version.cuda,
-        "cxxflags": os.environ.get("FEDSAMPLE_CXXFLAGS"),
+        "cxxflags": _code_flags(),
         "git_revision": _git_revision(),
     }
 
@@ -94,6 +94,12 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def _code_flags() -> str | None:
+    """The flags of FEDSAMPLE_CXXFLAGS that decide the code: optimisation, machine, floats; no paths. None: not set."""
+    given = os.environ.get("FEDSAMPLE_CXXFLAGS")
+    return None if given is None else " ".join(flag for flag in given.split() if flag.startswith(("-O", "-m", "-f")))
 
 
 def _git_revision() -> str | None:

@@ -79,7 +79,8 @@ def unpack_answer(
         uplink: the estimator.
 
     Raises:
-        DataError: if the answer belongs to another request, anything in it has another form, or is not finite.
+        DataError: if the answer belongs to another request, or anything in it has another form, or is not finite in a
+            round of the chain. While a run is prepared, who asked says what that means: the data may not be scaled.
     """
     what = f"the answer of client {client} in round {round}"
     head, arrays = Header(parcel, what), parcel.arrays
@@ -89,7 +90,7 @@ def unpack_answer(
     same_names(arrays, [*exact, *([] if turn is None else [UPLOAD])], what)
     outputs = {name: read(arrays[name], form, f"{what}: {name}") for name, form in exact.items()}
     for name, each in outputs.items():
-        if not bool(torch.isfinite(each).all()):
+        if round > 0 and not bool(torch.isfinite(each).all()):
             raise DataError(f"{what}: {name} holds NaN or infinite values")
     if turn is None:
         return None, outputs

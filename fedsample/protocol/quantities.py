@@ -7,6 +7,7 @@ from the rows; a new quantity is a row here.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -74,6 +75,10 @@ class Quantity:
     needs_vector: bool = False
     through_hessian: bool = False
 
+    def __post_init__(self) -> None:
+        if len({"{b}" in output.name for output in self.outputs}) != 1:
+            raise ValueError(f"{self.name}: either all arrays are of a parameter matrix, or none")
+
     @property
     def per_block(self) -> bool:
         """Whether there are arrays for each parameter matrix."""
@@ -93,11 +98,13 @@ class Quantity:
             vector: (P, d), for products with the Hessian.
 
         Raises:
-            ValueError: if it needs vectors and there are none.
+            ValueError: if it needs vectors and there are none, or computes other arrays than it declares.
         """
         if self.needs_vector and vector is None:
             raise ValueError(f"{self.name} needs a vector")
         computed = self.compute(clients, points, points if vector is None else vector)
+        if len(computed) % len(self.outputs) or not (self.per_block or len(computed) == len(self.outputs)):
+            raise ValueError(f"{self.name} computes {len(computed)} arrays, but declares {len(self.outputs)}")
         found = {}
         for at, each in enumerate(computed):
             b, place = divmod(at, len(self.outputs))
@@ -248,9 +255,9 @@ def per_block(names: Iterable[str]) -> bool:
 
 def symmetric_arrays(request: Request) -> Callable[[str], bool]:
     """Whether an array of a request's exact outputs holds symmetric matrices, of which one triangle travels."""
-    outputs = [output for name in exact_names(request) for output in QUANTITIES[name].outputs]
-    stems = {output.name.removesuffix("{b}"): output.symmetric for output in outputs}
-    return lambda array: stems[array] if array in stems else stems[array.rstrip("0123456789")]
+    outputs = [output for name in exact_names(request) for output in QUANTITIES[name].outputs if output.symmetric]
+    named = re.compile("|".join(re.escape(output.name).replace(r"\{b\}", r"\d+") for output in outputs) or "(?!)")
+    return lambda array: named.fullmatch(array) is not None
 
 
 def point_bits(points: Tensor) -> int:

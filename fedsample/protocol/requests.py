@@ -41,9 +41,14 @@ class Outgoing:
         request: the request.
         metric: tag of the metric of the coordinates, see `metric_tag`; empty: the model's own parameters.
         coins: whether this round tosses coins, so that clients are told the outcome.
+
+    Raises:
+        ValueError: if nobody can answer it.
     """
 
     def __init__(self, request: Request, metric: str, *, coins: bool) -> None:
+        if fault := unsound_outputs(request.outputs):
+            raise ValueError(f"a request {fault}")
         self._request, self._metric = request, metric
         self._arrays: dict[str, Array] = {}
         self._parcels: dict[tuple[object, ...], Parcel] = {}

@@ -298,6 +298,7 @@ class Session:
         if checkpoint is None:
             return driver.begin(prepared.start), Traffic(), Clock()
         state = State.of_tensors(below(checkpoint.tensors, "state."), prepared.start.device)
+        driver.held(state)  # refuses another sampler's
         self.scores = dict(checkpoint.meta.get("scores", {}))
         fleet.restore(below(checkpoint.tensors, "fleet."))
         if isinstance(fleet, Recovers):

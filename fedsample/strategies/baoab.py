@@ -14,14 +14,13 @@ use the gradient at the same position, which in a federation arrives between the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from fedsample.strategies.base import Sampler, Told
+from fedsample.strategies.base import Sampler
 from fedsample.strategies.noise import Keys
 from fedsample.theory.base import Linear, StepTheory
 
@@ -123,19 +122,19 @@ class Baoab(Sampler):
         """Draw momenta from their equilibrium N(0, T)."""
         return PhaseSpace(start, keys.normal("momenta", start) * math.sqrt(self.temperature))
 
-    def tell(self, state: PhaseSpace, reply: Mapping[str, Tensor], keys: Keys) -> Told:
+    def tell(self, state: PhaseSpace, gradient: Tensor, keys: Keys) -> PhaseSpace:
         """Take one BAOAB step; the momenta in a state still lack their closing B."""
         moved = baoab_step(
             state.params,
             state.momenta,
-            reply["gradient"],
+            gradient,
             keys.normal("noise", state.params),
             self.step_at(keys.step),
             self.friction,
             self.temperature,
             first=keys.step == 1,
         )
-        return Told(PhaseSpace(*moved))
+        return PhaseSpace(*moved)
 
     def noise_scale(self, step_size: float) -> float:
         """(h / 2) sqrt(T (1 - exp(-2 gamma h))): what O adds to the momenta, carried by the A that follows it."""

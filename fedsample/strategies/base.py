@@ -1,4 +1,4 @@
-"""The sampler interface: what it wants to know of U, and what it makes of the reply.
+"""The sampler interface: where it wants the gradient of U, and what it makes of that.
 
 A sampler knows neither clients nor messages nor Flower. `strategies.driver.Driver` asks the clients on its behalf; all
 randomness comes from keys, so that the same state, reply and keys give the same next state, on a server or on a client
@@ -8,8 +8,7 @@ that replicates it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,45 +17,8 @@ from fedsample.strategies.schedule import Constant, Schedule
 from fedsample.theory.base import StepTheory
 
 
-class Ask(NamedTuple):
-    """What a sampler wants to know of U next.
-
-    Attributes:
-        points: (C, d) in the metric's coordinates.
-        outputs: "gradient", which the uplink may estimate, and names of exact quantities.
-    """
-
-    points: Tensor
-    outputs: frozenset[str] = frozenset({"gradient"})
-
-
-class Told(NamedTuple):
-    """What a sampler makes of a reply.
-
-    Attributes:
-        state: its next state.
-        info: (C,) numbers for the curves, by name.
-    """
-
-    state: Any
-    info: Mapping[str, Tensor] = {}
-
-
-class Traits(NamedTuple):
-    """What a sampler asks of the rest of the system.
-
-    Attributes:
-        exact: whether it needs exact sums over all clients: no estimate, and nobody absent.
-        noise: "carried" where a step's only randomness is N(0, s^2 T) added to the gradient, so that a link could
-            supply it; else "own".
-    """
-
-    exact: bool = False
-    noise: Literal["own", "carried"] = "own"
-
-
 class Sampler(ABC):
-    """Advance C chains by steps of an equation, given what it asks of U.
+    """Advance C chains by steps of an equation, each given one gradient of U.
 
     A state is a NamedTuple of tensors, the positions (C, d) first; it is stored and restored by its fields.
 
@@ -69,7 +31,6 @@ class Sampler(ABC):
     name: ClassVar[str]
     rule: ClassVar[str]
     reference: ClassVar[str]
-    traits: ClassVar[Traits] = Traits()
     state: ClassVar[type[Any]]  # made from its fields
     options: ClassVar[tuple[str, ...]] = ()  # settings of its own, by their names in [sampler]
 
@@ -90,27 +51,32 @@ class Sampler(ABC):
     @abstractmethod
     def theory(cls, **options: Any) -> StepTheory:
         """What it does on a quadratic, with these settings of its own."""
+        raise NotImplementedError(f"{cls.__name__} says nothing of itself on a quadratic")
 
     @abstractmethod
     def begin(self, start: Tensor, keys: Keys) -> Any:
         """Create the state before step 1, at positions (C, d) in the metric's coordinates."""
 
-    def ask(self, state: Any) -> Ask:
-        """Say what is needed for the next step; by default the gradient at the positions."""
-        return Ask(state[0])
+    def ask(self, state: Any) -> Tensor:
+        """Points (C, d) at which the next step needs the gradient; by default the positions."""
+        positions: Tensor = state[0]
+        return positions
 
     @abstractmethod
-    def tell(self, state: Any, reply: Mapping[str, Tensor], keys: Keys) -> Told:
-        """Take a step.
+    def tell(self, state: Any, gradient: Tensor, keys: Keys) -> Any:
+        """Take a step, and return the state after it.
 
         Args:
             state: the state before it.
-            reply: what was asked for, by name: sums over all clients and the prior.
+            gradient: (C, d) of U at the points that were asked for; it may be an estimate.
             keys: randomness of this step.
         """
 
     def draw(self, state: Any) -> Tensor:
-        """The chains' positions (C, d) in the metric's coordinates; by default the state's first field."""
+        """The chains' positions (C, d) in the metric's coordinates; by default the first field.
+
+        The first field is what is checked for divergence.
+        """
         positions: Tensor = state[0]
         return positions
 

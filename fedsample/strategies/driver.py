@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsample.compression import Packet
+from fedsample.errors import DataError
 from fedsample.estimators import Direct, Links, ServerState
 from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request
 from fedsample.strategies.base import Sampler
@@ -72,7 +73,8 @@ class Driver:
         if isinstance(self.uplink, Direct) and self.anchor is not None:
             uplink = self.uplink.anchor(uplink, self.anchor)
         origin = torch.zeros_like(params)
-        return State(0, params, params, _own(begun), uplink, applied, 0, self.sampler.ask(begun).points, origin)
+        asked = self.sampler.ask(begun)
+        return State(0, begun[0], asked, _own(begun), uplink, applied, 0, asked, origin)
 
     def request(self, state: State, *, observe: bool = False) -> Request:
         """Build the next round's request; with `observe`, also ask for the potentials and the uploads' norms."""
@@ -106,41 +108,50 @@ class Driver:
             DivergenceError: if a chain has diverged; checked in round 1 and every 16 rounds.
         """
         gradient, uplink = self.gradient(state, request, aggregate)
-        told = self.sampler.tell(self.held(state), {"gradient": gradient}, self.keys(request.round))
-        params, asked = self.sampler.draw(told.state), self.sampler.ask(told.state).points
+        held = self.sampler.tell(self.held(state), gradient, self.keys(request.round))
+        params, asked = held[0], self.sampler.ask(held)
         applied = torch.where(aggregate.arrived.to(state.applied.device), request.round, state.applied)
         if request.round % _CHECK_EVERY == 0 or request.round == 1:
             self.check(params, request.round)
         seen, packet = self.downlink.see(state.seen, asked, request.round + 1)
         self._increment = (request.round + 1, packet)
         reference = state.reference if request.reference is None else request.reference
-        own = _own(told.state)
+        own = _own(held)
         return State(request.round, params, request.points, own, uplink, applied, state.epoch, seen, reference)
 
     def gradient(self, state: State, request: Request, aggregate: Aggregate) -> tuple[Tensor, ServerState]:
-        """Estimate the gradient (C, d) of U at the state's positions; also return the estimator's new server state."""
+        """Estimate the gradient (C, d) of U where the sampler asks; also return the estimator's new server state."""
         if aggregate.total is None:
             raise ValueError("the aggregate holds no estimate")
         inclusion = aggregate.arrival * self.cohort.probability
         estimate, uplink = self.uplink.decode(state.uplink, aggregate.total, request.sync, inclusion)
-        return estimate.to(state.params.dtype) + self.prior.gradient(state.params), uplink
+        return estimate.to(state.params.dtype) + self.prior.gradient(self.sampler.ask(self.held(state))), uplink
 
     def keys(self, round: int) -> Keys:
         """The sampler's randomness of a round; 0: before round 1."""
         return Keys(self.sampler.seed, round, self.noise)
 
     def held(self, state: State) -> Any:
-        """The sampler's own state, as it made it."""
+        """The sampler's own state, as it made it.
+
+        Raises:
+            DataError: if it is the state of another sampler.
+        """
+        wanted = self.sampler.state._fields[1:]
+        if state.kernel.keys() != set(wanted):
+            raise DataError(
+                f"a state with {', '.join(sorted(state.kernel)) or 'positions alone'}, where {self.sampler.name} has "
+                f"{', '.join(wanted) or 'positions alone'}: it is another sampler's; start anew, or take that sampler"
+            )
         return self.sampler.state(state.params, **state.kernel)
 
     def draw(self, state: State) -> Tensor:
-        """The chains' positions as parameters theta (C, d)."""
-        return self.metric.push(state.params)
+        """The chains' draws as parameters theta (C, d)."""
+        return self.metric.push(self.sampler.draw(self.held(state)))
 
     def drift(self, before: State, after: State) -> float:
         """Root mean square, over chains, of the displacement that the gradient alone caused in one round."""
-        nothing = {"gradient": torch.zeros_like(before.params)}
-        still = self.sampler.draw(self.sampler.tell(self.held(before), nothing, self.keys(after.round)).state)
+        still = self.sampler.tell(self.held(before), torch.zeros_like(before.params), self.keys(after.round))[0]
         return float((after.params - still).norm(dim=-1).square().mean().sqrt())
 
     def check(self, params: Tensor, round: int) -> None:
@@ -164,7 +175,7 @@ class Driver:
         if self._increment[0] != round or self._increment[1] is None:
             self._increment = (
                 round,
-                self.downlink.see(state.previous, self.sampler.ask(self.held(state)).points, round)[1],
+                self.downlink.see(state.previous, self.sampler.ask(self.held(state)), round)[1],
             )
         return self._increment[1]  # type: ignore[return-value]
 

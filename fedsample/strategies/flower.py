@@ -98,7 +98,9 @@ class FlowerStrategy(Strategy):
         if len(tensors) == 1:
             return self.begin(self.driver.metric.invert(tensors[PARAMS].to(mean.dtype).to(mean.device)))
         try:
-            return State.of_tensors(tensors, mean.device)
+            state = State.of_tensors(tensors, mean.device)
+            self.driver.held(state)  # refuses another sampler's before any client computes
+            return state
         except KeyError as error:
             raise DataError(
                 f"a state without {error}: pass on all arrays of an earlier start, or params alone"

@@ -10,14 +10,13 @@ stable for h lambda < 2. T = 0 is gradient descent. Roberts & Tweedie 1996; over
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from fedsample.strategies.base import Sampler, Told, Traits
+from fedsample.strategies.base import Sampler
 from fedsample.strategies.noise import Keys
 from fedsample.theory.base import Linear, StepTheory
 
@@ -65,7 +64,6 @@ class Langevin(Sampler):
     name: ClassVar[str] = "langevin"
     rule: ClassVar[str] = "x <- x - h g + sqrt(2 h T) xi"
     reference: ClassVar[str] = "Roberts & Tweedie 1996; Sun, Salim & Richtarik 2022"
-    traits: ClassVar[Traits] = Traits(noise="carried")
     state: ClassVar[type[Positions]] = Positions
 
     @classmethod
@@ -77,11 +75,11 @@ class Langevin(Sampler):
         """The positions are all."""
         return Positions(start)
 
-    def tell(self, state: Positions, reply: Mapping[str, Tensor], keys: Keys) -> Told:
+    def tell(self, state: Positions, gradient: Tensor, keys: Keys) -> Positions:
         """One Euler-Maruyama step."""
         noise = keys.normal("noise", state.params)
-        moved = langevin_step(state.params, reply["gradient"], noise, self.step_at(keys.step), self.temperature)
-        return Told(Positions(moved))
+        moved = langevin_step(state.params, gradient, noise, self.step_at(keys.step), self.temperature)
+        return Positions(moved)
 
     def noise_scale(self, step_size: float) -> float:
         """sqrt(2 h T)."""

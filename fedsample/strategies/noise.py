@@ -20,13 +20,14 @@ class Noise:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._block: tuple[int, Tensor] | None = None
+        self._block: tuple[object, Tensor] | None = None
 
     def at(self, round: int, like: Tensor) -> Tensor:
         """(C, d) standard normals of a round, in the shape and dtype of the positions."""
         block = max(1, min(_NOISE_BLOCK, (1 << 20) // max(1, like.numel())))
         index = (round - 1) // block
-        if self._block is None or self._block[0] != index:
+        case = index, like.shape, like.dtype, like.device
+        if self._block is None or self._block[0] != case:
             chains, d = like.shape
             keys = key(
                 self._seed,
@@ -36,7 +37,7 @@ class Noise:
                 device=like.device,
             )
             rounds = torch.arange(index * block + 1, (index + 1) * block + 1, device=like.device).unsqueeze(-1)
-            self._block = (index, keys.fold("round").fold(rounds).normal(d, like.dtype))
+            self._block = (case, keys.fold("round").fold(rounds).normal(d, like.dtype))
         return self._block[1][round - 1 - index * block]
 
 
@@ -54,7 +55,7 @@ class Keys:
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
         """(C, d) standard normals in the shape and dtype of the positions `like`."""
-        if purpose == "noise" and self._noise is not None:
+        if purpose == "noise" and self._noise is not None and self.step:
             return self._noise.at(self.step, like)
         return self._key(purpose, like).normal(like.shape[1], like.dtype)
 

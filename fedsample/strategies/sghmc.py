@@ -11,15 +11,13 @@ variance exceeds the target's by O(h^2), where `baoab` has none; the step is sta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from fedsample.strategies.baoab import PhaseSpace
-from fedsample.strategies.base import Sampler, Told, Traits
+from fedsample.strategies.base import Sampler
 from fedsample.strategies.noise import Keys
 from fedsample.theory.base import Linear, StepTheory
 
@@ -62,7 +60,7 @@ class SghmcTheory(StepTheory):
 
     friction: float = 1.0
     momenta: ClassVar[bool] = True
-    persistence: ClassVar[float] = 1.5  # as was measured for BAOAB, whose momenta persist alike
+    persistence: ClassVar[float] = 1.5  # BAOAB's, whose momenta persist alike; not measured here
 
     def linear(self, step_size: float) -> Linear:
         """A step of the momenta, and of the positions by the new ones."""
@@ -73,6 +71,18 @@ class SghmcTheory(StepTheory):
     def limit(self, curvature: float) -> float:
         """The root of h^2 lambda + 2 h C = 4."""
         return 4.0 / (self.friction + math.sqrt(self.friction**2 + 4 * curvature))
+
+
+class Moving(NamedTuple):
+    """Positions and velocities, which are the momenta at unit mass.
+
+    Attributes:
+        params: (C, d).
+        velocities: (C, d).
+    """
+
+    params: Tensor
+    velocities: Tensor
 
 
 class Sghmc(Sampler):
@@ -86,8 +96,7 @@ class Sghmc(Sampler):
     name: ClassVar[str] = "sghmc"
     rule: ClassVar[str] = "v <- (1 - h C) v - h g + sqrt(2 C h T) xi, x <- x + h v"
     reference: ClassVar[str] = "Chen, Fox & Guestrin 2014"
-    traits: ClassVar[Traits] = Traits(noise="carried")
-    state: ClassVar[type[PhaseSpace]] = PhaseSpace
+    state: ClassVar[type[Moving]] = Moving
     options: ClassVar[tuple[str, ...]] = ("friction",)
 
     def __init__(self, *, friction: float, **rest: Any) -> None:
@@ -99,15 +108,15 @@ class Sghmc(Sampler):
         """A map of positions and momenta."""
         return SghmcTheory(**options)
 
-    def begin(self, start: Tensor, keys: Keys) -> PhaseSpace:
+    def begin(self, start: Tensor, keys: Keys) -> Moving:
         """Draw momenta from N(0, T)."""
-        return PhaseSpace(start, keys.normal("momenta", start) * math.sqrt(self.temperature))
+        return Moving(start, keys.normal("momenta", start) * math.sqrt(self.temperature))
 
-    def tell(self, state: PhaseSpace, reply: Mapping[str, Tensor], keys: Keys) -> Told:
+    def tell(self, state: Moving, gradient: Tensor, keys: Keys) -> Moving:
         """Take one step."""
         noise, h = keys.normal("noise", state.params), self.step_at(keys.step)
-        moved = sghmc_step(*state, reply["gradient"], noise, h, self.friction, self.temperature)
-        return Told(PhaseSpace(*moved))
+        moved = sghmc_step(*state, gradient, noise, h, self.friction, self.temperature)
+        return Moving(*moved)
 
     def noise_scale(self, step_size: float) -> float:
         """h sqrt(2 C h T): what a step adds to the momenta, carried by the move that follows it."""

@@ -17,9 +17,17 @@ from fedsample.errors import CompileError
 from fedsample.random import Key
 
 
-def collapsed(points: Tensor) -> Tensor:
-    """Return (C, d) where all clients have the same points (n, C, d), so that shared points are computed as such."""
-    if points.ndim == 3 and len(points) and bool((points[1:] == points[:1]).all()):
+def collapsed(points: Tensor, clients: int) -> Tensor:
+    """Return (C, d) where all clients have the same points (n, C, d), so that shared points are computed as such.
+
+    Raises:
+        ValueError: if there are points for another number of clients.
+    """
+    if points.ndim <= 2:
+        return points
+    if points.ndim != 3 or len(points) != clients:
+        raise ValueError(f"points of shape {tuple(points.shape)} for {clients} clients, expected (C, d) or (n, C, d)")
+    if clients and (points.stride(0) == 0 or bool((points[1:] == points[:1]).all())):
         return points[0]
     return points
 
@@ -51,19 +59,19 @@ class Clients(ABC):
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """Gradient of U_i at (C, d) or (n, C, d) -> (n, C, d); n is m for the m clients whose indices are given.
+        """Gradient of U_i at (C, d) or (n, C, d) -> (n, C, d); n is m where m clients are given by index.
 
-        With a batch size, an unbiased estimate from that many rows without replacement, drawn by `keys` (m, C) and
-        scaled by N_i / min(batch, N_i).
+        Points of their own are those of the given clients, in that order. With a batch size, an unbiased estimate from
+        that many rows without replacement, drawn by `keys` (m, C) and scaled by N_i / min(batch, N_i).
         """
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """U_i (n, C) float64 and its gradient (n, C, d) at (C, d) or (n, C, d), in one pass over the rows."""
+        """U_i (n, C) float64 and its gradient (n, C, d) at (C, d) or (n, C, d), in one pass where a model can."""
         return self.potential(theta), self.gradient(theta)
 
     @abstractmethod
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
-        """Hessian of U_i at (C, d) or (n, C, d) times a vector of the same shape -> (n, C, d)."""
+        """Hessian of U_i at (C, d) or (n, C, d) times vectors of either shape -> (n, C, d)."""
 
     @abstractmethod
     def hessian(self, theta: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class GeneralizedLinear(Clients):
     def potential(self, theta: Tensor) -> Tensor:
         """(C, d) or (n, C, d) -> (n, C) float64."""
         result = torch.zeros(self.n, theta.shape[-2], dtype=torch.float64, device=self.device)
-        matrix = self.matrix(collapsed(theta))
+        matrix = self.matrix(collapsed(theta, self.n))
         for first, last in self._groups(matrix):
             rows = slice(self._bounds[first], self._bounds[last])
             outputs = self._outputs(_of(matrix, first), rows)
@@ -211,7 +211,7 @@ class GeneralizedLinear(Clients):
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
         """(C, d) or (n, C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
-        theta = collapsed(theta)
+        theta = collapsed(theta, self.n if clients is None else len(clients))
         matrix = self.matrix(theta)
         if batch_size is not None and keys is not None:
             return self._batch_gradient(matrix, clients, keys, batch_size)
@@ -235,7 +235,7 @@ class GeneralizedLinear(Clients):
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """(C, d) or (n, C, d) -> (n, C) float64 and (n, C, d); outputs of the model are computed once for both."""
         values = torch.zeros(self.n, theta.shape[-2], dtype=torch.float64, device=self.device)
-        matrix = self.matrix(collapsed(theta))
+        matrix = self.matrix(collapsed(theta, self.n))
 
         def residuals() -> Iterator[tuple[tuple[int, int], Tensor]]:
             for (first, last), rows in self._rows(list(self._groups(matrix))):
@@ -310,7 +310,7 @@ class GeneralizedLinear(Clients):
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """Two of (C, d) or (n, C, d) -> (n, C, d)."""
-        theta, vector = collapsed(theta), collapsed(vector)
+        theta, vector = collapsed(theta, self.n), collapsed(vector, self.n)
         if theta.ndim != vector.ndim:
             theta, vector = (each.expand(self.n, *each.shape[-2:]) for each in (theta, vector))
         matrix, direction = self.matrix(theta), self.matrix(vector)
@@ -330,7 +330,7 @@ class GeneralizedLinear(Clients):
         """(C, d) or (n, C, d) -> (n, C, d, d)."""
         k, q = self.outputs, self.design.shape[1]
         result = self.design.new_empty(self.n, theta.shape[-2], self.d, self.d)
-        points = self.matrix(theta)
+        points = self.matrix(collapsed(theta, self.n))
         order = torch.argsort(self._positions().flatten())
         for i, low, high in zip(range(self.n), self._bounds, self._bounds[1:], strict=False):
             design = self.design[low:high]
@@ -348,7 +348,7 @@ class GeneralizedLinear(Clients):
     def diagonal(self, theta: Tensor) -> Tensor:
         """(C, d) or (n, C, d) -> (n, C, d)."""
         result = self.design.new_empty(self.n, theta.shape[-2], self.d)
-        square, points = self.design.square(), self.matrix(theta)
+        square, points = self.design.square(), self.matrix(collapsed(theta, self.n))
         for i, low, high in zip(range(self.n), self._bounds, self._bounds[1:], strict=False):
             for c, matrix in enumerate(_of(points, i)):
                 weights = self._weights(matrix, slice(low, high)).diagonal(dim1=0, dim2=1).T  # (k, rows)

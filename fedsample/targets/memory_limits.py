@@ -7,7 +7,6 @@ and what would fit.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ class Portions:
     def __init__(self, clients: Clients) -> None:
         self._clients = clients
         self._most: tuple[int, int] | None = None  # clients and chains at a time; None: all
+        self._at_once = True  # whether values and gradients fit together
 
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
@@ -68,10 +68,16 @@ class Portions:
         Raises:
             DeviceMemoryError: if a single client and chain do not fit, or the result does not.
         """
-        if self._most is None:
-            with contextlib.suppress(torch.OutOfMemoryError):
+        if self._at_once and self._most is None:
+            try:
                 return self._clients.value_and_gradient(theta)
-        return self._clients.potential(theta), self.gradient(theta)
+            except torch.OutOfMemoryError:
+                self._at_once = False  # from now on in two passes
+            if self._clients.device.type == "cuda":
+                torch.cuda.empty_cache()
+        with on_device(self._clients, theta.shape[-2], "the value"):
+            values = self._clients.potential(theta)
+        return values, self.gradient(theta)
 
     def _in_portions(
         self, portion: tuple[int, int], theta: Tensor, clients: Tensor | None, keys: Key | None, batch_size: int | None

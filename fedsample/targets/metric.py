@@ -314,34 +314,34 @@ class MetricClients(Clients):
         self._portions = Portions(clients)
         self._same = isinstance(metric, Identity) and not bool(metric.mean.any())
 
-    def _theta(self, z: Tensor) -> Tensor:
+    def _theta(self, z: Tensor, clients: int | None = None) -> Tensor:
         """The parameters at z; without a copy if they are z itself, since the model may be large."""
-        z = collapsed(z)
+        z = collapsed(z, self.n if clients is None else clients)
         return z if self._same else self.metric.push(z)
 
     def potential(self, theta: Tensor) -> Tensor:
-        """(C, d) -> (n, C) float64."""
+        """(C, d) or (n, C, d) -> (n, C) float64."""
         return self.base.potential(self._theta(theta))
 
     def gradient(
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """(C, d) -> (n, C, d): S^T times the gradient at m + S z.
+        """(C, d) or (n, C, d) -> (n, C, d): S^T times the gradient at m + S z.
 
         Raises:
             DeviceMemoryError: if it does not fit the device's memory, even in portions.
         """
-        point = self._theta(theta)
+        point = self._theta(theta, None if clients is None else len(clients))
         return self.metric.pull(self._portions.gradient(point, clients=clients, keys=keys, batch_size=batch_size))
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(C, d) -> (n, C) float64 and (n, C, d)."""
+        """(C, d) or (n, C, d) -> (n, C) float64 and (n, C, d)."""
         values, gradients = self._portions.value_and_gradient(self._theta(theta))
         return values, self.metric.pull(gradients)
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """S^T H S v."""
-        return self.metric.pull(self.base.hvp(self._theta(theta), self.metric.scale(collapsed(vector))))
+        return self.metric.pull(self.base.hvp(self._theta(theta), self.metric.scale(collapsed(vector, self.n))))
 
     def hessian(self, theta: Tensor) -> Tensor:
         """S^T H S -> (n, C, d, d)."""

@@ -288,7 +288,7 @@ class ModuleClients(Clients):
 
     def potential(self, theta: Tensor) -> Tensor:
         """(C, d) or (n, C, d) -> (n, C) float64."""
-        theta = collapsed(theta)
+        theta = collapsed(theta, self.n)
         result = torch.zeros(self.n, theta.shape[-2], dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for run, rows in self._passes(list(range(self.n)), theta.shape[-2]):
@@ -299,7 +299,7 @@ class ModuleClients(Clients):
         self, theta: Tensor, *, clients: Tensor | None = None, keys: Key | None = None, batch_size: int | None = None
     ) -> Tensor:
         """(C, d) or (n, C, d) -> (n, C, d), or (m, C, d) for some clients; minibatches by key."""
-        theta = collapsed(theta)
+        theta = collapsed(theta, self.n if clients is None else len(clients))
         chains, shared = theta.shape[-2], theta.ndim == 2
         chosen = list(range(self.n)) if clients is None else clients.tolist()
         result = self.x.new_zeros(len(chosen), chains, self.d)
@@ -322,7 +322,7 @@ class ModuleClients(Clients):
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """(C, d) or (n, C, d) -> (n, C) float64 and (n, C, d); one forward pass for both."""
-        theta = collapsed(theta)
+        theta = collapsed(theta, self.n)
         chains = theta.shape[-2]
         values = torch.zeros(self.n, chains, dtype=torch.float64, device=self.device)
         gradients = self.x.new_zeros(self.n, chains, self.d)
@@ -386,7 +386,7 @@ class ModuleClients(Clients):
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """The exact Hessian of U_i at (C, d) or (n, C, d) times a vector of either shape -> (n, C, d)."""
-        theta, vector = collapsed(theta), collapsed(vector)
+        theta, vector = collapsed(theta, self.n), collapsed(vector, self.n)
         chains = theta.shape[-2]
         result = self.x.new_zeros(self.n, chains, self.d)
         for run, rows in self._passes(list(range(self.n)), chains):
@@ -417,6 +417,7 @@ class ModuleClients(Clients):
 
     def hessian(self, theta: Tensor) -> Tensor:
         """Fisher information at (C, d) or (n, C, d) -> (n, C, d, d)."""
+        theta = collapsed(theta, self.n)
         result = self.x.new_zeros(self.n, theta.shape[-2], self.d, self.d)
         for i in range(self.n):
             for c, point in enumerate(_of(theta, i)):
@@ -427,6 +428,7 @@ class ModuleClients(Clients):
 
     def diagonal(self, theta: Tensor) -> Tensor:
         """Diagonal of the Fisher information at (C, d) or (n, C, d) -> (n, C, d)."""
+        theta = collapsed(theta, self.n)
         result = self.x.new_zeros(self.n, theta.shape[-2], self.d)
         for i in range(self.n):
             for c, point in enumerate(_of(theta, i)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedsample.random import Key
-from fedsample.targets.base import Clients
+from fedsample.targets.base import Clients, collapsed
 
 
 class Quadratic(Clients):
@@ -33,7 +33,7 @@ class Quadratic(Clients):
 
     def _offset(self, theta: Tensor, clients: Tensor | None = None) -> Tensor:
         center = self.center if clients is None else self.center[clients]
-        return theta - center.unsqueeze(1)  # (n, C, d)
+        return collapsed(theta, len(center)) - center.unsqueeze(1)  # (n, C, d)
 
     def potential(self, theta: Tensor) -> Tensor:
         """(C, d) or (n, C, d) -> (n, C) float64."""
@@ -58,15 +58,15 @@ class Quadratic(Clients):
 
     def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
         """Two of (C, d) or (n, C, d) -> (n, C, d)."""
-        return self._apply(vector.expand(self.n, *vector.shape[-2:]))
+        return self._apply(collapsed(vector, self.n).expand(self.n, *vector.shape[-2:]))
 
     def hessian(self, theta: Tensor) -> Tensor:
-        """(C, d) -> (n, C, d, d), the same at every point."""
+        """(C, d) or (n, C, d) -> (n, C, d, d), the same at every point."""
         dense = self.curvature if self._dense else torch.diag_embed(self.curvature)
         return dense.unsqueeze(1).expand(self.n, theta.shape[-2], self.d, self.d)
 
     def diagonal(self, theta: Tensor) -> Tensor:
-        """(C, d) -> (n, C, d)."""
+        """(C, d) or (n, C, d) -> (n, C, d)."""
         diagonal = self.curvature.diagonal(dim1=-2, dim2=-1) if self._dense else self.curvature
         return diagonal.unsqueeze(1).expand(self.n, theta.shape[-2], self.d)
 

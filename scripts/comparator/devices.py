@@ -133,7 +133,10 @@ def _to_the_end(jobs: Sequence[Job]) -> tuple[Ended, ...]:
         if any(job.over.is_set() and job.code for job in jobs):
             end = min(end, time.monotonic() + _GRACE)
         time.sleep(0.05)
-    return tuple(job.wait(0) for job in jobs)
+    waiting = [not job.over.is_set() for job in jobs]
+    ended = [job.wait(0) for job in jobs]
+    why = "ended because another had failed, or it took too long"
+    return tuple(each._replace(err=why) if late else each for each, late in zip(ended, waiting, strict=True))
 
 
 def _device(worker: Worker, port: int, index: int, place: Place, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from data_files import X, Y, config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsample.data import FederatedData, load
+from fedsample.data import FederatedData, load, partition
 from fedsample.data.partition import assign
 from fedsample.errors import ConfigError, DataError
 
@@ -18,6 +19,14 @@ from fedsample.errors import ConfigError, DataError
 
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drawn_anew() -> Iterator[None]:
+    """What the whole suite remembers of partitions (`conftest.py`) is not remembered where they are tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "_dirichlet", partition._dirichlet.__wrapped__)  # type: ignore[attr-defined]
+        yield
 
 
 @FEW

@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_elsewhere_says_what_is_another_there(
         run.write_json("env.json", env | {"gpu": "A100", "cpu_count": 1})
         assert run.compare_env(60) == [f"torch 2.7.0 -> {torch.__version__}", "gpu A100 -> none"]
         assert run.compare_env(90) == []  # it has been here since
-        monkeypatch.setenv("FEDSAMPLE_CXXFLAGS", "-O3 -march=x86-64-v2")
+        monkeypatch.setenv("FEDSAMPLE_CXXFLAGS", "-O3 -I/home/someone/include -march=x86-64-v2")
         assert run.compare_env(95) == ["cxxflags none -> -O3 -march=x86-64-v2"]
     kept = json.loads((tmp_path / "env.json").read_text())
     assert kept["versions"]["torch"] == "2.7.0"

@@ -22,7 +22,7 @@ from fedsample.numerics.tree_sum import TreeSum
 from fedsample.protocol.answers import Answer
 from fedsample.protocol.exchange import ESTIMATE, Request
 from fedsample.protocol.quantities import QUANTITIES, Output, Quantity, exact_forms, markdown, unsound_outputs
-from fedsample.protocol.wire import TRIANGLE, Form, read, triangle
+from fedsample.protocol.wire import TRIANGLE, Form, Parcel, read, triangle
 from fedsample.targets import Clients, MetricClients
 from fedsample.targets.metric import Dense as DenseMetric
 from fedsample.targets.metric import Identity, Metric
@@ -62,17 +62,20 @@ def test_arrays_have_the_forms_that_the_row_declares(name: str, kind: str, metri
             assert torch.equal(found[array], found[array].transpose(-1, -2))
 
 
+@pytest.mark.parametrize("metric", ["identity", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", QUANTITIES)
-def test_what_a_device_sends_is_what_the_fleet_sums_and_bills(name: str, kind: str) -> None:
+def test_what_a_device_sends_is_what_the_fleet_sums_and_bills(name: str, kind: str, metric: str) -> None:
     clients, uplink = stack(kind), Dense(Whole())
     request = request_for(name, clients.d)
     fleet = LocalFleet(clients, uplink, 0, POINTS, engine="by-client")
+    fleet.set_metric(metric_of(metric, clients.d))
     aggregate = fleet.exchange(request)
-    forms, bits = exact_forms(request, fleet.blocks()), 0
+    forms, bits = exact_forms(request, fleet.workers[0].clients.blocks()), 0
     sums = {array: TreeSum() for array in forms}
     for i in range(clients.n):
         alone = ClientStack(clients.client(i), uplink, 0, POINTS, torch.tensor([i]))
+        alone.set_metric(metric_of(metric, clients.d))
         parcel = protocol.pack_answer(alone.answer(request), request, i, uplink)
         _, outputs = protocol.unpack_answer(parcel, i, None, 0, forms, uplink)
         bits += parcel.bits
@@ -116,23 +119,29 @@ def test_triangles_of_many_matrices_there_and_back(shape: tuple[int, ...]) -> No
 def test_outputs_that_nobody_can_ask_for(outputs: set[str], said: str) -> None:
     assert re.search(said, unsound_outputs(outputs))
     request = Request(0, normal(2, 3), frozenset(outputs))
-    parcel = protocol.Outgoing(request, "", coins=False).parcel(0, estimate=ESTIMATE in outputs)
+    with pytest.raises(ValueError, match=said):
+        protocol.Outgoing(request, "", coins=False)
+    clients = stack("glm")
+    with pytest.raises(ValueError, match=said):
+        LocalFleet(clients, Dense(Whole()), 0, 2).exchange(replace(request, points=normal(2, clients.d)))
+    sound = protocol.Outgoing(replace(request, outputs=frozenset({"value"})), "", coins=False).parcel(0)
+    asked = Parcel({**sound.header, "outputs": sorted(outputs)}, sound.arrays)
     with pytest.raises(DataError, match=said):
-        protocol.unpack_request(parcel, 1, 2, normal(3), protocol.Recall(), DenseDownlink())
+        protocol.unpack_request(asked, 1, 2, normal(3), protocol.Recall(), DenseDownlink())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["value", "gradient", "hessian", "factors"])
 def test_what_is_not_finite_is_refused_by_name(name: str, bad: float) -> None:
     clients, uplink = stack("glm"), Dense(Whole())
-    request = request_for(name, clients.d)
+    request = replace(request_for(name, clients.d), round=3)
     exact = ClientStack(clients.client(0), uplink, 0, POINTS, torch.tensor([0])).answer(request).exact
     spoiled = {array: tensor.clone() for array, tensor in exact.items()}
     array = next(iter(spoiled))
     spoiled[array].view(-1)[0] = bad
     parcel = protocol.pack_answer(Answer(None, spoiled), request, 0, uplink)
-    with pytest.raises(DataError, match=f"client 0 in round 0: {array} holds NaN or infinite values"):
-        protocol.unpack_answer(parcel, 0, None, 0, exact_forms(request, clients.blocks()), uplink)
+    with pytest.raises(DataError, match=f"client 0 in round 3: {array} holds NaN or infinite values"):
+        protocol.unpack_answer(parcel, 0, None, 3, exact_forms(request, clients.blocks()), uplink)
 
 
 def test_a_vector_is_asked_for() -> None:
@@ -152,7 +161,25 @@ def test_a_new_quantity_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = (Output("cubes", "P d"), Output("first", "d d", symmetric=True))
     monkeypatch.setitem(QUANTITIES, "cubes_and_first", Quantity("cubes_and_first", "a trial", arrays, cubes))  # type: ignore[arg-type]
     test_arrays_have_the_forms_that_the_row_declares("cubes_and_first", "glm", "dense")
-    test_what_a_device_sends_is_what_the_fleet_sums_and_bills("cubes_and_first", "glm")
+    test_what_a_device_sends_is_what_the_fleet_sums_and_bills("cubes_and_first", "glm", "dense")
+
+
+def test_rows_that_cannot_be_meant() -> None:
+    with pytest.raises(ValueError, match="either all arrays are of a parameter matrix, or none"):
+        Quantity("mixed", "", (Output("one", "d"), Output("each{b}", "out")), lambda *_: [])
+    short = Quantity("short", "", (Output("one", "d"), Output("two", "d")), lambda clients, points, _: [points])
+    with pytest.raises(ValueError, match="short computes 1 arrays, but declares 2"):
+        short.evaluate(stack("glm"), normal(2, 15), None)
+
+
+def test_what_overflows_while_a_run_is_prepared_reaches_who_asked() -> None:
+    """Locally it would: U or a Hessian that is not finite is explained there."""
+    clients, uplink = stack("glm"), Dense(Whole())
+    request = request_for("value", clients.d)
+    spoiled = Answer(None, {"value": torch.full((1, POINTS), float("inf"), dtype=torch.float64)})
+    parcel = protocol.pack_answer(spoiled, request, 0, uplink)
+    _, found = protocol.unpack_answer(parcel, 0, None, 0, exact_forms(request), uplink)
+    assert found["value"].isinf().all()
 
 
 def test_the_protocols_page_shows_the_table() -> None:

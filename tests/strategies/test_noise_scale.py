@@ -41,9 +41,9 @@ def measured(sampler: Sampler) -> float:
     start = torch.zeros(SHAPE, dtype=torch.float64)
     state, added = sampler.begin(start, Keys(1, 0)), list[Tensor]()
     for step in (1, 2, 3):
-        reply = {"gradient": 2 * (sampler.ask(state).points - 1)}
-        still = sampler.draw(sampler.tell(state, reply, Silent(1, step)).state)
-        state = sampler.tell(state, reply, Keys(1, step)).state
+        gradient = 2 * (sampler.ask(state) - 1)
+        still = sampler.draw(sampler.tell(state, gradient, Silent(1, step)))
+        state = sampler.tell(state, gradient, Keys(1, step))
         added.append(sampler.draw(state) - still)
     return float(torch.stack(added).square().mean().sqrt())
 

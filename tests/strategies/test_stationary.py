@@ -79,6 +79,7 @@ CASES = [
     Setup("sghmc", "ef21", 0.05),
     Setup("sghmc", "diana", 0.06, hessians=crossed()),
     Setup("sghmc", "diana", 0.08, participation=0.6, loss=0.2),
+    Setup("sghmc", "dense", 0.05, downlink=True),
     # blocks have the coordinatewise law of subsets
     Setup("langevin", "diana", 0.04, compressor="randblock", k=2),
     Setup("langevin", "marina", 0.03, compressor="randblock", k=2),
@@ -289,7 +290,7 @@ def no_square_root_of_two(patch: Patch) -> None:
 
 
 def temperature_ignored(patch: Patch) -> None:
-    for name, step in (("langevin", langevin_step), ("baoab", baoab_step)):
+    for name, step in (("langevin", langevin_step), ("baoab", baoab_step), ("sghmc", sghmc_step)):
         patch.setattr(
             f"fedsample.strategies.{name}.{name}_step",
             lambda *given, step=step, **named: step(*given[:-1], 1.0, **named),
@@ -477,6 +478,8 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (half_kicks, "baoab-dense-0.3"),
     (half_the_noise, "sghmc-dense-0.3"),
     (friction_dropped, "sghmc-diana-0.1"),
+    (temperature_ignored, "sghmc-direct-0.08-temperature=0.5-prior=0.5-anchored=True"),
+    (everything_goes_down, "sghmc-dense-0.05-downlink=True"),
     (moved_by_the_old_momenta, "sghmc-dense-0.3"),
     (compression_off, "sghmc-diana-0.1"),
     (memory_dropped, "sghmc-diana-0.06-crossed"),

@@ -144,13 +144,13 @@ class _Noise:
     def _updated(self, tell: Callable[..., Any]) -> Callable[..., Any]:
         """The next position is a sum of the last one, the drift and the noise: each no larger than these."""
 
-        def moved(sampler: Any, state: Any, reply: Any, keys: Any) -> Any:
-            told = tell(sampler, state, reply, keys)
-            params, *rest = told.state
+        def moved(sampler: Any, state: Any, gradient: Tensor, keys: Any) -> Any:
+            held = tell(sampler, state, gradient, keys)
+            params, *rest = held
             unit = gamma(UPDATE, params.dtype)
-            drift = sampler.step_size * reply["gradient"].abs()
+            drift = sampler.step_size * gradient.abs()
             size = params.abs() + state[0].abs() + drift + keys.normal("noise", params).abs()
             others = (self.move(each, unit * (each.abs() + size)) for each in rest)
-            return told._replace(state=type(told.state)(self.move(params, unit * size), *others))
+            return type(held)(self.move(params, unit * size), *others)
 
         return moved

@@ -24,7 +24,7 @@ from simulation import Setup, advance, federation, quadratic
 from torch import Tensor
 
 from fedsample.fleets.local import LocalFleet
-from fedsample.strategies import Driver, State
+from fedsample.strategies import SAMPLERS, Driver, State
 
 BEFORE, PENDING = 7, 0.7  # the round before the scripted one, and what it left pending of a memory's first coordinates
 FLAT = 1e-13  # share of the largest eigenvalue below which a direction of the stationary law is left out
@@ -135,7 +135,7 @@ def began(setup: Setup, law: Chain, y: Tensor, sampler: Driver, fleet: LocalFlee
         memory["memory.shift"] = torch.cat([shifts[..., : setup.k] - waits, shifts[..., setup.k :]], dim=-1)
         memory["memory.round"] = sent
     fleet.restore(memory)
-    kernel = {"momenta": part["v"]} if "v" in part else {}
+    kernel = {name: part["v"] for name in SAMPLERS[setup.sampler].state._fields[1:]}
     previous, seen = part.get("before", x), part.get("w", x)
     return State(BEFORE, x, previous, kernel, uplink, applied, 0, seen, torch.zeros_like(x))
 

@@ -9,9 +9,9 @@ import torch
 from loop_reference import CHAINS, LIKELIHOODS, batch_keys, close, glm, normal, stack
 from torch import Tensor
 
-from fedsample.errors import CompileError
+from fedsample.errors import CompileError, DeviceMemoryError
 from fedsample.random import Key
-from fedsample.targets import Clients, MetricClients
+from fedsample.targets import Clients, MetricClients, Quadratic
 from fedsample.targets import module as module_module
 from fedsample.targets.base import collapsed
 from fedsample.targets.memory_limits import Portions
@@ -134,6 +134,47 @@ def test_portions_take_the_points_of_their_clients(kind: str) -> None:
 
 def test_nan_is_no_shared_point() -> None:
     points = torch.full((2, 1, 3), float("nan"))
-    assert collapsed(points).ndim == 3
-    assert collapsed(torch.zeros(1, 2, 3)).ndim == 2
-    assert collapsed(torch.zeros(0, 2, 3)).shape == (0, 2, 3)
+    assert collapsed(points, 2).ndim == 3
+    assert collapsed(torch.zeros(1, 2, 3), 1).ndim == 2
+    assert collapsed(torch.zeros(0, 2, 3), 0).shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_points_of_another_number_of_clients_are_refused(kind: str) -> None:
+    clients = stack(kind)
+    n, d = clients.n, clients.d
+    for points, who in (
+        (normal(n - 1, CHAINS, d), None),
+        (normal(n + 1, CHAINS, d), None),
+        (normal(n, CHAINS, d), [3]),
+    ):
+        some = None if who is None else torch.tensor(who)
+        with pytest.raises(ValueError, match=r"for \d clients, expected"):
+            clients.gradient(points, clients=some)
+        with pytest.raises(ValueError, match=r"for \d clients, expected"):
+            MetricClients(clients, METRICS["dense"](d)).gradient(points, clients=some)
+    for ask in (clients.potential, clients.value_and_gradient, clients.hessian, clients.diagonal):
+        if isinstance(clients, Quadratic) and ask in (clients.hessian, clients.diagonal):
+            continue  # the same everywhere
+        with pytest.raises(ValueError, match=r"for \d clients, expected"):
+            ask(normal(n + 1, CHAINS, d))
+
+
+def test_values_and_gradients_that_do_not_fit_together_are_taken_in_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = stack("glm")
+    points, tries = normal(CHAINS, clients.d), []
+
+    def too_much(theta: Tensor) -> None:
+        tries.append(theta)
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(clients, "value_and_gradient", too_much)
+    portions = Portions(clients)
+    for _ in range(2):
+        value, gradient = portions.value_and_gradient(points)
+        assert torch.equal(value, clients.potential(points))
+        assert torch.equal(gradient, clients.gradient(points))
+    assert len(tries) == 1
+    monkeypatch.setattr(clients, "potential", too_much)
+    with pytest.raises(DeviceMemoryError, match="at the value"):
+        portions.value_and_gradient(points)

@@ -14,6 +14,8 @@ import fedsample
 from fedsample.problem import build_problem
 from fedsample.runs.api import Run
 
+pytestmark = pytest.mark.timeout(600)
+
 REFERENCE = ROOT / "tests" / "data" / "digits_hmc.npz"
 
 
