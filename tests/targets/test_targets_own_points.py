@@ -49,9 +49,11 @@ def answers(clients: Clients, points: Tensor, vector: Tensor, who: Tensor, keys:
     }
 
 
+PAIRS = [(kind, metric) for kind in STACKS for metric in METRICS if metric in ("none", "dense") or kind == "glm"]
+
+
 @pytest.mark.rounding
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize(("kind", "metric"), PAIRS)
 def test_each_answers_at_its_own_points_as_it_would_alone(kind: str, metric: str) -> None:
     base = stack(kind)
     clients = MetricClients(base, METRICS[metric](base.d))
@@ -71,8 +73,7 @@ def test_each_answers_at_its_own_points_as_it_would_alone(kind: str, metric: str
         close(found["minibatch"][place], want["minibatch"][0])
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize(("kind", "metric"), PAIRS)
 def test_at_shared_points_the_bits_are_those_of_shared_points(kind: str, metric: str) -> None:
     base = stack(kind)
     clients = MetricClients(base, METRICS[metric](base.d))
