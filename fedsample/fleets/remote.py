@@ -211,7 +211,7 @@ class RemoteFleet(ABC):
             DataError: if an answer has another form than was asked for.
         """
         request, round = dispatch.request, dispatch.request.round
-        forms = protocol.exact_forms(request, self.blocks() if per_block(request.outputs) else [])
+        forms = self._forms(request)
         total, exact = TreeSum(), {name: TreeSum() for name in forms}
         norms = torch.full((self.n,), float("nan"), dtype=torch.float64) if request.observe else None
         traffic, asked = Traffic(down=dispatch.down), dispatch.estimate.tolist()
@@ -257,6 +257,10 @@ class RemoteFleet(ABC):
             part = self.uplink.decompress(upload, turn.sync, turn.active, len(self.like))
             full += 8 * self.like.dtype.itemsize * len(self.like) * _active(turn, self.chains)
         return part, Traffic(up=content.bits, up_dense=full)
+
+    def _forms(self, request: Request) -> dict[str, Form]:
+        """The forms of the exact outputs of one client's answer."""
+        return protocol.exact_forms(request, self.blocks() if per_block(request.outputs) else [])
 
     def _turn(self, request: Request, client: int) -> Turn:
         """What a client was told, which the server needs to decode the answer; on the CPU."""

@@ -91,7 +91,10 @@ def unpack_answer(
     outputs = {name: read(arrays[name], form, f"{what}: {name}") for name, form in exact.items()}
     for name, each in outputs.items():
         if round > 0 and not bool(torch.isfinite(each).all()):
-            raise DataError(f"{what}: {name} holds NaN or infinite values")
+            raise DataError(
+                f"{what}: {name} holds NaN or infinite values: the chain has gone where they overflow, or "
+                "that client's rows hold such values; lower step_size, or look at its data"
+            )
     if turn is None:
         return None, outputs
     array, dtype = arrays[UPLOAD], turn.point.dtype

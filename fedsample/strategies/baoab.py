@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from fedsample.strategies.base import Sampler
 from fedsample.strategies.noise import Keys
+from fedsample.strategies.underdamped import Underdamped
 from fedsample.theory.base import Linear, StepTheory
 
 
@@ -66,7 +66,7 @@ class BaoabTheory(StepTheory):
         friction: gamma > 0.
     """
 
-    friction: float = 1.0
+    friction: float
     momenta: ClassVar[bool] = True
     persistence: ClassVar[float] = 1.5  # measured 1.4 to 1.8 at K / d of 5 to 25 %
 
@@ -95,7 +95,7 @@ class PhaseSpace(NamedTuple):
     momenta: Tensor
 
 
-class Baoab(Sampler):
+class Baoab(Underdamped):
     """BAOAB with an estimated gradient.
 
     Args:
@@ -107,20 +107,7 @@ class Baoab(Sampler):
     rule: ClassVar[str] = "underdamped Langevin, splitting B A O A B, one gradient per step"
     reference: ClassVar[str] = "Leimkuhler & Matthews 2013"
     state: ClassVar[type[PhaseSpace]] = PhaseSpace
-    options: ClassVar[tuple[str, ...]] = ("friction",)
-
-    def __init__(self, *, friction: float, **rest: Any) -> None:
-        super().__init__(**rest)
-        self.friction = friction
-
-    @classmethod
-    def theory(cls, **options: Any) -> BaoabTheory:
-        """A map of positions and momenta."""
-        return BaoabTheory(**options)
-
-    def begin(self, start: Tensor, keys: Keys) -> PhaseSpace:
-        """Draw momenta from their equilibrium N(0, T)."""
-        return PhaseSpace(start, keys.normal("momenta", start) * math.sqrt(self.temperature))
+    theory: ClassVar[type[BaoabTheory]] = BaoabTheory
 
     def tell(self, state: PhaseSpace, gradient: Tensor, keys: Keys) -> PhaseSpace:
         """Take one BAOAB step; the momenta in a state still lack their closing B."""

@@ -1,8 +1,7 @@
 """The sampler interface: where it wants the gradient of U, and what it makes of that.
 
 A sampler knows neither clients nor messages nor Flower. `strategies.driver.Driver` asks the clients on its behalf; all
-randomness comes from keys, so that the same state, reply and keys give the same next state, on a server or on a client
-that replicates it.
+randomness comes from keys, so that the same state, gradient and keys give the same next state.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ class Sampler(ABC):
     name: ClassVar[str]
     rule: ClassVar[str]
     reference: ClassVar[str]
+    theory: ClassVar[type[StepTheory]]  # what it does on a quadratic, made from its own settings
     state: ClassVar[type[Any]]  # made from its fields
     options: ClassVar[tuple[str, ...]] = ()  # settings of its own, by their names in [sampler]
 
@@ -46,12 +46,6 @@ class Sampler(ABC):
     def step_at(self, step: int) -> float:
         """Step size h of step 1, 2, ..."""
         return self.schedule.at(step)
-
-    @classmethod
-    @abstractmethod
-    def theory(cls, **options: Any) -> StepTheory:
-        """What it does on a quadratic, with these settings of its own."""
-        raise NotImplementedError(f"{cls.__name__} says nothing of itself on a quadratic")
 
     @abstractmethod
     def begin(self, start: Tensor, keys: Keys) -> Any:
@@ -73,9 +67,9 @@ class Sampler(ABC):
         """
 
     def draw(self, state: Any) -> Tensor:
-        """The chains' positions (C, d) in the metric's coordinates; by default the first field.
+        """The chains' draws (C, d) in the metric's coordinates; by default the positions, the state's first field.
 
-        The first field is what is checked for divergence.
+        The positions are what is checked for divergence.
         """
         positions: Tensor = state[0]
         return positions

@@ -173,10 +173,8 @@ class Driver:
     def _increment_of(self, state: State, round: int) -> Packet:
         """Compressed increment from the previous round's points to this round's; recomputed after a resume."""
         if self._increment[0] != round or self._increment[1] is None:
-            self._increment = (
-                round,
-                self.downlink.see(state.previous, self.sampler.ask(self.held(state)), round)[1],
-            )
+            asked = self.sampler.ask(self.held(state))
+            self._increment = (round, self.downlink.see(state.previous, asked, round)[1])
         return self._increment[1]  # type: ignore[return-value]
 
     def _reference(self, state: State, round: int) -> tuple[Tensor | None, int]:

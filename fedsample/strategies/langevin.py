@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -39,7 +39,7 @@ class LangevinTheory(StepTheory):
     """Langevin dynamics on a quadratic."""
 
     def linear(self, step_size: float) -> Linear:
-        """U <- u - h g + sqrt(2 h) xi."""
+        """A step of the positions: -h g, and noise of variance 2 h."""
         h = step_size
         return Linear(np.diag([1.0, 0.0]), np.array([-h, 0.0]), np.array([math.sqrt(2 * h), 0.0]))
 
@@ -65,11 +65,7 @@ class Langevin(Sampler):
     rule: ClassVar[str] = "x <- x - h g + sqrt(2 h T) xi"
     reference: ClassVar[str] = "Roberts & Tweedie 1996; Sun, Salim & Richtarik 2022"
     state: ClassVar[type[Positions]] = Positions
-
-    @classmethod
-    def theory(cls, **options: Any) -> LangevinTheory:
-        """A map without momenta."""
-        return LangevinTheory(**options)
+    theory: ClassVar[type[LangevinTheory]] = LangevinTheory
 
     def begin(self, start: Tensor, keys: Keys) -> Positions:
         """The positions are all."""

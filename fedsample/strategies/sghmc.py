@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from fedsample.strategies.base import Sampler
 from fedsample.strategies.noise import Keys
+from fedsample.strategies.underdamped import Underdamped
 from fedsample.theory.base import Linear, StepTheory
 
 
 def sghmc_step(
     params: Tensor,
-    momenta: Tensor,
+    velocities: Tensor,
     gradient: Tensor,
     noise: Tensor,
     step_size: float,
@@ -35,7 +35,7 @@ def sghmc_step(
 
     Args:
         params: (..., d) positions.
-        momenta: same shape.
+        velocities: same shape.
         gradient: grad U(params), same shape.
         noise: standard normal, same shape.
         step_size: h > 0.
@@ -43,11 +43,11 @@ def sghmc_step(
         temperature: T >= 0.
 
     Returns:
-        The next positions and momenta.
+        The next positions and velocities.
     """
-    kept = (1 - step_size * friction) * momenta - step_size * gradient
-    momenta = kept + math.sqrt(2 * friction * step_size * temperature) * noise
-    return params + step_size * momenta, momenta
+    kept = (1 - step_size * friction) * velocities - step_size * gradient
+    velocities = kept + math.sqrt(2 * friction * step_size * temperature) * noise
+    return params + step_size * velocities, velocities
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class SghmcTheory(StepTheory):
         friction: C > 0.
     """
 
-    friction: float = 1.0
+    friction: float
     momenta: ClassVar[bool] = True
     persistence: ClassVar[float] = 1.5  # BAOAB's, whose momenta persist alike; not measured here
 
     def linear(self, step_size: float) -> Linear:
-        """A step of the momenta, and of the positions by the new ones."""
+        """A step of the velocities, and of the positions by the new ones."""
         h, kept = step_size, 1 - step_size * self.friction
         s = math.sqrt(2 * self.friction * h)
         return Linear(np.array([[1.0, h * kept], [0.0, kept]]), np.array([-h * h, -h]), np.array([h * s, s]))
@@ -85,7 +85,7 @@ class Moving(NamedTuple):
     velocities: Tensor
 
 
-class Sghmc(Sampler):
+class Sghmc(Underdamped):
     """SGHMC with an estimated gradient.
 
     Args:
@@ -97,20 +97,7 @@ class Sghmc(Sampler):
     rule: ClassVar[str] = "v <- (1 - h C) v - h g + sqrt(2 C h T) xi, x <- x + h v"
     reference: ClassVar[str] = "Chen, Fox & Guestrin 2014"
     state: ClassVar[type[Moving]] = Moving
-    options: ClassVar[tuple[str, ...]] = ("friction",)
-
-    def __init__(self, *, friction: float, **rest: Any) -> None:
-        super().__init__(**rest)
-        self.friction = friction
-
-    @classmethod
-    def theory(cls, **options: Any) -> SghmcTheory:
-        """A map of positions and momenta."""
-        return SghmcTheory(**options)
-
-    def begin(self, start: Tensor, keys: Keys) -> Moving:
-        """Draw momenta from N(0, T)."""
-        return Moving(start, keys.normal("momenta", start) * math.sqrt(self.temperature))
+    theory: ClassVar[type[SghmcTheory]] = SghmcTheory
 
     def tell(self, state: Moving, gradient: Tensor, keys: Keys) -> Moving:
         """Take one step."""
@@ -119,5 +106,5 @@ class Sghmc(Sampler):
         return Moving(*moved)
 
     def noise_scale(self, step_size: float) -> float:
-        """h sqrt(2 C h T): what a step adds to the momenta, carried by the move that follows it."""
+        """h sqrt(2 C h T): what a step adds to the velocities, carried by the move that follows it."""
         return step_size * math.sqrt(2 * self.friction * step_size * self.temperature)

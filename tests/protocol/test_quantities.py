@@ -160,6 +160,8 @@ def test_a_new_quantity_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     arrays = (Output("cubes", "P d"), Output("first", "d d", symmetric=True))
     monkeypatch.setitem(QUANTITIES, "cubes_and_first", Quantity("cubes_and_first", "a trial", arrays, cubes))  # type: ignore[arg-type]
+    request = Request(0, normal(POINTS, 15), frozenset({"cubes_and_first"}))
+    assert {name: form.shape for name, form in exact_forms(request).items()} == {"cubes": (3, 15), "first": (15, 15)}
     test_arrays_have_the_forms_that_the_row_declares("cubes_and_first", "glm", "dense")
     test_what_a_device_sends_is_what_the_fleet_sums_and_bills("cubes_and_first", "glm", "dense")
 

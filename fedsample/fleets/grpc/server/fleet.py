@@ -27,7 +27,6 @@ from fedsample.monitor.tensorboard import quantiles
 from fedsample.numerics.tree_sum import TreeSum
 from fedsample.protocol.exchange import ESTIMATE, Aggregate, Request, Traffic
 from fedsample.protocol.names import REWIND, SCORE, SNAPSHOT
-from fedsample.protocol.quantities import per_block
 from fedsample.protocol.recovery import Fork, Rollback
 from fedsample.protocol.wire import Header, Parcel, header, pack_tensors
 from fedsample.targets import Metric
@@ -187,9 +186,8 @@ class GrpcFleet(RemoteFleet):
 
     def _limit(self, request: Request) -> int:
         """Largest size in bytes of an answer to a request."""
-        forms = protocol.exact_forms(request, self.blocks() if per_block(request.outputs) else [])
         upload = self._upload if ESTIMATE in request.outputs else 0
-        return sum(-(-form.bits // 8) for form in forms.values()) + upload + SLACK
+        return sum(-(-form.bits // 8) for form in self._forms(request).values()) + upload + SLACK
 
     def _allows_stragglers(self, request: Request) -> bool:
         """Whether a round may go on without slow devices."""
