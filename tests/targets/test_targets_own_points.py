@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fedsample.errors import CompileError, DeviceMemoryError
 from fedsample.random import Key
-from fedsample.targets import Clients, MetricClients, Quadratic
+from fedsample.targets import Clients, GeneralizedLinear, MetricClients, ModuleClients, Quadratic
 from fedsample.targets import module as module_module
 from fedsample.targets.base import collapsed
 from fedsample.targets.memory_limits import Portions
-from fedsample.targets.metric import Dense, Diagonal, Identity, Metric
+from fedsample.targets.metric import Dense, Diagonal, Identity, Kronecker, Metric
 
 pytestmark = pytest.mark.usefixtures("analysis")
 
@@ -24,6 +24,17 @@ METRICS: dict[str, Callable[[int], Metric]] = {
     "none": lambda d: Identity(torch.zeros(d, dtype=torch.float64)),
     "moved": lambda d: Identity(normal(d, seed=11)),
     "diagonal": lambda d: Diagonal(normal(d, seed=11), normal(d, seed=12).abs() + 0.1),
+    "kronecker": lambda d: Kronecker(
+        normal(d, seed=11),
+        [
+            (
+                torch.arange(d).unsqueeze(1),
+                torch.linalg.qr(normal(d, d, seed=12)).Q,
+                torch.ones(1, 1, dtype=torch.float64),
+                normal(d, 1, seed=13).abs() + 0.5,
+            )
+        ],
+    ),
     "dense": lambda d: Dense(
         normal(d, seed=11),
         torch.eye(d, dtype=torch.float64) + 0.05 * (normal(d, d, seed=12) + normal(d, d, seed=12).T),
@@ -97,6 +108,22 @@ def test_engines_for_shared_points_leave_own_points_alone(likelihood: str, engin
     except CompileError as error:
         pytest.skip(str(error))
     assert torch.equal(fast.gradient(points), clients.gradient(points))
+
+
+@pytest.mark.parametrize("kind", ["glm", "module"])
+def test_what_is_recorded_at_shared_points_is_not_replayed_at_own_ones(kind: str) -> None:
+    clients = stack(kind)
+    assert isinstance(clients, GeneralizedLinear | ModuleClients)
+    points = normal(clients.n, CHAINS, clients.d, seed=21)
+    want = clients.gradient(points)
+
+    def replayed(*arguments: Tensor) -> Tensor:
+        raise AssertionError(f"replayed at {[tuple(each.shape) for each in arguments]}")
+
+    clients._replayed = replayed  # type: ignore[assignment]
+    assert torch.equal(clients.gradient(points), want)
+    with pytest.raises(AssertionError, match="replayed at"):
+        clients.gradient(points[0])
 
 
 def test_points_of_one_kind_and_vectors_of_another() -> None:
